@@ -1,0 +1,305 @@
+"""FSQ, SimVQ, EMA-VQ and DDCL behind one interface.
+
+    quantizer = build_quantizer("fsq", dim=256)
+    z_q, loss, indices = quantizer(z)          # z, z_q (B, C, H, W) or (B, N, C); indices (B, H, W) or (B, N)
+    quantizer.indices_to_codes(indices)        # z_q again: in eval mode the same numbers, exactly
+    quantizer.codes_to_indices(z_q)            # and back
+    quantizer.get_codebook_entry(indices)      # (N,) -> (N, C)
+    quantizer.codebook_size
+
+This file needs torch and vector-quantize-pytorch alone, so that it can be copied into other projects.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ as LibraryFSQ
+from vector_quantize_pytorch import SimVQ as LibrarySimVQ
+from vector_quantize_pytorch import VectorQuantize
+
+
+def straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """The codes, exactly, with the gradient of z. (The usual z + (codes - z) rounds, and would not equal the codes.)"""
+    return codes + (z - z.detach())
+
+
+@torch.no_grad()
+def nearest_code(x: Tensor, codebook: Tensor, block: int = 2**24) -> Tensor:
+    """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D).
+
+    |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code maximises x.c - |c|^2 / 2: one matrix product, made in
+    blocks of at most `block` numbers, so that the whole N x K matrix never exists.
+    """
+    bias = -codebook.square().sum(1) / 2
+    rows = max(1, block // len(codebook))
+    return torch.cat([torch.addmm(bias, chunk, codebook.T).argmax(1) for chunk in x.split(rows)])
+
+
+class Quantizer(nn.Module):
+    """What the four have in common: layouts, checks, fp32, and the way from indices to codes.
+
+    A quantizer defines quantize(x), on tokens x (N, C) in fp32, and get_codebook_entry(indices).
+    """
+
+    def __init__(self, dim: int, codebook_size: int):
+        super().__init__()
+        self.dim = dim
+        self.codebook_size = codebook_size
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x (N, C) -> z_q (N, C), loss (scalar), indices (N,)"""
+        raise NotImplementedError
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        """indices (N,) in [0, codebook_size) -> codes (N, C)"""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize z (B, C, H, W) or (B, N, C), of any floating type.
+
+        Returns z_q (z's shape, fp32), loss (scalar >= 0) and indices (B, H, W) or (B, N), int64. In eval mode z_q equals
+        indices_to_codes(indices) exactly; the gradient of z_q reaches z in both modes.
+
+        Raises ValueError for another shape, a wrong number of channels, or a NaN or infinity in z.
+        """
+        tokens, layout = self._to_tokens(z, "z")
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances, and codes with them
+            z_q, loss, indices = self.quantize(tokens.float())
+            if not self.training:
+                z_q = straight_through(z_q, self.get_codebook_entry(indices))
+        return self._from_tokens(z_q, layout), loss, indices.view(layout)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """indices (B, H, W) or (B, N) -> codes (B, C, H, W) or (B, N, C). ValueError where one is out of range."""
+        if indices.ndim not in (2, 3):
+            raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed are (B, N) and (B, H, W)")
+        with torch.autocast(indices.device.type, enabled=False):
+            codes = self.get_codebook_entry(indices.flatten())
+        return self._from_tokens(codes, indices.shape)
+
+    @torch.no_grad()
+    def codes_to_indices(self, z_q: Tensor) -> Tensor:
+        """Codes (B, C, H, W) or (B, N, C), as forward or indices_to_codes gave them -> indices (B, H, W) or (B, N).
+
+        FSQ and DDCL give back the very indices; SimVQ and EMA-VQ those of the same codes (two may be equal).
+        """
+        tokens, layout = self._to_tokens(z_q, "z_q")
+        with torch.autocast(z_q.device.type, enabled=False):
+            return self._tokens_to_indices(tokens.float()).view(layout)
+
+    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
+        return nearest_code(tokens, self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device)))
+
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise ValueError(f"indices have type {indices.dtype}, allowed are integers")
+        if indices.numel() and not 0 <= indices.min() <= indices.max() < self.codebook_size:
+            raise ValueError(f"indices run from {indices.min()} to {indices.max()}, allowed are 0 to {self.codebook_size - 1}")
+        return indices.long()
+
+    def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
+        if z.ndim not in (3, 4):
+            raise ValueError(f"{name} has shape {tuple(z.shape)}, allowed are (B, {self.dim}, H, W) and (B, N, {self.dim})")
+        if not z.dtype.is_floating_point:
+            raise ValueError(f"{name} has type {z.dtype}, allowed are floating-point numbers")
+        if z.ndim == 4:
+            z = z.permute(0, 2, 3, 1)
+        if z.shape[-1] != self.dim:
+            raise ValueError(f"{name} has {z.shape[-1]} channels, this quantizer has dim {self.dim}")
+        if not torch.isfinite(z).all():
+            raise ValueError(f"{name} has a NaN or infinity in it")
+        return z.reshape(-1, self.dim), z.shape[:-1]
+
+    def _from_tokens(self, tokens: Tensor, layout: torch.Size) -> Tensor:
+        z = tokens.view(*layout, self.dim)
+        return z.permute(0, 3, 1, 2) if len(layout) == 3 else z
+
+
+def unproject(z: Tensor, linear: nn.Module) -> Tensor:
+    """Undo a linear layer that maps few numbers to many: z (N, C) -> (N, D), D <= C"""
+    if isinstance(linear, nn.Identity):
+        return z
+    return (z - linear.bias) @ torch.linalg.pinv(linear.weight).T
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization (Mentzer et al., 2309.15505): each of len(levels) numbers is rounded to a few levels.
+
+    The codebook is the grid of all level combinations: nothing to learn, nothing to collapse. Good choices of levels:
+    [8, 6, 5] = 240, [8, 8, 8] = 512, [7, 5, 5, 5] = 875, [8, 5, 5, 5] = 1,000, [8, 6, 6, 5] = 1,440 and
+    [8, 8, 8, 5, 5, 5] = 64,000 codes. The loss is 0.
+    """
+
+    def __init__(self, dim: int, levels: list[int] = (8, 8, 8, 5, 5, 5)):
+        check(len(levels) > 0 and all(isinstance(n, int) and n >= 2 for n in levels), "levels", levels, "whole numbers of 2 or more")
+        check(math.prod(levels) <= 2**24, "levels", levels, "at most 2**24 codes in all")
+        check(dim >= len(levels), "dim", dim, f"at least one channel for each of the {len(levels)} levels")
+        super().__init__(dim, math.prod(levels))
+        # preserve_symmetry (2411.19842, section 3.2) spaces even numbers of levels evenly around zero; the default does not
+        self.fsq = LibraryFSQ(list(levels), dim=dim, preserve_symmetry=True)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z_q, indices = self.fsq(x[None])
+        return z_q[0], x.new_zeros(()), indices[0].long()
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        return self.fsq.project_out(self.fsq.implicit_codebook[self._check_indices(indices)])
+
+    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
+        codes = unproject(tokens, self.fsq.project_out)  # level values, near enough to round
+        return (codes.clamp(-1, 1) + 1).mul((self.fsq._levels - 1) / 2).round().long().mul(self.fsq._basis).sum(-1)
+
+
+class SimVQ(Quantizer):
+    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook seen through one learned linear map.
+
+    A gradient to the map moves every code, used or not, so that none is left behind. Input and codes are projected to
+    code_dim numbers (None: dim) and to the unit sphere: nearest means the highest cosine similarity.
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = None):
+        check(codebook_size >= 2, "codebook_size", codebook_size, "2 or more")
+        check(code_dim is None or code_dim >= 1, "code_dim", code_dim, "None or 1 or more")
+        super().__init__(dim, codebook_size)
+        code_dim = code_dim or dim
+        self.project_in = nn.Linear(dim, code_dim)
+        self.simvq = LibrarySimVQ(code_dim, codebook_size)
+        self.project_out = nn.Linear(code_dim, dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(codebook_size, code_dim), of length 1. (A get_codebook_entry without this map decodes what nobody trained.)"""
+        return F.normalize(self.simvq.codebook, dim=-1)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # the library's own forward would copy the codebook for each picture; its loss is the one below
+        x = F.normalize(self.project_in(x), dim=-1)
+        codebook = self.codebook
+        indices = nearest_code(x, codebook)
+        codes = codebook[indices]
+        # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
+        loss = (codes - x.detach()).square().sum(-1).mean()
+        loss = loss + self.simvq.input_to_quantize_commit_loss_weight * (x - codes.detach()).square().sum(-1).mean()
+        return self.project_out(straight_through(x, codes.detach())), loss, indices
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        indices = self._check_indices(indices)
+        return self.project_out(self.codebook[indices])
+
+
+class EMAVQ(Quantizer):
+    """VQ-VAE with exponential moving averages (1711.00937, appendix A.1; 1906.00446): nearest Euclidean code.
+
+    N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of the n_i tokens at code i,  e_i = m_i / N_i
+    with N_i smoothed after Laplace. A code that falls below a tenth of the average use is dead and starts again at a
+    random token. State, smoothing and revival are the library's, on all ranks alike; the search and the sums are made
+    here, without its (tokens x codes) distance and one-hot matrices.
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
+                 commitment_cost: float = 0.25, revive: bool = True):
+        check(codebook_size >= 2, "codebook_size", codebook_size, "2 or more")
+        check(code_dim is None or code_dim >= 1, "code_dim", code_dim, "None or 1 or more")
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
+        super().__init__(dim, codebook_size)
+        code_dim = code_dim or dim
+        self.commitment_cost = commitment_cost
+        self.revive = revive
+        self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
+        self.vq = VectorQuantize(
+            code_dim, codebook_size=codebook_size, decay=decay, threshold_ema_dead_code=0,
+            sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized())
+        if revive:
+            self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first batch sets them to its own tokens
+        self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.project_in(x)
+        codebook = self.vq.codebook.clone()  # the update below writes into the original
+        indices = nearest_code(x, codebook)
+        if self.training:
+            self.update(x.detach(), indices)
+        codes = codebook[indices]
+        loss = self.commitment_cost * F.mse_loss(x, codes)
+        return self.project_out(straight_through(x, codes)), loss, indices
+
+    @torch.no_grad()
+    def update(self, x: Tensor, indices: Tensor):
+        """One EMA step of the codebook, from tokens x (N, code_dim) and their codes' indices (N,)."""
+        book = self.vq._codebook
+        counts = torch.bincount(indices, minlength=self.codebook_size).to(x)
+        sums = torch.zeros_like(book.embed_avg[0]).index_add_(0, indices, x)
+        book.all_reduce_fn(counts)
+        book.all_reduce_fn(sums)
+        book.cluster_size[0].lerp_(counts, 1 - book.decay)
+        book.embed_avg[0].lerp_(sums, 1 - book.decay)
+        book.update_ema()
+        if self.revive:
+            book.has_dead_code_replacement = True
+            book.threshold_ema_dead_code = book.reset_cluster_size = 0.1 * counts.sum().item() / self.codebook_size
+            book.expire_codes_(x[None])
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        indices = self._check_indices(indices)
+        return self.project_out(self.vq.codebook[indices])
+
+
+class DDCL(Quantizer):
+    """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
+
+    Four numbers a token, in [-1, 1]. Training adds noise u ~ U(-delta/2, delta/2) to each, rounds to a multiple of
+    delta and takes the noise off again: the result is the number plus a uniform error that does not depend on it, so
+    that the gradient passes as it is, unbiased, without a straight-through estimator. Eval mode rounds alone.
+
+    The loss is the expected length of the message, sum of log2(2 |x| / delta + 1) bits a token, times comm_weight.
+    """
+
+    numbers = 4
+
+    def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
+        check(0 < delta <= 1 and abs(1 / delta - round(1 / delta)) < 1e-6, "delta", delta, "1 / n for a whole n: 1, 1/2, ..., 1/15, ...")
+        check(round(1 / delta) <= 32, "delta", delta, "1/32 or more")
+        check(comm_weight >= 0, "comm_weight", comm_weight, "0 or more")
+        check(dim >= self.numbers, "dim", dim, f"at least {self.numbers}")
+        self.steps = round(1 / delta)  # integers run from -steps to steps
+        self.values = 2 * self.steps + 1
+        super().__init__(dim, self.values**self.numbers)
+        self.delta = 1 / self.steps
+        self.comm_weight = comm_weight
+        self.project_in = nn.Linear(dim, self.numbers)
+        self.project_out = nn.Linear(self.numbers, dim)
+        self.register_buffer("basis", self.values ** torch.arange(self.numbers), persistent=False)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.tanh(self.project_in(x))
+        dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else torch.zeros_like(x)
+        message = ((x + dither) / self.delta).detach().round().clamp(-self.steps, self.steps)
+        # x + (error) with the error a constant to autograd: the reparametrisation of section 3
+        received = straight_through(x, message * self.delta - dither)
+        bits = torch.log2(2 * x.abs() / self.delta + 1).sum(-1).mean()
+        indices = ((message.long() + self.steps) * self.basis).sum(-1)
+        return self.project_out(received), self.comm_weight * bits, indices
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        message = self._check_indices(indices)[:, None] // self.basis % self.values - self.steps
+        return self.project_out(message * self.delta)
+
+    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
+        message = (unproject(tokens, self.project_out) / self.delta).round().clamp(-self.steps, self.steps)
+        return ((message.long() + self.steps) * self.basis).sum(-1)
+
+
+QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL}
+
+
+def build_quantizer(name: str, dim: int, **options) -> Quantizer:
+    """One of "fsq", "simvq", "ema_vq", "ddcl" for tokens of `dim` channels; options go to its constructor."""
+    check(name in QUANTIZERS, "quantizer", name, ", ".join(f'"{n}"' for n in QUANTIZERS))
+    check(isinstance(dim, int) and dim >= 1, "dim", dim, "a whole number of 1 or more")
+    return QUANTIZERS[name](dim, **options)
+
+
+def check(ok: bool, name: str, value: object, allowed: str):
+    if not ok:
+        raise ValueError(f"{name} = {value!r}, allowed: {allowed}")

@@ -1,0 +1,29 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small folder of drawn pictures: 2 classes, 96 to train on and 32 to test on."""
+    from utils import draw_shapes
+
+    path = tmp_path_factory.mktemp("pictures") / "tiny"
+    data = draw_shapes(32, train=480, test=160)
+    for split, images, labels in (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)):
+        for label in (3, 6):
+            (path / split / data.classes[label]).mkdir(parents=True)
+            for i in torch.nonzero(labels == label)[:, 0].tolist():
+                Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path / split / data.classes[label] / f"{i}.png")
+    return path

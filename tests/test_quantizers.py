@@ -1,0 +1,309 @@
+"""Each quantizer against its definition, written out anew here, and against the library where it has one."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vector_quantize_pytorch import SimVQ as LibrarySimVQ
+from vector_quantize_pytorch import VectorQuantize
+
+from quantizers import FSQ, DDCL, EMAVQ, QUANTIZERS, SimVQ, build_quantizer, nearest_code, straight_through
+
+DIM = 32
+OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
+LAYOUTS = {"pictures": (3, DIM, 4, 5), "sequences": (3, 7, DIM)}
+
+
+def build(name, **options):
+    return build_quantizer(name, DIM, **(OPTIONS[name] | options))
+
+
+@pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_round_trip(name, shape):
+    quantizer = build(name)
+    z = torch.randn(shape)
+    quantizer(z)  # a training step, so that EMA-VQ has a codebook
+    quantizer.eval()
+    z_q, loss, indices = quantizer(z)
+    assert z_q.shape == shape and z_q.dtype == torch.float32
+    assert loss.shape == () and loss >= 0
+    assert indices.dtype == torch.int64 and indices.shape == ((3, 4, 5) if len(shape) == 4 else (3, 7))
+    assert 0 <= indices.min() and indices.max() < quantizer.codebook_size
+    assert indices.unique().numel() > 10  # the tokens are told apart
+    assert torch.equal(quantizer.indices_to_codes(indices), z_q)
+    back = quantizer.codes_to_indices(z_q)
+    assert torch.equal(quantizer.indices_to_codes(back), z_q)
+    if name in ("fsq", "ddcl"):
+        assert torch.equal(back, indices)
+    entries = quantizer.get_codebook_entry(indices.flatten())
+    tokens = z_q.permute(0, 2, 3, 1) if len(shape) == 4 else z_q
+    assert torch.equal(entries.view(tokens.shape), tokens)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_both_layouts_are_the_same_tokens(name):
+    quantizer = build(name)
+    z = torch.randn(2, DIM, 3, 3)
+    quantizer(z)
+    quantizer.eval()
+    z_q, _, indices = quantizer(z)
+    z_q2, _, indices2 = quantizer(z.flatten(2).transpose(1, 2))
+    assert torch.equal(indices.flatten(1), indices2)
+    assert torch.equal(z_q.flatten(2).transpose(1, 2), z_q2)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_gradient_reaches_the_input(name, mode):
+    quantizer = build(name).train(mode)
+    z = torch.randn(2, DIM, 3, 3, requires_grad=True)
+    quantizer(z)[0].square().sum().backward()
+    assert (z.grad.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_bf16_autocast_changes_nothing(name):
+    quantizer = build(name)
+    z = torch.randn(4, DIM, 4, 4)
+    quantizer(z)
+    quantizer.eval()
+    expected = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, loss, indices = quantizer(z)
+        again = quantizer.indices_to_codes(indices)
+    assert torch.equal(z_q, expected[0]) and torch.equal(indices, expected[2]) and torch.equal(again, z_q)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("z, message", [
+    (torch.randn(2, DIM + 1, 3, 3), f"{DIM + 1} channels"),
+    (torch.randn(2, 3, DIM + 1), f"{DIM + 1} channels"),
+    (torch.randn(2, DIM), "shape"),
+    (torch.full((1, 2, DIM), float("nan")), "NaN"),
+    (torch.full((1, 2, DIM), float("inf")), "infinity"),
+    (torch.ones(1, 2, DIM, dtype=torch.int64), "type"),
+])
+def test_bad_input(name, z, message):
+    with pytest.raises(ValueError, match=message):
+        build(name)(z)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("index", [-1, "size", 0.5, True])
+def test_bad_indices(name, index):
+    quantizer = build(name)
+    index = quantizer.codebook_size if index == "size" else index
+    with pytest.raises(ValueError, match="indices"):
+        quantizer.indices_to_codes(torch.tensor([[0, index]]) if index is not True else torch.tensor([[True]]))
+    with pytest.raises(ValueError, match="shape"):
+        quantizer.indices_to_codes(torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("fsp", {}, "quantizer"), ("fsq", {"levels": [8, 1]}, "levels"), ("fsq", {"levels": []}, "levels"),
+    ("fsq", {"levels": [64] * 6}, "levels"), ("fsq", {"levels": [3] * 40}, "levels|dim"),
+    ("simvq", {"codebook_size": 1}, "codebook_size"), ("simvq", {"code_dim": 0}, "code_dim"),
+    ("ema_vq", {"codebook_size": 0}, "codebook_size"), ("ema_vq", {"decay": 1.0}, "decay"),
+    ("ddcl", {"delta": 0.3}, "delta"), ("ddcl", {"delta": 0}, "delta"), ("ddcl", {"comm_weight": -1}, "comm_weight"),
+])
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_quantizer(name, DIM, **options)
+
+
+def test_straight_through_is_exact():
+    z, codes = torch.randn(1000, requires_grad=True), torch.randn(1000) * 1e3
+    out = straight_through(z, codes)
+    assert torch.equal(out, codes)
+    out.sum().backward()
+    assert torch.equal(z.grad, torch.ones(1000))
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**24])
+def test_nearest_code(block):
+    x, codebook = torch.randn(50, 8), torch.randn(30, 8) * torch.rand(30, 1)
+    assert torch.equal(nearest_code(x, codebook, block), torch.cdist(x, codebook).argmin(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSQ
+
+
+@pytest.mark.parametrize("levels, size", [([8, 8, 8, 5, 5, 5], 64000), ([8, 8, 8], 512), ([8, 6, 5], 240), ([7, 5, 5, 5], 875),
+                                          ([8, 5, 5, 5], 1000), ([8, 6, 6, 5], 1440)])
+def test_fsq_sizes(levels, size):
+    assert build_quantizer("fsq", 16, levels=levels).codebook_size == size
+
+
+def test_fsq_rounds_to_the_nearest_of_evenly_spaced_symmetric_levels():
+    fsq = FSQ(2, levels=[8, 5])
+    z = torch.randn(4, 500, 2) * 2
+    z_q = fsq(z)[0]
+    for channel, values in enumerate([torch.arange(8) - 3.5, torch.arange(5) - 2.0]):
+        values = values / values.max()
+        nearest = (torch.tanh(z[..., channel, None]) - values).abs().argmin(-1)
+        assert torch.allclose(z_q[..., channel], values[nearest], atol=1e-6)
+        assert nearest.unique().numel() == len(values)
+
+
+def test_fsq_gradient_is_that_of_tanh():
+    fsq = FSQ(2, levels=[8, 5])
+    z = torch.randn(1, 100, 2, requires_grad=True)
+    fsq(z)[0].sum().backward()
+    assert torch.allclose(z.grad, 1 - torch.tanh(z.detach()) ** 2, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SimVQ
+
+
+def test_simvq_against_its_definition():
+    simvq = SimVQ(DIM, codebook_size=40, code_dim=6)
+    z = torch.randn(1, 30, DIM)
+    z_q, loss, indices = simvq(z)
+    codes = F.normalize(simvq.simvq.frozen_codebook @ simvq.simvq.code_transform.weight.T, dim=-1)
+    x = F.normalize(z[0] @ simvq.project_in.weight.T + simvq.project_in.bias, dim=-1)
+    cosine = x @ codes.T
+    assert torch.equal(indices[0], cosine.argmax(1))
+    assert torch.allclose(z_q[0], simvq.project_out(codes[cosine.argmax(1)]), atol=1e-6)
+    assert torch.allclose(loss, 1.25 * (2 - 2 * cosine.max(1).values).mean(), atol=1e-6)
+
+
+def test_simvq_finds_what_the_library_finds():
+    simvq = SimVQ(DIM, codebook_size=40)
+
+    class Normalized(nn.Module):
+        def forward(self, codes):
+            return F.normalize(simvq.simvq.code_transform(codes), dim=-1)
+
+    library = LibrarySimVQ(DIM, 40, codebook_transform=Normalized())
+    library.frozen_codebook.copy_(simvq.simvq.frozen_codebook)
+    z = torch.randn(3, 20, DIM)
+    _, indices, _ = library(F.normalize(simvq.project_in(z), dim=-1))
+    assert torch.equal(simvq(z)[2], indices)
+
+
+def test_simvq_learns_its_map_and_not_its_codebook():
+    simvq = SimVQ(DIM, codebook_size=40)
+    z_q, loss, _ = simvq(torch.randn(2, 9, DIM))
+    (z_q.sum() + loss).backward()
+    assert simvq.simvq.code_transform.weight.grad.abs().sum() > 0
+    assert "simvq.frozen_codebook" in dict(simvq.named_buffers())
+    assert not simvq.simvq.frozen_codebook.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EMA-VQ
+
+
+def ema_vq(**options):
+    quantizer = EMAVQ(6, codebook_size=10, revive=False, **options)
+    return quantizer, quantizer.vq._codebook
+
+
+def test_ema_update_and_laplace_smoothing_follow_the_formula():
+    quantizer, book = ema_vq(decay=0.9)
+    x = torch.randn(50, 6)
+    sizes, sums, before = book.cluster_size[0].clone(), book.embed_avg[0].clone(), quantizer.vq.codebook.clone()
+    z_q, loss, indices = quantizer(x[None])
+    nearest = torch.cdist(x, before).argmin(1)
+    assert torch.equal(indices[0], nearest)
+    assert torch.equal(z_q[0].detach(), before[nearest])
+    assert torch.allclose(loss, 0.25 * (x - before[nearest]).square().mean())
+    n = torch.tensor([(nearest == k).sum() for k in range(10)])
+    m = torch.stack([x[nearest == k].sum(0) for k in range(10)])
+    sizes, sums = 0.9 * sizes + 0.1 * n, 0.9 * sums + 0.1 * m
+    smoothed = (sizes + 1e-5) / (sizes.sum() + 10 * 1e-5) * sizes.sum()
+    assert torch.allclose(quantizer.vq.codebook, sums / smoothed[:, None], atol=1e-6)
+
+
+def test_ema_update_is_the_librarys():
+    quantizer, book = ema_vq(decay=0.8)
+    library = VectorQuantize(6, 10, decay=0.8, threshold_ema_dead_code=0)
+    library._codebook.load_state_dict(book.state_dict())
+    for _ in range(3):
+        z = torch.randn(2, 30, 6)
+        _, _, indices = quantizer(z)
+        _, expected, _ = library(z)
+        assert torch.equal(indices, expected)
+        assert torch.allclose(quantizer.vq.codebook, library.codebook, atol=1e-6)
+
+
+def test_ema_codebook_rests_in_eval_mode():
+    quantizer, _ = ema_vq()
+    before = quantizer.vq.codebook.clone()
+    quantizer.eval()(torch.randn(1, 50, 6))
+    assert torch.equal(quantizer.vq.codebook, before)
+
+
+def test_ema_dead_codes_start_again_at_tokens():
+    quantizer = EMAVQ(6, codebook_size=10)
+    z = torch.randn(1, 200, 6) + 50  # far from every code
+    quantizer(z)
+    is_token = (quantizer.vq.codebook[:, None] == z).all(-1).any(1)
+    assert is_token.sum() >= 9  # all but the one that won every token
+    for _ in range(5):
+        indices = quantizer(z)[2]
+    assert indices.unique().numel() == 10
+    quantizer.vq._codebook.embed_avg[0, 3] = 1e4  # a code far from every token decays to nothing, and comes back
+    quantizer.vq._codebook.update_ema()
+    for _ in range(400):
+        quantizer(z)
+    assert quantizer.vq.codebook.max() < 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DDCL
+
+
+def ddcl_plain(**options):
+    """DDCL that sees and gives its four numbers themselves: z -> tanh -> quantized."""
+    quantizer = DDCL(4, **options)
+    for linear in (quantizer.project_in, quantizer.project_out):
+        nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
+    return quantizer
+
+
+def test_ddcl_error_is_uniform_and_does_not_depend_on_the_number():
+    quantizer = ddcl_plain()
+    z = torch.randn(1, 20_000, 4) * 0.5
+    error = (quantizer(z)[0] - torch.tanh(z)) / quantizer.delta
+    assert error.abs().max() <= 0.5 + 1e-4
+    assert abs(error.mean()) < 0.01 and abs(error.var() - 1 / 12) < 0.002
+    assert abs(torch.corrcoef(torch.stack([error.flatten(), torch.tanh(z).flatten()]))[0, 1]) < 0.02
+
+
+def test_ddcl_gradient_is_that_of_the_expectation():
+    # E f(x + e) for f(x) = x^3, e uniform on (-d/2, d/2), is x^3 + x d^2 / 4: its derivative is 3 x^2 + d^2 / 4
+    quantizer = ddcl_plain(delta=1 / 2)
+    z = torch.full((1, 200_000, 4), 0.3, requires_grad=True)
+    quantizer(z)[0].pow(3).sum().backward()
+    x = math.tanh(0.3)
+    expected = (3 * x**2 + 0.25 / 4) * (1 - x**2)
+    assert abs(z.grad.mean().item() - expected) < 2e-3
+
+
+def test_ddcl_loss_is_the_expected_length_in_bits():
+    quantizer = ddcl_plain(comm_weight=0.5)
+    z = torch.randn(1, 9, 4)
+    bits = torch.log2(2 * torch.tanh(z).abs() * 15 + 1).sum(-1).mean()
+    assert torch.allclose(quantizer(z)[1], 0.5 * bits)
+
+
+def test_ddcl_eval_rounds_without_dither():
+    quantizer = ddcl_plain().eval()
+    z = torch.randn(1, 100, 4)
+    z_q, _, indices = quantizer(z)
+    message = (torch.tanh(z) * 15).round()
+    assert torch.allclose(z_q, message / 15, atol=1e-6)
+    digits = (message + 15).long()
+    assert torch.equal(indices, digits[..., 0] + 31 * digits[..., 1] + 31**2 * digits[..., 2] + 31**3 * digits[..., 3])
+    assert quantizer.codebook_size == 31**4
+
+
+def test_ddcl_training_draws_anew():
+    quantizer = ddcl_plain()
+    z = torch.randn(1, 100, 4)
+    assert not torch.equal(quantizer(z)[0], quantizer(z)[0])
