@@ -121,7 +121,7 @@ def test_straight_through_is_exact():
     assert torch.equal(z.grad, torch.ones(1000))
 
 
-@pytest.mark.parametrize("block", [1, 100, 2**24])
+@pytest.mark.parametrize("block", [1, 100, None])
 def test_nearest_code(block):
     x, codebook = torch.randn(50, 8), torch.randn(30, 8) * torch.rand(30, 1)
     assert torch.equal(nearest_code(x, codebook, block), torch.cdist(x, codebook).argmin(1))

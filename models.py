@@ -1,0 +1,380 @@
+"""Encoders, ViT decoder, VQRAE and patch discriminator.
+
+    images (B, 3, H, W) in [0, 1]
+      -> encoder    features z (B, C, h, w)
+      -> quantizer  z_q (B, C, h, w), loss, indices (B, h, w)      VQRAE.encode ends here
+      -> decoder    images (B, 3, H, W)                            VQRAE.decode
+"""
+import difflib
+import math
+import re
+import threading
+import urllib.request
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from quantizers import build_quantizer, check
+
+PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), LayerNorm without affine over dim
+
+
+# Short names of timm's encoders. Any other timm ViT goes by its own name.
+ENCODERS = {
+    "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
+    "siglip_l": "vit_large_patch16_siglip_256.webli",
+    "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
+    "siglip2_so400m": "vit_so400m_patch14_siglip_224.v2_webli",
+    "mae_b": "vit_base_patch16_224.mae",
+    "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
+}
+
+
+def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
+    """The encoder of that name: "cifar", which ships with the repository, a short name of ENCODERS, or a timm ViT's own.
+
+    pretrained: False leaves the weights random, to be loaded from a checkpoint.
+    Raises ValueError for an unknown name, RuntimeError where pretrained weights cannot be had.
+    """
+    if name == "cifar":
+        encoder = ConvEncoder(grid)
+        if pretrained:
+            encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
+        return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.3 times as fast on a CPU
+    known = ["cifar", *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
+    near = difflib.get_close_matches(name, known, n=3)
+    check(name in ENCODERS or timm.is_model(name) and "vit" in name, "ENCODER", name,
+          f"\"cifar\", {', '.join(ENCODERS)} or a ViT of timm's" + (f" (nearest: {', '.join(near)})" if near else ""))
+    return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
+
+
+def layer_norm(z: Tensor) -> Tensor:
+    """LayerNorm without affine over the channels of z (B, C, h, w), as RAE (2510.11690) ends its encoders."""
+    return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm. fuse() folds the second into the first, after pretraining."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1):
+        super().__init__()
+        padding = kernel // 2 if kernel % 2 else 0
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, bias=False)
+        self.norm = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def fuse(self):
+        self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), nn.Identity()
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1 = ConvNorm(dim, dim, 3)
+        self.conv2 = ConvNorm(dim, dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class ConvEncoder(nn.Module):
+    """The encoder that ships: 32x32 pictures to an 8x8 grid, made by pretrain.py.
+
+    Its features are deep and shallow ones side by side (as in 2606.11096): 192 channels of a residual network that
+    see the whole picture and tell what is in it, and 64 of a linear patch embedding that tell what it looks like.
+    """
+
+    patch = 4
+    dim = 256
+
+    def __init__(self, grid: int = 8, fused: bool = True):
+        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
+        super().__init__()
+        self.grid = grid
+        self.deep = nn.Sequential(
+            ConvNorm(3, 32, 3), nn.ReLU(),
+            ConvNorm(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
+            ConvNorm(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
+            ConvNorm(192, 192, 1),
+        )
+        self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
+        if fused:
+            self.fuse()
+
+    def fuse(self):
+        """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fuse()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (resize(images, self.patch * self.grid) - 0.5) / 0.25
+        return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
+
+
+class TimmEncoder(nn.Module):
+    """A pretrained ViT of timm's: patch tokens of the last layer, final norm without affine.
+
+    The input is grid * patch pixels a side; timm resamples the position embeddings to that grid.
+    """
+
+    def __init__(self, name: str, grid: int, pretrained: bool = True):
+        super().__init__()
+        patch = re.search(r"patch(\d+)", name)
+        check(patch is not None, "ENCODER", name, "ViTs with their patch size in their name")
+        self.grid = grid
+        self.size = grid * int(patch[1])
+        if pretrained:
+            require_weights(name)
+        self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size)
+        self.vit.reset_classifier(0, global_pool="")  # after loading: SigLIP with its pooling removed loads any weights
+        self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
+        self.vit.fc_norm = nn.Identity()
+        self.dim, self.depth, self.heads = self.vit.embed_dim, len(self.vit.blocks), self.vit.blocks[0].attn.num_heads
+        self.register_buffer("mean", torch.tensor(self.vit.pretrained_cfg["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.vit.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.vit.forward_features((resize(images, self.size) - self.mean) / self.std)
+        tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # class and register tokens dropped
+        return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def reachable(url: str, seconds: float = 8) -> bool:
+    """Whether url answers. A thread bounds the wait, which no time-out does where a network swallows packets."""
+    answers = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def require_weights(name: str):
+    """RuntimeError, within seconds, where timm's weights of that name are neither on disk nor to be downloaded."""
+    hub_id = timm.get_pretrained_cfg(name).hf_hub_id
+    cached = any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
+    if not cached and not reachable("https://huggingface.co"):
+        raise RuntimeError(f'the weights of {hub_id} are not in {HF_HUB_CACHE} and huggingface.co cannot be reached; '
+                           'ENCODER = "cifar" needs no download')
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """images (B, 3, H, W) -> (B, 3, size, size); unchanged where they have that size."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+def transformer(dim: int, depth: int, heads: int) -> nn.Sequential:
+    """timm's transformer blocks, on tokens (B, N, dim)"""
+    blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+    for block in blocks:  # on a CPU, torch's fused attention is slow backwards in bf16: a block of 64 tokens takes 1.2 times as long
+        block.attn.fused_attn = torch.cuda.is_available()
+    return blocks
+
+
+def on_tokens(blocks: nn.Module, z: Tensor) -> Tensor:
+    """Apply transformer blocks to a grid z (B, C, h, w)."""
+    return blocks(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
+
+
+class ViTDecoder(nn.Module):
+    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): transformer blocks, then a patch a token.
+
+    A token's patch is about twice as wide as its place, and where patches overlap they add up: side by side, they would
+    leave seams.
+    """
+
+    def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int, heads: int):
+        super().__init__()
+        stride = image_size // grid
+        overlap = stride // 2
+        self.fold = nn.Fold(image_size, kernel_size=stride + 2 * overlap, padding=overlap, stride=stride)
+        self.project_in = nn.Linear(dim, width)
+        self.position = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
+        self.blocks = transformer(width, depth, heads)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 3 * self.fold.kernel_size**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        tokens = self.blocks(self.project_in(z.flatten(2).transpose(1, 2)) + self.position)
+        patches = self.head(self.norm(tokens)).float().transpose(1, 2)
+        return 0.5 + 0.25 * self.fold(patches)  # a picture's mean and spread, near enough, to start with
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VQRAE
+
+
+class VQRAE(nn.Module):
+    """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
+
+    `config` holds the arguments it was built with; a checkpoint stores them, so that it can be built again.
+    """
+
+    def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
+                 image_size: int = 32, grid: int = 8, adapter_depth: int = 1, post_quant_kernel: int = 0,
+                 normalize: bool = False, decoder_width: int | None = None, decoder_depth: int | None = None,
+                 decoder_heads: int | None = None, pretrained: bool = True):
+        """
+        adapter_depth: transformer blocks between the encoder and the quantizer
+        post_quant_kernel: size of the convolution behind the quantizer, 0 for none
+        normalize: subtract the training features' mean and divide by their spread before the decoder
+        decoder_width, _depth, _heads: None for the encoder's own, or 192, 4 and 3 where it is no ViT
+        pretrained: False leaves the encoder's weights to a checkpoint
+        """
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
+        check(image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
+        check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or an odd number")
+        self.encoder = build_encoder(encoder, grid, pretrained)
+        dim = self.encoder.dim
+        width = decoder_width or (dim if isinstance(self.encoder, TimmEncoder) else 192)
+        depth = decoder_depth or getattr(self.encoder, "depth", 4)
+        heads = decoder_heads or getattr(self.encoder, "heads", 3)
+        check(width % heads == 0, "DECODER_HEADS", heads, f"a divisor of the decoder's width {width}")
+
+        block_heads = getattr(self.encoder, "heads", 4)
+        self.adapter = transformer(dim, adapter_depth, block_heads)
+        self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
+        self.predictor = transformer(dim, 1, block_heads)
+        self.post_quant_conv = nn.Conv2d(dim, dim, post_quant_kernel, padding="same") if post_quant_kernel else nn.Identity()
+        self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
+        self.register_buffer("feature_std", torch.ones(dim, 1, 1))
+        self.decoder = ViTDecoder(dim, image_size, grid, width, depth, heads)
+        self.set_stage(1)
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
+        return self.quantizer(on_tokens(self.adapter, z))
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, 3, H, W) in [0, 1] -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
+        return self.quantize(self.encoder(check_images(images)))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """z_q (B, C, h, w) -> images (B, 3, H, W); clamped to [0, 1] in eval mode alone, where no gradient is lost"""
+        expected = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
+        if z_q.shape[1:] != expected:
+            raise ValueError(f"z_q has shape {tuple(z_q.shape)}, allowed is (B, {', '.join(map(str, expected))})")
+        z = (self.post_quant_conv(z_q) - self.feature_mean) / self.feature_std
+        images = self.decoder(z)
+        return images if self.training else images.clamp(0, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), loss (scalar), indices (B, h, w)"""
+        z_q, loss, indices = self.encode(images)
+        return self.decode(z_q), loss, indices
+
+    @torch.no_grad()
+    def encode_to_indices(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64"""
+        return self.encode(images)[2]
+
+    def decode_from_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) -> images (B, 3, H, W)"""
+        return self.decode(self.quantizer.indices_to_codes(indices))
+
+    def predict_features(self, z_q: Tensor) -> Tensor:
+        """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as far as the tokens tell them"""
+        return on_tokens(self.predictor, z_q)
+
+    def features_from_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) -> what the tokens say about the picture: features (B, C, h, w)"""
+        return self.predict_features(self.quantizer.indices_to_codes(indices))
+
+    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
+        of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q."""
+        return F.mse_loss(z, teacher_z), F.mse_loss(self.predict_features(z_q).float(), teacher_z)
+
+    @torch.no_grad()
+    def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
+        """indices of any shape -> how often each code occurs (codebook_size,), the share of codes used, and the
+        perplexity exp(-sum p log p), between 1 and codebook_size."""
+        counts = torch.bincount(indices.flatten(), minlength=self.quantizer.codebook_size)
+        p = counts[counts > 0].double() / counts.sum()
+        return counts, (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
+
+    def set_stage(self, stage: int):
+        """1: the encoder is frozen and stays in eval mode. 2: everything learns."""
+        check(stage in (1, 2), "stage", stage, "1 or 2")
+        self.stage = stage
+        self.encoder.requires_grad_(stage == 2)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.stage == 1:
+            self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def set_normalization(self, z: Tensor):
+        """Take the mean and spread of each channel from a sample of training features z (B, C, h, w)."""
+        self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
+        self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
+
+
+def check_images(images: Tensor) -> Tensor:
+    """ValueError where images are not (B, 3, H, W) floats in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, allowed is (B, 3, H, W)")
+    if not images.dtype.is_floating_point:
+        raise ValueError(f"images have type {images.dtype}, allowed are floating-point numbers in [0, 1]")
+    if not (images.min() >= 0 and images.max() <= 1):  # so that NaN fails as well
+        raise ValueError(f"images run from {images.min():.3g} to {images.max():.3g}, allowed is [0, 1]")
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patch discriminator
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 pictures.
+
+    Two strided layers at 32 pixels, one more each time the size doubles: three would leave 2x2 logits there.
+    """
+
+    def __init__(self, image_size: int = 32, width: int = 64):
+        super().__init__()
+        strided = max(2, round(math.log2(image_size / 8)))
+        widths = [3] + [min(width * 2**i, 512) for i in range(strided)]
+        layers = []
+        for dim_in, dim_out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(dim_in, dim_out, 4, stride=2, padding=1),
+                       nn.GroupNorm(8, dim_out) if dim_in > 3 else nn.Identity(), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images * 2 - 1)

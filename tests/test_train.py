@@ -1,0 +1,151 @@
+"""train.py itself, on a few pictures."""
+import csv
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models import build_encoder
+from quantizers import QUANTIZERS
+from utils import load_checkpoint, load_torch, save_torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
+         "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(...) runs train.py with these constants in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        torch.manual_seed(123)  # what happened before makes no difference
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+    return run
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_two_stages(quantizer, train, folder, capsys):
+    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *SMALL]
+    train(*arguments)
+    outputs, = Path("outputs").iterdir()
+    checkpoints = Path("checkpoints", outputs.name)
+    assert outputs.name.startswith(f"tiny_cifar_{quantizer}_")
+    for name in ("stage1_epoch_001.png", "stage1_epoch_002.png", "stage2_epoch_001.png", "final.png", "usage.png", "curves.png",
+                 "usage_curve.png"):
+        assert min(Image.open(outputs / name).size) > 100
+    table = rows(outputs / "metrics.csv")
+    assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [("tiny", "1", "1"), ("tiny", "1", "2"), ("tiny", "2", "1")]
+    for row in table:
+        assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["pictures_per_second"]) > 0
+        assert 0 < float(row["usage"]) <= 1 and float(row["perplexity"]) >= 1 and float(row["predict_loss"]) > 0
+        assert (float(row["distill_loss"]) > 0) == (row["stage"] == "2")
+    assert float(table[1]["loss"]) < float(table[0]["loss"])
+    assert {f.name for f in checkpoints.iterdir()} == {
+        f"{quantizer}_stage1_best.pt", f"{quantizer}_stage1_epoch_1.pt", f"{quantizer}_stage1_epoch_2.pt",
+        f"{quantizer}_stage2_best.pt", f"{quantizer}_stage2_epoch_1.pt", "last.pt"}
+    original = build_encoder("cifar", 8).state_dict()
+    for stage, changed in ((1, False), (2, True)):
+        model = load_checkpoint(checkpoints / f"{quantizer}_stage{stage}_best.pt")
+        assert model.stage == stage and not model.training
+        assert any(not torch.equal(v, original[k]) for k, v in model.encoder.state_dict().items()) == changed
+        output = model.decode_from_indices(model.encode_to_indices(torch.rand(1, 3, 32, 32)))
+        assert output.shape == (1, 3, 32, 32)
+
+    capsys.readouterr()
+    train(*arguments)  # the same constants: nothing is trained again
+    assert "finished" in capsys.readouterr().out and rows(outputs / "metrics.csv") == table
+    train(*arguments, "SEED=1", "STAGES=(1,)")  # others: another run, and this one's files stay
+    assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
+
+
+def test_gan_begins_where_it_should(train, folder):
+    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "GAN_START=0.5", "GAN_WEIGHT=0.1")
+    first, second = rows(next(Path("outputs").iterdir()) / "metrics.csv")
+    assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, folder, capsys):
+    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ddcl"]  # with dither: the random state matters
+    train(*arguments)
+    outputs, = Path("outputs").iterdir()
+    table = rows(outputs / "metrics.csv")
+    last = Path("checkpoints", outputs.name, "last.pt")
+    end = load_torch(last)["model"]
+    shutil.rmtree("outputs"), shutil.rmtree("checkpoints")
+
+    with pytest.MonkeyPatch.context() as patch:  # stopped in stage 1, between its epochs
+        def save_and_stop(path, content):
+            save_torch(path, content)
+            if path.name == "last.pt":
+                raise KeyboardInterrupt
+
+        patch.setattr("utils.save_torch", save_and_stop)
+        with pytest.raises(SystemExit, match="goes on"):
+            train(*arguments)
+    assert len(rows(outputs / "metrics.csv")) == 1
+    train(*arguments)
+    assert "going on after stage 1, epoch 1" in capsys.readouterr().out
+    timings = ("seconds", "pictures_per_second")
+    assert [{k: v for k, v in row.items() if k not in timings} for row in rows(outputs / "metrics.csv")] == \
+           [{k: v for k, v in row.items() if k not in timings} for row in table]
+    assert all(torch.equal(v, end[k]) for k, v in load_torch(last)["model"].items())
+
+
+def test_stage_2_from_a_checkpoint(train, folder):
+    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)")
+    first, = Path("checkpoints").iterdir()
+    checkpoint = first / "fsq_stage1_best.pt"
+    train(f"DATASET={folder}", *SMALL, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}")
+    second, = set(Path("checkpoints").iterdir()) - {first}
+    assert load_checkpoint(second / "fsq_stage2_best.pt").stage == 2
+    for wrong in (["POST_QUANT_KERNEL=1"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
+        with pytest.raises(SystemExit, match="STAGE1_CHECKPOINT"):
+            train(f"DATASET={folder}", *SMALL, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}", *wrong)
+
+
+@pytest.mark.parametrize("argument", [
+    "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5", "GRID=0",
+    "QUANTIZER=vq", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
+    "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1",
+    "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
+    "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
+    "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EVAL_PICTURES=0", "BATCH_SIZE=0",
+    "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
+    "SEED=-1", "QUANTIZER", "NONSENSE=1", "DEVICE=tpu",
+])
+def test_a_wrong_constant_ends_in_one_line(argument, train, folder):
+    name = argument.split("=")[0]
+    given = [] if name == "DATASET" else [f"DATASET={folder}"]
+    quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"]}.get(name, [])
+    with pytest.raises(SystemExit) as error:
+        train(*given, *quantizer, argument)
+    message = str(error.value.code)
+    assert "\n" not in message and message.startswith("train.py: ") and name in message and "allowed" in message
+    assert not Path("outputs").exists() and not Path("checkpoints").exists()
+
+
+def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
+    monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf))
+    with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
+        train(f"DATASET={folder}", *SMALL)
+
+
+def test_command_line(tmp_path, folder):
+    """As a user runs it: a process of its own, one clear line for a mistake."""
+    run = subprocess.run([sys.executable, ROOT / "train.py", "QUANTIZER=fqs"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert run.stderr == 'train.py: QUANTIZER = \'fqs\', allowed: "fsq", "simvq", "ema_vq", "ddcl"\n'

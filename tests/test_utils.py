@@ -1,0 +1,250 @@
+import hashlib
+import pickle
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision import datasets
+
+import utils
+from models import VQRAE
+from utils import (FeatureCache, digest, draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr,
+                   read_constants, save_checkpoint, save_grid, ssim, to_float, write_file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_shapes():
+    data = draw_shapes(32, train=200, test=100)
+    assert data.name == "shapes" and data.train_images.shape == (200, 3, 32, 32) and data.train_images.dtype == torch.uint8
+    assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [30] * 10
+    assert torch.equal(draw_shapes(32, train=200, test=100).train_images, data.train_images)
+    assert not torch.equal(draw_shapes(32, train=200, test=100, seed=1).train_images, data.train_images)
+    assert draw_shapes(50, train=10, test=10).test_images.shape == (10, 3, 50, 50)
+
+
+@pytest.mark.parametrize("shape, area", [("circle", np.pi), ("ring", np.pi * 0.75), ("ellipse", np.pi / 2.2),
+                                         ("square", 2), ("triangle", 3 * np.sqrt(3) / 4), ("hexagon", 3 * np.sqrt(3) / 2),
+                                         ("star", 5 * 0.42 * np.sin(np.pi / 5)), ("cross", 4 * 0.66 - 0.66**2),
+                                         ("heart", 1 + np.pi / 4)])
+def test_shapes_have_the_area_of_their_kind(shape, area):
+    y, x = torch.meshgrid(*[torch.linspace(-1.5, 1.5, 601)] * 2, indexing="ij")
+    assert (utils._distance(shape, x, y) < 0).float().mean().item() * 9 == pytest.approx(area, rel=0.02)
+
+
+def test_folder(folder):
+    data = load_dataset(str(folder), 32)
+    assert data.name == "tiny" and data.classes == ["star", "triangle"]
+    assert data.train_images.shape == (len(data.train_labels), 3, 32, 32)
+    triangles = {np.array(Image.open(file)).tobytes() for file in (folder / "train" / "triangle").iterdir()}
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in data.train_images[data.train_labels == 1]} == triangles
+    assert 0.3 < data.train_labels[:20].float().mean() < 0.7  # shuffled, not class by class
+    assert torch.equal(load_dataset(str(folder), 32).train_images, data.train_images)
+
+
+def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK", "1"]):
+            Image.new(mode, (50 + i, 40)).save(tmp_path / split / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    (tmp_path / "train" / "broken.png").write_bytes(b"no picture")
+    whole = (tmp_path / "train" / "0.png").read_bytes()
+    (tmp_path / "train" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train" / "notes.txt").write_text("not a picture's name")
+    data = load_dataset(str(tmp_path), 24)
+    assert data.train_images.shape == (6, 3, 24, 24) and data.train_labels is None and data.classes == []
+    out = capsys.readouterr()
+    assert "2 of 8 files could not be read" in out.out
+    assert "broken.png" in out.out + out.err and "cut.png" in out.out + out.err
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(ValueError, match="DATASET"):
+        load_dataset(str(tmp_path / "nowhere"), 32)
+    with pytest.raises(ValueError, match="none there can be read"):
+        load_dataset(str(tmp_path), 32)
+    for path in ("train/cat", "train/dog", "test/cat"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / path / "a.png")
+    with pytest.raises(ValueError, match="same class folders"):
+        load_dataset(str(tmp_path), 32)
+
+
+@pytest.fixture
+def cifar_on_disk(tmp_path, monkeypatch):
+    """Files in CIFAR-10's own format, their checksums told to torchvision."""
+    base = tmp_path / datasets.CIFAR10.base_folder
+    base.mkdir()
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 3072), dtype=np.uint8)
+    lists = [[[name, write(name, {"data": pictures[i], "labels": list(range(8))})]] for i, name in enumerate(["data_batch_1", "test_batch"])]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[0])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[1])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", {"label_names": list("abcdefghij")})}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return tmp_path, pictures
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+def test_cifar_from_disk(name, cifar_on_disk, monkeypatch):
+    path, pictures = cifar_on_disk
+    monkeypatch.setattr(utils, "reachable", lambda url: pytest.fail("the network was asked"))
+    data = load_dataset(name, 32, str(path))
+    assert data.name == "cifar10" and data.classes == list("abcdefghij")
+    assert np.array_equal(data.train_images.numpy(), pictures[0].reshape(8, 3, 32, 32))
+    assert np.array_equal(data.test_images.numpy(), pictures[1].reshape(8, 3, 32, 32))
+    assert data.train_labels.tolist() == list(range(8))
+    assert load_dataset(name, 48, str(path)).train_images.shape == (8, 3, 48, 48)
+
+
+def test_cifar_out_of_reach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "reachable", lambda url: False)
+    monkeypatch.setattr(utils, "draw_shapes", lambda size: draw_shapes(size, train=10, test=10))
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(RuntimeError, match="cannot be reached"):
+            load_dataset(name, 32, str(tmp_path))
+    assert load_dataset("auto", 32, str(tmp_path)).name == "shapes"
+    message = capsys.readouterr().out
+    assert message.count("\n") == 1 and "cannot be reached" in message and "shapes" in message
+
+
+def test_reachable_gives_up(monkeypatch):
+    import time
+
+    import models
+
+    monkeypatch.setattr(models.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(3) or open("/dev/null"))  # swallows packets
+    start = time.time()
+    assert not models.reachable("https://example.org", seconds=0.2)
+    assert time.time() - start < 2
+
+
+def test_features_are_computed_once():
+    class Encoder(torch.nn.Module):
+        dim, grid, seen = 4, 2, 0
+
+        def forward(self, images):
+            self.seen += len(images)
+            return images[:, :1, :2, :2].repeat(1, 4, 1, 1)
+
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    for limit, seen in ((1.0, 10), (0.0, 18)):
+        encoder = Encoder()
+        features = FeatureCache(encoder, images, limit)
+        for index in ([1, 3, 5], [5, 1], [0, 2, 4, 6, 7, 8, 9], [9, 0, 3, 3, 1, 2]):
+            expected = Encoder()(to_float(images[index]))
+            assert torch.allclose(features[torch.tensor(index)], expected, atol=2e-3)
+        assert encoder.seen == seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_psnr_and_ssim_agree_with_scikit_image():
+    data = draw_shapes(32, train=8, test=8)
+    targets = to_float(data.train_images)
+    images = targets + torch.randn_like(targets) * torch.linspace(0.02, 0.2, 8).view(-1, 1, 1, 1)
+    for i in range(8):
+        a, b = images[i].clamp(0, 1).permute(1, 2, 0).double().numpy(), targets[i].permute(1, 2, 0).double().numpy()
+        assert psnr(images, targets)[i].item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1), abs=1e-3)
+        expected = structural_similarity(b, a, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        assert ssim(images, targets)[i].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_evaluate_is_the_mean_over_pictures():
+    model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2).train()
+    images = draw_shapes(32, train=30, test=1).train_images
+    metrics, counts, reconstructions = evaluate(model, images, batch_size=7)
+    assert model.training
+    output, _, indices = model.eval()(to_float(images))
+    assert metrics["psnr"] == pytest.approx(psnr(output, to_float(images)).mean().item(), abs=1e-3)
+    assert metrics["ssim"] == pytest.approx(ssim(output, to_float(images)).mean().item(), abs=1e-4)
+    assert counts.sum() == 30 * 64 and metrics["usage"] == indices.unique().numel() / 240
+    assert (reconstructions.float() / 255 - output).abs().max() <= 0.5 / 255 + 1e-3
+
+
+def test_linear_probe():
+    x, y = torch.randn(600, 8), torch.arange(600) % 3
+    x[torch.arange(600), y] += 8
+    assert linear_probe(x[:400], y[:400], x[400:], y[400:]) > 0.99
+    assert linear_probe(x[:400], y[torch.randperm(400)], x[400:], y[400:]) < 0.6
+
+
+def test_grid_has_originals_above(tmp_path):
+    originals, reconstructions = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.full((8, 3, 32, 32), 200, dtype=torch.uint8)
+    save_grid(tmp_path / "grid.png", originals, reconstructions, columns=4)
+    grid = np.array(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (4 * 130 + 2, 4 * 130 + 2, 3)
+    assert (grid[2:130, 2:130] == 0).all() and (grid[132:260, 2:130] == 0).all() and (grid[262:390, 2:130] == 200).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants, files and checkpoints
+
+
+def test_constants_from_the_command_line(monkeypatch):
+    namespace = {"QUANTIZER": "fsq", "EPOCHS": (30, 10), "SEED": 0, "path": 1}
+    monkeypatch.setattr(sys, "argv", ["train.py", "QUANTIZER=simvq", "EPOCHS=(2, 1)"])
+    assert read_constants(namespace) == {"QUANTIZER": "simvq", "EPOCHS": (2, 1), "SEED": 0}
+    assert namespace["QUANTIZER"] == "simvq"
+    monkeypatch.setattr(sys, "argv", ["train.py", "QUANTISER=simvq"])
+    with pytest.raises(ValueError, match="QUANTIZER"):
+        read_constants(namespace)
+    assert digest({"A": 1, "B": 2}) == digest({"B": 2, "A": 1}) != digest({"A": 1, "B": 3})
+
+
+@pytest.mark.parametrize("quantizer, options", [("fsq", {"levels": [8, 6, 5]}), ("simvq", {"codebook_size": 64, "code_dim": 8}),
+                                                ("ema_vq", {"codebook_size": 64, "code_dim": 8}), ("ddcl", {})])
+def test_checkpoint_gives_back_the_model(tmp_path, quantizer, options):
+    model = VQRAE("cifar", quantizer, options, post_quant_kernel=1, normalize=True, decoder_width=64, decoder_depth=1, decoder_heads=2)
+    images = torch.rand(2, 3, 32, 32)
+    model(images)
+    model.set_stage(2)
+    save_checkpoint(tmp_path / "a.pt", model, metrics={"psnr": 20.0})
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert not loaded.training and loaded.stage == 2 and load_torch(tmp_path / "a.pt")["metrics"] == {"psnr": 20.0}
+    assert torch.equal(loaded(images)[0], model.eval()(images)[0])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def test_broken_checkpoints_are_refused_by_name(tmp_path, capsys):
+    model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2)
+    save_checkpoint(tmp_path / "good.pt", model)
+    good = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    flipped = bytearray(good)
+    flipped[entry.header_offset + 1000] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
+    torch.save({"config": Malicious(), "stage": 1, "model": {}}, tmp_path / "malicious.pt")
+    for name in ("missing", "cut", "flipped", "text", "foreign", "malicious"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_file(tmp_path / "a", b"old")
+    monkeypatch.setattr(utils.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError):
+        write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"

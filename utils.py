@@ -1,0 +1,441 @@
+"""Data, metrics, grids and plots, checkpoints."""
+import ast
+import csv
+import difflib
+import hashlib
+import io
+import math
+import os
+import random
+import socket
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchvision import datasets
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from models import VQRAE, reachable
+from quantizers import check
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+
+
+def read_constants(namespace: dict) -> dict:
+    """Replace constants by NAME=value arguments of the command line, and return all of them.
+
+    `python train.py QUANTIZER=simvq BATCH_SIZE=64` does what editing the two lines would. Raises ValueError for a name
+    that is no constant. Values are Python literals; a word that is none is a string.
+    """
+    constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple, list, type(None)))}
+    for argument in sys.argv[1:]:
+        name, sign, text = argument.partition("=")
+        near = difflib.get_close_matches(name.upper(), constants, n=3)
+        check(sign and name in constants, "argument", argument, "NAME=value" + (f" with a NAME such as {', '.join(near)}" if near else ""))
+        try:
+            constants[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            constants[name] = text
+    namespace.update(constants)
+    return constants
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: one uint8 tensor a split, batched by indexing
+
+
+class Pictures(NamedTuple):
+    """A data set in memory. Labels are None where a folder has no classes."""
+
+    name: str  # stands in every output's path, so that no run is taken for one on other pictures
+    train_images: Tensor  # (N, 3, H, W) uint8
+    train_labels: Tensor | None  # (N,) int64
+    test_images: Tensor
+    test_labels: Tensor | None
+    classes: list[str]
+
+
+def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures:
+    """Pictures of "cifar10", "cifar100", "shapes" or a folder, image_size pixels a side.
+
+    "auto" is CIFAR-10 where it is on disk or can be downloaded, else "shapes", after a line that says so.
+    Raises ValueError for an unknown name, RuntimeError where the data cannot be had.
+    """
+    if name == "auto":
+        try:
+            return load_cifar("cifar10", image_size, data_dir)
+        except RuntimeError as error:
+            print(f'DATASET = "auto": {error}; training on drawn pictures instead, "shapes"')
+            return draw_shapes(image_size)
+    if name in ("cifar10", "cifar100"):
+        return load_cifar(name, image_size, data_dir)
+    if name == "shapes":
+        return draw_shapes(image_size)
+    check(Path(name).is_dir(), "DATASET", name, '"auto", "cifar10", "cifar100", "shapes" or a folder with train/ and test/ in it')
+    return load_folder(Path(name), image_size)
+
+
+def load_cifar(name: str, image_size: int, data_dir: str) -> Pictures:
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        train = source(data_dir, train=True)  # verifies the files' checksums
+    except RuntimeError:
+        if not reachable(source.url):
+            raise RuntimeError(f"{name} is not in {data_dir}/ and {source.url} cannot be reached") from None
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(15)  # a download that stalls; torchvision sets no time-out
+        try:
+            train = source(data_dir, train=True, download=True)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"{name} could not be downloaded from {source.url} ({error})") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    test = source(data_dir, train=False)
+    images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
+    if image_size != 32:
+        images = [torch.cat([F.interpolate(b.float(), image_size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+                             for b in x.split(1000)]) for x in images]
+    return Pictures(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+
+
+def load_folder(path: Path, image_size: int) -> Pictures:
+    """Read path/train and path/test, each with a folder a class or pictures alone.
+
+    Pictures are converted to RGB, resized and cropped at the centre, and shuffled, always alike: the first thousand are
+    then a fair sample. Files that cannot be read are named and skipped.
+    Raises ValueError where a split has no picture that can be read, or the splits' classes differ.
+    """
+    splits, classes = [], None
+    for split in ("train", "test"):
+        files = sorted(f for f in (path / split).rglob("*")
+                       if f.suffix.lower() in Image.registered_extensions() and f.is_file())
+        found = sorted({f.relative_to(path / split).parts[0] for f in files if f.parent != path / split})
+        check(classes in (None, found), "DATASET", str(path), f"the same class folders in train/ and test/, not {classes} and {found}")
+        classes = found
+        random.Random(0).shuffle(files)
+        images, labels, unreadable = [], [], 0
+        for file in tqdm(files, f"reading {split}", leave=False):
+            try:
+                with Image.open(file) as image:
+                    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+                tqdm.write(f"skipping {file}: {error}")
+                unreadable += 1
+                continue
+            images.append(np.asarray(image))
+            labels.append(classes.index(file.relative_to(path / split).parts[0]) if classes else 0)
+        if unreadable:
+            print(f"{path / split}: {unreadable} of {len(files)} files could not be read and were skipped")
+        check(images, "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
+        splits += [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels) if classes else None]
+    return Pictures(path.resolve().name, *splits, classes)
+
+
+SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
+
+
+def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Pictures:
+    """Ten kinds of shapes, anti-aliased, of any colour, place, size, rotation and texture, on any background."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
+    images = torch.cat([_draw(batch, image_size, generator) for batch in labels.split(1000)])
+    return Pictures("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES)
+
+
+def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """labels (B,) -> images (B, 3, size, size), uint8"""
+    b = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(b, *shape, generator=generator)
+
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")  # -1 to 1
+
+    def rotate(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
+
+    def texture() -> Tensor:
+        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks"""
+        u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x, y)
+        frequency, phase = uniform(3, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+        kind = torch.randint(4, (b, 1, 1), generator=generator)
+        waves = (frequency * u + phase).sin()
+        mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
+        first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+        return first + (second - first) * (mix[:, None] + 1) / 2
+
+    scale = uniform(0.3, 0.7, 1, 1)
+    u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1))
+    u, v = u / scale, v / scale
+    distance = torch.empty(b, size, size)  # to the outline, in units of the shape's radius; negative inside
+    for label, shape in enumerate(SHAPES):
+        of_kind = labels == label
+        distance[of_kind] = _distance(shape, u[of_kind], v[of_kind])
+    coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
+    background, foreground = texture(), texture()
+    noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
+    return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
+
+
+def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance of points to the outline of a shape of radius 1 (for the ellipse, nearly)."""
+    radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
+
+    def polygon(corners: int) -> Tensor:
+        sector = 2 * math.pi / corners
+        return radius * (angle % sector - sector / 2).cos() - math.cos(sector / 2)
+
+    def box(width: float, height: float) -> Tensor:
+        return torch.maximum(x.abs() - width, y.abs() - height)
+
+    if shape == "circle":
+        return radius - 1
+    if shape == "ring":
+        return (radius - 0.75).abs() - 0.25
+    if shape == "ellipse":
+        return (x**2 + (2.2 * y) ** 2).sqrt() - 1
+    if shape in ("triangle", "square", "hexagon"):
+        return polygon({"triangle": 3, "square": 4, "hexagon": 6}[shape])
+    if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
+        folded = (angle % (math.pi / 2.5) - math.pi / 5).abs()
+        px, py = radius * (math.pi / 5 - folded).cos(), radius * (math.pi / 5 - folded).sin()
+        notch = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
+        length = math.hypot(1 - notch[0], notch[1])
+        return ((px - 1) * notch[1] + py * (1 - notch[0])) / length
+    if shape == "cross":
+        return torch.minimum(box(1, 0.33), box(0.33, 1))
+    if shape == "crescent":
+        return torch.maximum(radius - 1, 0.8 - ((x - 0.5) ** 2 + y**2).sqrt())
+    lobes = torch.minimum(((x - 0.5) ** 2 + y**2).sqrt(), (x**2 + (y - 0.5) ** 2).sqrt()) - 0.5
+    return torch.minimum(box(0.5, 0.5), lobes)  # heart: a square with a half disc on two sides
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float in [0, 1]"""
+    return images.float() / 255
+
+
+class FeatureCache:
+    """A frozen encoder's features of the training pictures, each computed once, when first asked for.
+
+    They are kept as bf16, which is what autocast makes of them anyway. Above `limit_gb` nothing is kept.
+    """
+
+    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float):
+        self.encoder, self.images = encoder, images
+        self.features = None
+        if len(images) * encoder.dim * encoder.grid**2 * 2 <= limit_gb * 1e9:
+            shape = (len(images), encoder.grid, encoder.grid, encoder.dim)
+            self.features = torch.empty(shape, dtype=torch.bfloat16, device=images.device)
+            self.missing = torch.ones(len(images), dtype=torch.bool, device=images.device)
+            self.complete = False  # spares the look at `missing`, which a GPU would have to wait for
+
+    @torch.no_grad()
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """index (B,) -> features (B, C, h, w) of those pictures, fp32"""
+        if self.features is None:
+            return self.encoder(to_float(self.images[index])).float()
+        if not self.complete:
+            new = index[self.missing[index]]
+            if len(new):
+                self.features[new] = self.encoder(to_float(self.images[new])).permute(0, 2, 3, 1).bfloat16()
+                self.missing[new] = False
+                self.complete = not self.missing.any()
+        return self.features[index].float().permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture (B,), in dB; both (B, 3, H, W), clamped to [0, 1]."""
+    return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
+    """Structural similarity of each picture (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
+
+    Over whole 11x11 windows alone, as defined and as in scikit-image; torchmetrics' own mean has padded ones in it.
+    """
+    _, full = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,
+                                                  reduction="none", return_full_image=True)
+    return full[..., 5:-5, 5:-5].mean((1, 2, 3))
+
+
+@torch.no_grad()
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict, Tensor, Tensor]:
+    """Reconstruct uint8 images (N, 3, H, W) from their tokens.
+
+    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity), how often each code was used
+    (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
+    """
+    was_training = model.training
+    model.eval()
+    sums, indices, reconstructions = torch.zeros(2, device=images.device), [], []
+    for batch in images.split(batch_size):
+        targets = to_float(batch)
+        indices.append(model.encode_to_indices(targets))
+        output = model.decode_from_indices(indices[-1]).float()
+        sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
+        reconstructions.append((output * 255).round().byte())
+    counts, usage, perplexity = model.get_codebook_usage(torch.cat(indices))
+    model.train(was_training)
+    mean_psnr, mean_ssim = (sums / len(images)).tolist()
+    return {"psnr": mean_psnr, "ssim": mean_ssim, "usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
+
+
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
+    """Test accuracy in [0, 1] of logistic regression on features x (N, C) with labels y (N,)."""
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
+    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(train_x), train_y) + 1e-4 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (probe(test_x).argmax(1) == test_y).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids and plots
+
+
+def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: int):
+    """Write a grid of uint8 pictures (N, 3, H, W): originals in the upper half, their reconstructions below.
+
+    Pictures under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
+    """
+    zoom = max(1, 128 // originals.shape[-1])
+    pictures = torch.cat([originals, reconstructions]).cpu()
+    pictures = pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grid = make_grid(pictures, nrow=columns, padding=2, pad_value=255)
+    with io.BytesIO() as png:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, "PNG")
+        write_file(path, png.getvalue())
+
+
+def save_figure(path: Path, figure: Figure):
+    with io.BytesIO() as png:
+        figure.savefig(png, dpi=120, bbox_inches="tight")
+        write_file(path, png.getvalue())
+
+
+def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
+    """How often each code was used, sorted, on logarithmic axes; metrics as from evaluate."""
+    used = counts[counts > 0].sort(descending=True).values.cpu()
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.loglog(range(1, len(used) + 1), used)
+    axes.axvline(len(counts), color="grey", linestyle=":", label=f"codebook size {len(counts):,}")
+    axes.set(xlabel="code, by rank", ylabel="times used",
+             title=f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}")
+    axes.legend()
+    save_figure(path, figure)
+
+
+def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
+    """One small plot for each column of metrics.csv, over the epochs of both stages."""
+    rows = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
+    figure.suptitle(title)
+    for axes, name in zip(figure.subplots(rows, 3, squeeze=False).flat, names):
+        for stage in sorted({row["stage"] for row in history}):
+            points = [(i, row[name]) for i, row in enumerate(history, 1) if row["stage"] == stage and row[name] is not None]
+            axes.plot(*zip(*points) if points else ([], []), ".-", label=f"stage {stage}")
+        axes.set(title=name, xlabel="epoch")
+        axes.legend()
+    save_figure(path, figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and checkpoints
+
+
+def write_file(path: Path, content: bytes):
+    """Write a file whole or not at all: a reader, or a run that is killed, never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_csv(path: Path, rows: list[dict]):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def save_torch(path: Path, content: dict):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_torch(path: str | Path) -> dict:
+    """Load a file of torch.save's, tensors and plain values alone. ValueError where it is broken or something else."""
+    check(Path(path).is_file(), "checkpoint", str(path), "an existing file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # the container's checksums, which torch does not look at
+        if broken is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        reason = f"{broken} in it is damaged"
+    except Exception as error:  # zipfile, zlib and pickle raise many kinds for a broken file
+        reason = str(error).split("\n")[0]
+    raise ValueError(f"checkpoint {path} cannot be read: {reason}")
+
+
+def save_checkpoint(path: Path, model: VQRAE, **facts):
+    """Write a self-describing checkpoint: the model's config and weights, and `facts` such as metrics and constants."""
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **facts})
+
+
+def load_checkpoint(path: str | Path) -> VQRAE:
+    """A ready VQRAE in eval mode from a checkpoint of train.py's, offline, whatever the constants now say.
+
+    Raises ValueError for a file that is no such checkpoint, or a broken one. What else the file holds (metrics,
+    constants) is in load_torch(path).
+    """
+    content = load_torch(path)
+    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path), "a checkpoint of train.py's")
+    model = VQRAE(**content["config"], pretrained=False)
+    model.load_state_dict(content["model"])
+    return model.set_stage(content["stage"]).eval()
+
+
+def random_state() -> dict:
+    """Everything random that a run depends on, in types that load with weights_only."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state: dict):
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def digest(constants: dict) -> str:
+    """Six letters that differ where a constant differs."""
+    return hashlib.sha256(repr(sorted(constants.items())).encode()).hexdigest()[:6]
