@@ -1,0 +1,325 @@
+"""Train a VQRAE (2511.23386): pictures to discrete tokens in a pretrained encoder's feature space, and back.
+
+    python train.py                                    with the constants below
+    python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
+
+Stage 1: the encoder is frozen; adapter, quantizer and decoder learn. Stage 2: everything learns, gently, and the encoder
+is held to what it was. Look at outputs/<run>/ while it runs; checkpoints go to checkpoints/<run>/. A run that was
+stopped goes on after its last epoch; a changed constant is a new run.
+"""
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import VGG16_Weights
+from tqdm import tqdm
+
+from models import VQRAE, PatchDiscriminator, reachable
+from quantizers import QUANTIZERS, check
+from utils import (FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch, plot_curves,
+                   plot_usage, random_state, read_constants, save_checkpoint, save_grid, save_torch, set_random_state,
+                   to_float, write_csv, write_file)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# pictures
+DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
+IMAGE_SIZE = 32
+# encoder and quantizer
+ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see README
+GRID = 8  # tokens a side: 8 x 8 = 64 tokens a picture
+QUANTIZER = "fsq"  # "fsq", "simvq", "ema_vq", "ddcl"
+FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
+SIMVQ_CODEBOOK_SIZE = 16384
+SIMVQ_CODE_DIM = 8  # numbers in a code; None: as many as the encoder's features have, as in the papers
+EMA_CODEBOOK_SIZE = 8192
+EMA_CODE_DIM = 16
+DDCL_DELTA = 1 / 15  # step of DDCL's four numbers in [-1, 1]
+DDCL_COMM_WEIGHT = 1e-3  # a bit of message costs this much
+ADAPTER_DEPTH = 1  # transformer blocks before the quantizer
+POST_QUANT_KERNEL = 3  # convolution behind the quantizer, as in Cosmos-Tokenizer; 0: none
+NORMALIZE = False  # decode from features normalised with the training pictures' mean and spread
+# decoder; None: the encoder's own where it is a ViT, else 192, 4, 3. ViT-XL is 1152, 28, 16
+DECODER_WIDTH = None
+DECODER_DEPTH = None
+DECODER_HEADS = None
+# losses, as weights
+L2_WEIGHT = 16.0  # pixels in [0, 1] have a variance of about 1/16: puts all losses on one scale
+PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
+PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
+GAN_WEIGHT = 0.5 if DEVICE == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
+GAN_START = 0.5  # after this share of stage 1
+PREDICT_WEIGHT = 0.5  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
+# training
+STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT
+STAGE1_CHECKPOINT = None  # a path, for STAGES = (2,)
+EPOCHS = (30, 10) if DEVICE == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
+EPOCH_PICTURES = None if DEVICE == "cuda" else 6_250  # how many make an epoch; None: all
+EVAL_PICTURES = None if DEVICE == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
+BATCH_SIZE = 128 if DEVICE == "cuda" else 64
+LEARNING_RATE = (1e-3, 1e-5) if DEVICE == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
+FEATURE_CACHE_GB = 4.0  # memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
+KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
+SEED = 0
+
+
+class Run(NamedTuple):
+    """What a run is known by, and where its files go. The same constants find the same files again."""
+
+    name: str
+    constants: dict
+    outputs: Path
+    checkpoints: Path
+
+
+def main():
+    # what there is to learn from, and the model
+    try:
+        constants = read_constants(globals())
+        check_constants()
+        data = load_dataset(DATASET, IMAGE_SIZE)
+        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
+        torch.manual_seed(SEED)
+        model = build_model()
+        lpips = build_lpips().to(DEVICE) if PERCEPTUAL == "lpips" else None
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    data = data._replace(train_images=data.train_images.to(DEVICE), test_images=data.test_images.to(DEVICE))
+    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
+    features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB)
+    if NORMALIZE and 1 in STAGES:
+        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0).to(DEVICE)])
+
+    if DATASET == "auto":
+        constants["DATASET"] = data.name
+    name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants)}"
+    run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
+    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {DEVICE}")
+    if (run.outputs / "results.json").exists():
+        return print(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
+    last = run.checkpoints / "last.pt"
+    saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
+    if saved["stage"]:
+        print(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
+
+    # the two stages
+    print(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
+    for stage in STAGES:
+        if stage < saved["stage"]:
+            continue
+        if stage == 2 and 1 in STAGES:
+            model.load_state_dict(load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage1_best.pt").state_dict())
+        train_stage(stage, model, teacher, lpips, features, data, run, saved)
+
+    # what came of it: the last stage's best epoch, on all test pictures
+    best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(DEVICE)
+    metrics, counts, reconstructions = evaluate(best, data.test_images)
+    save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
+    plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
+    print(f"all {len(data.test_images):,} test pictures: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
+          f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
+    results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
+    write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
+
+
+def build_model() -> VQRAE:
+    """The model that the constants describe, or that of STAGE1_CHECKPOINT if they fit it."""
+    options = {"fsq": {"levels": list(FSQ_LEVELS)},
+               "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
+               "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM},
+               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}}[QUANTIZER]
+    model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
+                  DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS)
+    if STAGE1_CHECKPOINT:
+        loaded = load_checkpoint(STAGE1_CHECKPOINT)
+        differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
+                  for name, value in model.config.items() if loaded.config[name] != value]
+        check(loaded.stage == 1 and not differ, "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT,
+              "a checkpoint of stage 1 made with these constants" + (": " + "; ".join(differ) if differ else ""))
+        model = loaded
+    return model.to(DEVICE)
+
+
+def build_lpips() -> nn.Module:
+    """LPIPS on VGG16, whose weights torchvision downloads."""
+    weights = VGG16_Weights.IMAGENET1K_V1.url
+    if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
+        raise RuntimeError(f'PERCEPTUAL = "lpips": {weights} cannot be reached; allowed without a download: "encoder"')
+    return LearnedPerceptualImagePatchSimilarity("vgg").net
+
+
+def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None, features: FeatureCache,
+                data: Pictures, run: Run, saved: dict):
+    """Train one stage and leave its grids, curves and checkpoints; `saved` is where an earlier run of it stopped."""
+    model.set_stage(stage).train()
+    count = min(EPOCH_PICTURES or len(data.train_images), len(data.train_images))
+    steps_per_epoch = max(1, count // BATCH_SIZE)
+    steps = EPOCHS[stage - 1] * steps_per_epoch
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE[stage - 1],
+                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    discriminator = PatchDiscriminator(IMAGE_SIZE).to(DEVICE)
+    gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
+    gan_start = GAN_START * steps if stage == 1 and GAN_WEIGHT > 0 else math.inf
+
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
+    first_epoch, history = 1, saved["history"]
+    if saved["stage"] == stage:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        set_random_state(saved["random"])
+        first_epoch = saved["epoch"] + 1
+
+    for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
+        start, sums = time.time(), 0
+        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0]).to(DEVICE)
+        batches = order.split(BATCH_SIZE)[:steps_per_epoch]
+        for i, index in enumerate(tqdm(batches, f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False)):
+            gan = discriminator if (epoch - 1) * steps_per_epoch + i >= gan_start else None
+            images, teacher_z = to_float(data.train_images[index]), features[index]
+            losses, output = compute_losses(stage, model, teacher, lpips, gan, images, teacher_z)
+            if not losses["loss"].isfinite():
+                bad = [name for name, value in losses.items() if not value.isfinite()]
+                sys.exit(f"train.py: {', '.join(bad)} is not finite at stage {stage}, epoch {epoch}, step {i + 1}; "
+                         f"{run.checkpoints / 'last.pt'} holds the epoch before")
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if gan is not None:
+                gan_optimizer.zero_grad(set_to_none=True)
+                losses["discriminator_loss"] = discriminator_loss(gan, images, output.detach())
+                losses["discriminator_loss"].backward()
+                gan_optimizer.step()
+            sums = sums + torch.stack([value.detach() for value in losses.values()])
+        seconds = time.time() - start
+
+        metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_PICTURES])
+        row = {"dataset": data.name, "stage": stage, "epoch": epoch, **dict(zip(losses, (sums / len(batches)).tolist())), **metrics,
+               "pictures_per_second": len(batches) * BATCH_SIZE / seconds, "seconds": seconds}
+        history.append(row)
+        print(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
+              f"{row['perplexity']:11,.0f} {row['pictures_per_second']:11,.0f} {seconds:8.0f}", flush=True)
+        save_grid(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", data.test_images[:8], reconstructions[:8], columns=4)
+        write_csv(run.outputs / "metrics.csv", history)
+        plot_curves(run.outputs / "curves.png", history, [*losses, "psnr", "ssim"], run.name)
+        plot_curves(run.outputs / "usage_curve.png", history, ["usage", "perplexity"], run.name)
+
+        facts = {"epoch": epoch, "metrics": row, "constants": run.constants}
+        if row["psnr"] == max(r["psnr"] for r in history if r["stage"] == stage):
+            save_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{stage}_best.pt", model, **facts)
+        if KEEP_CHECKPOINTS:
+            save_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{stage}_epoch_{epoch}.pt", model, **facts)
+            (run.checkpoints / f"{QUANTIZER}_stage{stage}_epoch_{epoch - KEEP_CHECKPOINTS}.pt").unlink(missing_ok=True)
+        save_torch(run.checkpoints / "last.pt", {"stage": stage, "epoch": epoch, "history": history, "random": random_state(),
+                                             **{name: part.state_dict() for name, part in state.items()}})
+
+
+def compute_losses(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None, discriminator: nn.Module | None,
+                   images: Tensor, teacher_z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """All loss parts, with their weighted sum as "loss", and the reconstructions (B, 3, H, W).
+
+    images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them; discriminator: None
+    as long as the GAN is off.
+    """
+    with torch.autocast(DEVICE, torch.bfloat16):
+        z = teacher_z if stage == 1 else model.encoder(images)
+        z_q, quantizer_loss, _ = model.quantize(z)
+        output = model.decode(z_q)
+        distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z)
+        l2_loss = F.mse_loss(output, images)
+        if lpips is None:
+            perceptual_loss = F.mse_loss(teacher(output), teacher_z)
+        else:
+            perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
+        picture_loss = L2_WEIGHT * l2_loss + PERCEPTUAL_WEIGHT[stage - 1] * perceptual_loss
+        loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
+        gan_loss = torch.zeros_like(loss)
+        if discriminator is not None:
+            gan_loss = -discriminator(output).float().mean()
+            # both losses weigh the same at the decoder's last layer (VQGAN, 2012.09841, equation 7)
+            sizes = [torch.autograd.grad(part, model.decoder.head.weight, retain_graph=True)[0].norm() for part in (picture_loss, gan_loss)]
+            loss = loss + GAN_WEIGHT * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=1e4) * gan_loss
+    return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
+            "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
+            "discriminator_loss": torch.zeros_like(loss)}, output
+
+
+def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Hinge loss: logits of pictures above 1, of reconstructions below -1."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        real, fake = discriminator(images).float(), discriminator(reconstructions).float()
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def shuffled(n: int, count: int, epoch: int) -> Tensor:
+    """The epoch-th `count` indices (epoch from 0) of an endless stream of shuffled passes over n pictures."""
+    passes = range(epoch * count // n, ((epoch + 1) * count - 1) // n + 1)
+    stream = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + p)) for p in passes])
+    return stream[epoch * count - passes[0] * n :][:count]
+
+
+def check_constants():
+    """ValueError, naming the constant, its value and what is allowed, before anything is downloaded."""
+    def whole(value, low):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    def real(value, low, high=math.inf):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+    def pair(value, ok):
+        return isinstance(value, (tuple, list)) and len(value) == 2 and all(ok(v) for v in value)
+
+    check(DEVICE in ("cpu", "cuda"), "DEVICE", DEVICE, '"cpu", "cuda"')
+    for name in ("DATASET", "ENCODER"):
+        check(isinstance(globals()[name], str), name, globals()[name], "a name in quotes")
+    for name in ("IMAGE_SIZE", "GRID", "BATCH_SIZE"):
+        check(whole(globals()[name], 1), name, globals()[name], "a whole number of 1 or more")
+    check(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more")
+    check(IMAGE_SIZE % GRID == 0, "GRID", GRID, f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}")
+    check(QUANTIZER in QUANTIZERS, "QUANTIZER", QUANTIZER, ", ".join(f'"{name}"' for name in QUANTIZERS))
+    check(isinstance(FSQ_LEVELS, (tuple, list)) and FSQ_LEVELS and all(whole(n, 2) for n in FSQ_LEVELS), "FSQ_LEVELS",
+          FSQ_LEVELS, "whole numbers of 2 or more, such as (8, 8, 8, 5, 5, 5)")
+    for name in ("SIMVQ_CODEBOOK_SIZE", "EMA_CODEBOOK_SIZE"):
+        check(whole(globals()[name], 2), name, globals()[name], "a whole number of 2 or more")
+    check(real(DDCL_DELTA, 1 / 32, 1) and abs(1 / DDCL_DELTA - round(1 / DDCL_DELTA)) < 1e-6, "DDCL_DELTA", DDCL_DELTA,
+          "1 / n for a whole n from 1 to 32")
+    check(whole(ADAPTER_DEPTH, 0), "ADAPTER_DEPTH", ADAPTER_DEPTH, "a whole number of 0 or more")
+    check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
+          POST_QUANT_KERNEL, "0 or an odd number")
+    check(isinstance(NORMALIZE, bool), "NORMALIZE", NORMALIZE, "True or False")
+    for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",
+                 "EPOCH_PICTURES", "EVAL_PICTURES"):
+        check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")
+    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB"):
+        check(real(globals()[name], 0), name, globals()[name], "a number of 0 or more")
+    check(PERCEPTUAL in ("encoder", "lpips"), "PERCEPTUAL", PERCEPTUAL, '"encoder", "lpips"')
+    check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")
+    check(real(GAN_START, 0, 1), "GAN_START", GAN_START, "0 to 1")
+    check(tuple(STAGES) in ((1,), (1, 2), (2,)) if isinstance(STAGES, (tuple, list)) else False, "STAGES", STAGES, "(1,), (1, 2), (2,)")
+    check((STAGE1_CHECKPOINT is not None) == (tuple(STAGES) == (2,)), "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT,
+          "a path with STAGES = (2,), else None")
+    check(pair(EPOCHS, lambda v: whole(v, 1)), "EPOCHS", EPOCHS, "two whole numbers of 1 or more")
+    check(pair(LEARNING_RATE, lambda v: real(v, 1e-12)), "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
+    check(whole(KEEP_CHECKPOINTS, 0), "KEEP_CHECKPOINTS", KEEP_CHECKPOINTS, "a whole number of 0 or more")
+    check(whole(SEED, 0), "SEED", SEED, "a whole number of 0 or more")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on after the last epoch that it printed")
