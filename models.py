@@ -55,7 +55,7 @@ def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.3 times as fast on a CPU
     known = ["cifar", *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
     near = difflib.get_close_matches(name, known, n=3)
-    check(name in ENCODERS or timm.is_model(name) and "vit" in name, "ENCODER", name,
+    check(name in ENCODERS or timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"}), "ENCODER", name,
           f"\"cifar\", {', '.join(ENCODERS)} or a ViT of timm's" + (f" (nearest: {', '.join(near)})" if near else ""))
     return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
 
@@ -147,6 +147,7 @@ class TimmEncoder(nn.Module):
         self.vit.reset_classifier(0, global_pool="")  # after loading: SigLIP with its pooling removed loads any weights
         self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
         self.vit.fc_norm = nn.Identity()
+        check(hasattr(self.vit.blocks[0], "attn"), "ENCODER", name, "ViTs with one attention a block")
         self.dim, self.depth, self.heads = self.vit.embed_dim, len(self.vit.blocks), self.vit.blocks[0].attn.num_heads
         self.register_buffer("mean", torch.tensor(self.vit.pretrained_cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.vit.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
@@ -177,6 +178,7 @@ def reachable(url: str, seconds: float = 8) -> bool:
 def require_weights(name: str):
     """RuntimeError, within seconds, where timm's weights of that name are neither on disk nor to be downloaded."""
     hub_id = timm.get_pretrained_cfg(name).hf_hub_id
+    check(hub_id, "ENCODER", name, "a ViT of which timm has pretrained weights")
     cached = any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
     if not cached and not reachable("https://huggingface.co"):
         raise RuntimeError(f'the weights of {hub_id} are not in {HF_HUB_CACHE} and huggingface.co cannot be reached; '
@@ -252,8 +254,9 @@ class VQRAE(nn.Module):
         decoder_width, _depth, _heads: None for the encoder's own, or 192, 4 and 3 where it is no ViT
         pretrained: False leaves the encoder's weights to a checkpoint
         """
+        arguments = dict(locals())
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
+        self.config = {k: v for k, v in arguments.items() if k not in ("self", "pretrained", "__class__")}
         check(image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or an odd number")
         self.encoder = build_encoder(encoder, grid, pretrained)

@@ -25,15 +25,20 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_code(x: Tensor, codebook: Tensor, block: int = 2**24) -> Tensor:
+def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, best: int = 1) -> Tensor:
     """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D).
 
+    With best > 1, the indices (N, best) of that many codes, the nearest first.
+
     |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code maximises x.c - |c|^2 / 2: one matrix product, made in
-    blocks of at most `block` numbers, so that the whole N x K matrix never exists.
+    blocks of at most `block` numbers (by default what a CPU's cache or a GPU's cores hold), so that the whole N x K
+    matrix never exists.
     """
+    block = block or (2**26 if x.is_cuda else 2**20)
     bias = -codebook.square().sum(1) / 2
     rows = max(1, block // len(codebook))
-    return torch.cat([torch.addmm(bias, chunk, codebook.T).argmax(1) for chunk in x.split(rows)])
+    scores = (torch.addmm(bias, chunk, codebook.T) for chunk in x.split(rows))
+    return torch.cat([score.argmax(1) if best == 1 else score.topk(best).indices for score in scores])
 
 
 class Quantizer(nn.Module):
@@ -67,7 +72,7 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances, and codes with them
             z_q, loss, indices = self.quantize(tokens.float())
             if not self.training:
-                z_q = straight_through(z_q, self.get_codebook_entry(indices))
+                z_q = straight_through(z_q, self.get_codebook_entry(indices).detach())
         return self._from_tokens(z_q, layout), loss, indices.view(layout)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
@@ -89,7 +94,11 @@ class Quantizer(nn.Module):
             return self._tokens_to_indices(tokens.float()).view(layout)
 
     def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        return nearest_code(tokens, self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device)))
+        codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device))
+        # the search rounds; among its best few, nearly equal codes are told apart by their exact distance
+        candidates = nearest_code(tokens, codebook, best=min(8, self.codebook_size))
+        best = (tokens[:, None] - codebook[candidates]).square().sum(-1).argmin(1)
+        return candidates.gather(1, best[:, None])[:, 0]
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -177,7 +186,7 @@ class SimVQ(Quantizer):
         x = F.normalize(self.project_in(x), dim=-1)
         codebook = self.codebook
         indices = nearest_code(x, codebook)
-        codes = codebook[indices]
+        codes = F.embedding(indices, codebook)  # codebook[indices], with a gradient that is the same in every run
         # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
         loss = (codes - x.detach()).square().sum(-1).mean()
         loss = loss + self.simvq.input_to_quantize_commit_loss_weight * (x - codes.detach()).square().sum(-1).mean()
@@ -193,7 +202,7 @@ class EMAVQ(Quantizer):
 
     N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of the n_i tokens at code i,  e_i = m_i / N_i
     with N_i smoothed after Laplace. A code that falls below a tenth of the average use is dead and starts again at a
-    random token. State, smoothing and revival are the library's, on all ranks alike; the search and the sums are made
+    random token, with the average use. State, smoothing and revival are the library's; the search and the sums are made
     here, without its (tokens x codes) distance and one-hot matrices.
     """
 
@@ -211,7 +220,8 @@ class EMAVQ(Quantizer):
             code_dim, codebook_size=codebook_size, decay=decay, threshold_ema_dead_code=0,
             sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized())
         if revive:
-            self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first batch sets them to its own tokens
+            self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first tokens that come revive them
+            self.vq._codebook.embed_avg.zero_()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,8 +246,9 @@ class EMAVQ(Quantizer):
         book.embed_avg[0].lerp_(sums, 1 - book.decay)
         book.update_ema()
         if self.revive:
+            average = counts.sum().item() / self.codebook_size
             book.has_dead_code_replacement = True
-            book.threshold_ema_dead_code = book.reset_cluster_size = 0.1 * counts.sum().item() / self.codebook_size
+            book.threshold_ema_dead_code, book.reset_cluster_size = 0.1 * average, average
             book.expire_codes_(x[None])
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:

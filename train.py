@@ -10,6 +10,7 @@ stopped goes on after its last epoch; a changed constant is a new run.
 import copy
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from utils import (FeatureCache, Pictures, digest, evaluate, load_checkpoint, lo
                    plot_usage, random_state, read_constants, save_checkpoint, save_grid, save_torch, set_random_state,
                    to_float, write_csv, write_file)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # pictures
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
@@ -55,18 +56,18 @@ DECODER_HEADS = None
 L2_WEIGHT = 16.0  # pixels in [0, 1] have a variance of about 1/16: puts all losses on one scale
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
-GAN_WEIGHT = 0.5 if DEVICE == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
+GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
 PREDICT_WEIGHT = 0.5  # the frozen features, predicted from z_q: what keeps the tokens' meaning
 DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT
 STAGE1_CHECKPOINT = None  # a path, for STAGES = (2,)
-EPOCHS = (30, 10) if DEVICE == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
-EPOCH_PICTURES = None if DEVICE == "cuda" else 6_250  # how many make an epoch; None: all
-EVAL_PICTURES = None if DEVICE == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
-BATCH_SIZE = 128 if DEVICE == "cuda" else 64
-LEARNING_RATE = (1e-3, 1e-5) if DEVICE == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
+EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
+EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
+EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
+BATCH_SIZE = 128 if device == "cuda" else 64
+LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
 FEATURE_CACHE_GB = 4.0  # memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
 SEED = 0
@@ -86,31 +87,33 @@ def main():
     try:
         constants = read_constants(globals())
         check_constants()
+        build_model(pretrained=False)  # each constant meets what it is for, before anything is downloaded
+        lpips = build_lpips().to(device) if PERCEPTUAL == "lpips" else None
         data = load_dataset(DATASET, IMAGE_SIZE)
         check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
         torch.manual_seed(SEED)
         model = build_model()
-        lpips = build_lpips().to(DEVICE) if PERCEPTUAL == "lpips" else None
+
+        if DATASET == "auto":
+            constants["DATASET"] = data.name
+        name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants)}"
+        run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
+        last = run.checkpoints / "last.pt"
+        saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    data = data._replace(train_images=data.train_images.to(DEVICE), test_images=data.test_images.to(DEVICE))
+    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {device}")
+    if (run.outputs / "results.json").exists():
+        return print(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
+    if saved["stage"]:
+        print(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
+
+    data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
     teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
     features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB)
     if NORMALIZE and 1 in STAGES:
-        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0).to(DEVICE)])
-
-    if DATASET == "auto":
-        constants["DATASET"] = data.name
-    name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants)}"
-    run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
-    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {DEVICE}")
-    if (run.outputs / "results.json").exists():
-        return print(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
-    last = run.checkpoints / "last.pt"
-    saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
-    if saved["stage"]:
-        print(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
+        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0).to(device)])
 
     # the two stages
     print(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
@@ -122,7 +125,7 @@ def main():
         train_stage(stage, model, teacher, lpips, features, data, run, saved)
 
     # what came of it: the last stage's best epoch, on all test pictures
-    best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(DEVICE)
+    best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
     metrics, counts, reconstructions = evaluate(best, data.test_images)
     save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
     plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
@@ -132,22 +135,22 @@ def main():
     write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
 
 
-def build_model() -> VQRAE:
+def build_model(pretrained: bool = True) -> VQRAE:
     """The model that the constants describe, or that of STAGE1_CHECKPOINT if they fit it."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
                "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}}[QUANTIZER]
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
-                  DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS)
-    if STAGE1_CHECKPOINT:
+                  DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
+    if STAGE1_CHECKPOINT is not None:
         loaded = load_checkpoint(STAGE1_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
                   for name, value in model.config.items() if loaded.config[name] != value]
         check(loaded.stage == 1 and not differ, "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT,
               "a checkpoint of stage 1 made with these constants" + (": " + "; ".join(differ) if differ else ""))
         model = loaded
-    return model.to(DEVICE)
+    return model.to(device)
 
 
 def build_lpips() -> nn.Module:
@@ -170,7 +173,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    discriminator = PatchDiscriminator(IMAGE_SIZE).to(DEVICE)
+    discriminator = PatchDiscriminator(IMAGE_SIZE).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     gan_start = GAN_START * steps if stage == 1 and GAN_WEIGHT > 0 else math.inf
 
@@ -184,19 +187,19 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
 
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         start, sums = time.time(), 0
-        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0]).to(DEVICE)
+        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0]).to(device)
         batches = order.split(BATCH_SIZE)[:steps_per_epoch]
         for i, index in enumerate(tqdm(batches, f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False)):
             gan = discriminator if (epoch - 1) * steps_per_epoch + i >= gan_start else None
             images, teacher_z = to_float(data.train_images[index]), features[index]
             losses, output = compute_losses(stage, model, teacher, lpips, gan, images, teacher_z)
-            if not losses["loss"].isfinite():
-                bad = [name for name, value in losses.items() if not value.isfinite()]
-                sys.exit(f"train.py: {', '.join(bad)} is not finite at stage {stage}, epoch {epoch}, step {i + 1}; "
-                         f"{run.checkpoints / 'last.pt'} holds the epoch before")
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            gradient = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not gradient.isfinite():
+                bad = [name for name, value in losses.items() if not value.isfinite()] or ["the gradient"]
+                sys.exit(f"train.py: {', '.join(bad)} not finite at stage {stage}, epoch {epoch}, step {i + 1}; "
+                         f"checkpoints of earlier epochs are in {run.checkpoints}")
             optimizer.step()
             schedule.step()
             if gan is not None:
@@ -235,7 +238,7 @@ def compute_losses(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Modul
     images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them; discriminator: None
     as long as the GAN is off.
     """
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         z = teacher_z if stage == 1 else model.encoder(images)
         z_q, quantizer_loss, _ = model.quantize(z)
         output = model.decode(z_q)
@@ -260,7 +263,7 @@ def compute_losses(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Modul
 
 def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:
     """Hinge loss: logits of pictures above 1, of reconstructions below -1."""
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         real, fake = discriminator(images).float(), discriminator(reconstructions).float()
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
@@ -283,7 +286,7 @@ def check_constants():
     def pair(value, ok):
         return isinstance(value, (tuple, list)) and len(value) == 2 and all(ok(v) for v in value)
 
-    check(DEVICE in ("cpu", "cuda"), "DEVICE", DEVICE, '"cpu", "cuda"')
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "1: train.py runs as one process")
     for name in ("DATASET", "ENCODER"):
         check(isinstance(globals()[name], str), name, globals()[name], "a name in quotes")
     for name in ("IMAGE_SIZE", "GRID", "BATCH_SIZE"):
@@ -291,8 +294,9 @@ def check_constants():
     check(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more")
     check(IMAGE_SIZE % GRID == 0, "GRID", GRID, f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}")
     check(QUANTIZER in QUANTIZERS, "QUANTIZER", QUANTIZER, ", ".join(f'"{name}"' for name in QUANTIZERS))
-    check(isinstance(FSQ_LEVELS, (tuple, list)) and FSQ_LEVELS and all(whole(n, 2) for n in FSQ_LEVELS), "FSQ_LEVELS",
-          FSQ_LEVELS, "whole numbers of 2 or more, such as (8, 8, 8, 5, 5, 5)")
+    check(isinstance(FSQ_LEVELS, (tuple, list)) and FSQ_LEVELS and all(whole(n, 2) for n in FSQ_LEVELS)
+          and math.prod(FSQ_LEVELS) <= 2**24, "FSQ_LEVELS", FSQ_LEVELS,
+          "whole numbers of 2 or more, such as (8, 8, 8, 5, 5, 5), and at most 2**24 codes in all")
     for name in ("SIMVQ_CODEBOOK_SIZE", "EMA_CODEBOOK_SIZE"):
         check(whole(globals()[name], 2), name, globals()[name], "a whole number of 2 or more")
     check(real(DDCL_DELTA, 1 / 32, 1) and abs(1 / DDCL_DELTA - round(1 / DDCL_DELTA)) < 1e-6, "DDCL_DELTA", DDCL_DELTA,
@@ -310,16 +314,19 @@ def check_constants():
     check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")
     check(real(GAN_START, 0, 1), "GAN_START", GAN_START, "0 to 1")
     check(tuple(STAGES) in ((1,), (1, 2), (2,)) if isinstance(STAGES, (tuple, list)) else False, "STAGES", STAGES, "(1,), (1, 2), (2,)")
-    check((STAGE1_CHECKPOINT is not None) == (tuple(STAGES) == (2,)), "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT,
-          "a path with STAGES = (2,), else None")
+    check(isinstance(STAGE1_CHECKPOINT, str) and STAGE1_CHECKPOINT if tuple(STAGES) == (2,) else STAGE1_CHECKPOINT is None,
+          "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT, "a path in quotes with STAGES = (2,), else None")
+    check(STAGE1_CHECKPOINT is None or Path(STAGE1_CHECKPOINT).is_file(), "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT, "an existing file")
     check(pair(EPOCHS, lambda v: whole(v, 1)), "EPOCHS", EPOCHS, "two whole numbers of 1 or more")
     check(pair(LEARNING_RATE, lambda v: real(v, 1e-12)), "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
     check(whole(KEEP_CHECKPOINTS, 0), "KEEP_CHECKPOINTS", KEEP_CHECKPOINTS, "a whole number of 0 or more")
-    check(whole(SEED, 0), "SEED", SEED, "a whole number of 0 or more")
+    check(whole(SEED, 0) and SEED < 2**31, "SEED", SEED, "a whole number from 0 to 2**31 - 1")
 
 
 if __name__ == "__main__":
     try:
         main()
+    except OSError as error:  # a full disk, a folder that must not be written
+        sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on after the last epoch that it printed")

@@ -122,13 +122,15 @@ def load_folder(path: Path, image_size: int) -> Pictures:
         found = sorted({f.relative_to(path / split).parts[0] for f in files if f.parent != path / split})
         check(classes in (None, found), "DATASET", str(path), f"the same class folders in train/ and test/, not {classes} and {found}")
         classes = found
+        check(not found or all(f.parent != path / split for f in files), "DATASET", str(path),
+              f"pictures of {path / split} all in class folders, or none")
         random.Random(0).shuffle(files)
         images, labels, unreadable = [], [], 0
         for file in tqdm(files, f"reading {split}", leave=False):
             try:
                 with Image.open(file) as image:
                     image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+            except Exception as error:  # Pillow raises nearly anything for a broken file
                 tqdm.write(f"skipping {file}: {error}")
                 unreadable += 1
                 continue
@@ -138,7 +140,7 @@ def load_folder(path: Path, image_size: int) -> Pictures:
             print(f"{path / split}: {unreadable} of {len(files)} files could not be read and were skipped")
         check(images, "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
         splits += [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels) if classes else None]
-    return Pictures(path.resolve().name, *splits, classes)
+    return Pictures(f"folder-{path.resolve().name}", *splits, classes)
 
 
 SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
@@ -228,7 +230,7 @@ def to_float(images: Tensor) -> Tensor:
 class FeatureCache:
     """A frozen encoder's features of the training pictures, each computed once, when first asked for.
 
-    They are kept as bf16, which is what autocast makes of them anyway. Above `limit_gb` nothing is kept.
+    Computed under bf16 autocast, as all of training, and kept as bf16. Above `limit_gb` nothing is kept.
     """
 
     def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float):
@@ -244,14 +246,18 @@ class FeatureCache:
     def __getitem__(self, index: Tensor) -> Tensor:
         """index (B,) -> features (B, C, h, w) of those pictures, fp32"""
         if self.features is None:
-            return self.encoder(to_float(self.images[index])).float()
+            return self._compute(index).float()
         if not self.complete:
             new = index[self.missing[index]]
             if len(new):
-                self.features[new] = self.encoder(to_float(self.images[new])).permute(0, 2, 3, 1).bfloat16()
+                self.features[new] = self._compute(new).permute(0, 2, 3, 1).bfloat16()
                 self.missing[new] = False
                 self.complete = not self.missing.any()
         return self.features[index].float().permute(0, 3, 1, 2)
+
+    def _compute(self, index: Tensor) -> Tensor:
+        with torch.autocast(self.images.device.type, torch.bfloat16):
+            return self.encoder(to_float(self.images[index]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +328,9 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: i
 
     Pictures under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
     """
+    columns = min(columns, len(originals))
+    whole_rows = len(originals) // columns * columns
+    originals, reconstructions = originals[:whole_rows], reconstructions[:whole_rows]
     zoom = max(1, 128 // originals.shape[-1])
     pictures = torch.cat([originals, reconstructions]).cpu()
     pictures = pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -421,19 +430,23 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     """
     content = load_torch(path)
     check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path), "a checkpoint of train.py's")
-    model = VQRAE(**content["config"], pretrained=False)
-    model.load_state_dict(content["model"])
+    try:
+        model = VQRAE(**content["config"], pretrained=False)
+        model.load_state_dict(content["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {path} does not fit this version of the code: {str(error).splitlines()[0]}") from None
     return model.set_stage(content["stage"]).eval()
 
 
 def random_state() -> dict:
     """Everything random that a run depends on, in types that load with weights_only."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def set_random_state(state: dict):
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def digest(constants: dict) -> str:

@@ -73,14 +73,16 @@ def test_decoder_follows_a_vit_encoder():
 
 
 def test_unknown_encoder_names_the_nearest():
-    with pytest.raises(ValueError, match="dinov2_s"):
+    with pytest.raises(ValueError, match="nearest: dinov2_s"):
         build_encoder("dinov2s", 8)
-    with pytest.raises(ValueError, match="ENCODER"):
-        build_encoder("resnet50", 8)
+    for name in ("resnet50", "levit_128", "samvit_base_patch16", "vit_small_patch16_18x2_224"):
+        with pytest.raises(ValueError, match="ENCODER"):
+            build_encoder(name, 8, pretrained=False)
 
 
 def test_weights_out_of_reach(monkeypatch):
     monkeypatch.setattr(models, "reachable", lambda url: False)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *args: None)
     with pytest.raises(RuntimeError, match='vit_small_patch14_dinov2.*ENCODER = "cifar"'):
         build_encoder("dinov2_s", 8)
 

@@ -63,6 +63,20 @@ def test_gradient_reaches_the_input(name, mode):
     assert (z.grad.abs().amax(1) > 0).all()
 
 
+@pytest.mark.parametrize("name", ["fsq", "simvq"])
+def test_parameters_have_the_same_gradient_in_eval_mode(name):
+    quantizer = build(name)
+    z = torch.randn(2, DIM, 3, 3)
+    gradients = []
+    for mode in (True, False):
+        quantizer.train(mode).zero_grad()
+        z_q, loss, _ = quantizer(z)
+        (z_q.square().sum() + loss).backward()
+        gradients.append([p.grad.clone() for p in quantizer.parameters()])
+    for in_training, in_eval in zip(*gradients):
+        assert in_training.abs().sum() > 0 and torch.allclose(in_training, in_eval, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_bf16_autocast_changes_nothing(name):
     quantizer = build(name)

@@ -1,5 +1,6 @@
 """train.py itself, on a few pictures."""
 import csv
+import json
 import runpy
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import build_encoder
+from models import ConvEncoder, build_encoder
 from quantizers import QUANTIZERS
 from utils import load_checkpoint, load_torch, save_torch
 
@@ -43,12 +44,12 @@ def test_two_stages(quantizer, train, folder, capsys):
     train(*arguments)
     outputs, = Path("outputs").iterdir()
     checkpoints = Path("checkpoints", outputs.name)
-    assert outputs.name.startswith(f"tiny_cifar_{quantizer}_")
+    assert outputs.name.startswith(f"folder-tiny_cifar_{quantizer}_")
     for name in ("stage1_epoch_001.png", "stage1_epoch_002.png", "stage2_epoch_001.png", "final.png", "usage.png", "curves.png",
                  "usage_curve.png"):
         assert min(Image.open(outputs / name).size) > 100
     table = rows(outputs / "metrics.csv")
-    assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [("tiny", "1", "1"), ("tiny", "1", "2"), ("tiny", "2", "1")]
+    assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [("folder-tiny", "1", "1"), ("folder-tiny", "1", "2"), ("folder-tiny", "2", "1")]
     for row in table:
         assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["pictures_per_second"]) > 0
         assert 0 < float(row["usage"]) <= 1 and float(row["perplexity"]) >= 1 and float(row["predict_loss"]) > 0
@@ -78,8 +79,10 @@ def test_gan_begins_where_it_should(train, folder):
     assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, folder, capsys):
-    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ddcl"]  # with dither: the random state matters
+@pytest.mark.parametrize("epochs", [1, 2], ids=["within stage 1", "between the stages"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(epochs, train, folder, capsys):
+    # with dither the random state matters; a cache would compute features in other batches than the run that went through
+    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ddcl", "FEATURE_CACHE_GB=0"]
     train(*arguments)
     outputs, = Path("outputs").iterdir()
     table = rows(outputs / "metrics.csv")
@@ -87,18 +90,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, folder, capsys):
     end = load_torch(last)["model"]
     shutil.rmtree("outputs"), shutil.rmtree("checkpoints")
 
-    with pytest.MonkeyPatch.context() as patch:  # stopped in stage 1, between its epochs
+    with pytest.MonkeyPatch.context() as patch:
         def save_and_stop(path, content):
             save_torch(path, content)
-            if path.name == "last.pt":
+            if path.name == "last.pt" and content["epoch"] == epochs:
                 raise KeyboardInterrupt
 
         patch.setattr("utils.save_torch", save_and_stop)
         with pytest.raises(SystemExit, match="goes on"):
             train(*arguments)
-    assert len(rows(outputs / "metrics.csv")) == 1
+    assert len(rows(outputs / "metrics.csv")) == epochs
     train(*arguments)
-    assert "going on after stage 1, epoch 1" in capsys.readouterr().out
+    assert f"going on after stage 1, epoch {epochs}" in capsys.readouterr().out
     timings = ("seconds", "pictures_per_second")
     assert [{k: v for k, v in row.items() if k not in timings} for row in rows(outputs / "metrics.csv")] == \
            [{k: v for k, v in row.items() if k not in timings} for row in table]
@@ -106,15 +109,38 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train, folder, capsys):
 
 
 def test_stage_2_from_a_checkpoint(train, folder):
-    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)")
+    first_run = [f"DATASET={folder}", *SMALL, "NORMALIZE=True", "KEEP_CHECKPOINTS=1"]
+    train(*first_run, "STAGES=(1,)")
     first, = Path("checkpoints").iterdir()
+    assert {f.name for f in first.iterdir()} == {"fsq_stage1_best.pt", "fsq_stage1_epoch_2.pt", "last.pt"}  # epoch_1 pruned
     checkpoint = first / "fsq_stage1_best.pt"
-    train(f"DATASET={folder}", *SMALL, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}")
+    normalization = load_checkpoint(checkpoint).feature_std
+    assert not torch.equal(normalization, torch.ones_like(normalization))
+    train(*first_run, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}")
     second, = set(Path("checkpoints").iterdir()) - {first}
-    assert load_checkpoint(second / "fsq_stage2_best.pt").stage == 2
+    stage2 = load_checkpoint(second / "fsq_stage2_best.pt")
+    assert stage2.stage == 2 and torch.equal(stage2.feature_std, normalization)
     for wrong in (["POST_QUANT_KERNEL=1"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
-        with pytest.raises(SystemExit, match="STAGE1_CHECKPOINT"):
-            train(f"DATASET={folder}", *SMALL, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}", *wrong)
+        with pytest.raises(SystemExit, match="STAGE1_CHECKPOINT.*there and.*here"):
+            train(*first_run, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}", *wrong)
+
+
+def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
+    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "LEARNING_RATE=(0.03, 1e-5)", "EPOCHS=(5, 1)")
+    outputs, = Path("outputs").iterdir()
+    best = load_torch(Path("checkpoints", outputs.name, "fsq_stage1_best.pt"))
+    values = [float(row["psnr"]) for row in rows(outputs / "metrics.csv")]
+    assert best["epoch"] == values.index(max(values)) + 1 and best["metrics"]["psnr"] == pytest.approx(max(values))
+    assert best["constants"]["QUANTIZER"] == "fsq" and best["constants"]["DATASET"] == str(folder)
+
+
+def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("utils.save_torch", full)
+    with pytest.raises(SystemExit, match="No space left on device.*last.pt|No space left on device.*best.pt"):
+        train(f"DATASET={folder}", *SMALL)
 
 
 @pytest.mark.parametrize("argument", [
@@ -125,9 +151,11 @@ def test_stage_2_from_a_checkpoint(train, folder):
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EVAL_PICTURES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
-    "SEED=-1", "QUANTIZER", "NONSENSE=1", "DEVICE=tpu",
+    "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
 ])
-def test_a_wrong_constant_ends_in_one_line(argument, train, folder):
+def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
+    if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
+        monkeypatch.setattr("utils.load_dataset", lambda *args: pytest.fail("looked for data before all was checked"))
     name = argument.split("=")[0]
     given = [] if name == "DATASET" else [f"DATASET={folder}"]
     quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"]}.get(name, [])
@@ -142,6 +170,28 @@ def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
     monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf))
     with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
         train(f"DATASET={folder}", *SMALL)
+
+
+def test_several_processes_are_refused(train, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="WORLD_SIZE"):
+        train(f"DATASET={folder}", *SMALL)
+
+
+def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("models.reachable", lambda url: False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit, match='PERCEPTUAL = "lpips".*"encoder"'):
+        train(f"DATASET={folder}", *SMALL, "PERCEPTUAL=lpips")
+
+
+def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder):
+    command = [sys.executable, ROOT / "pretrain.py", f"DATASET={folder}", "EPOCHS=2", "BATCH_SIZE=32", f"OUT={tmp_path}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    encoder = ConvEncoder()
+    encoder.load_state_dict(torch.load(tmp_path / "cifar_encoder.pt", weights_only=True))
+    recipe = json.loads((tmp_path / "cifar_encoder.json").read_text())
+    assert recipe["EPOCHS"] == 2 and 0 <= recipe["linear_probe_accuracy"] <= 1
 
 
 def test_command_line(tmp_path, folder):

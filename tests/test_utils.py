@@ -40,7 +40,7 @@ def test_shapes_have_the_area_of_their_kind(shape, area):
 
 def test_folder(folder):
     data = load_dataset(str(folder), 32)
-    assert data.name == "tiny" and data.classes == ["star", "triangle"]
+    assert data.name == "folder-tiny" and data.classes == ["star", "triangle"]
     assert data.train_images.shape == (len(data.train_labels), 3, 32, 32)
     triangles = {np.array(Image.open(file)).tobytes() for file in (folder / "train" / "triangle").iterdir()}
     assert {image.permute(1, 2, 0).numpy().tobytes() for image in data.train_images[data.train_labels == 1]} == triangles
@@ -73,6 +73,9 @@ def test_folder_errors(tmp_path):
         (tmp_path / path).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / path / "a.png")
     with pytest.raises(ValueError, match="same class folders"):
+        load_dataset(str(tmp_path), 32)
+    (tmp_path / "train/a.png").write_bytes((tmp_path / "train/cat/a.png").read_bytes())
+    with pytest.raises(ValueError, match="all in class folders"):
         load_dataset(str(tmp_path), 32)
 
 
@@ -189,6 +192,12 @@ def test_grid_has_originals_above(tmp_path):
     assert (grid[2:130, 2:130] == 0).all() and (grid[132:260, 2:130] == 0).all() and (grid[262:390, 2:130] == 200).all()
 
 
+def test_grid_of_few_pictures(tmp_path):
+    for n, size in ((3, (3 * 130 + 2, 2 * 130 + 2)), (7, (4 * 130 + 2, 2 * 130 + 2))):
+        save_grid(tmp_path / "grid.png", *torch.zeros(2, n, 3, 32, 32, dtype=torch.uint8), columns=4)
+        assert Image.open(tmp_path / "grid.png").size == size
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants, files and checkpoints
 
@@ -236,7 +245,9 @@ def test_broken_checkpoints_are_refused_by_name(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     torch.save({"config": Malicious(), "stage": 1, "model": {}}, tmp_path / "malicious.pt")
-    for name in ("missing", "cut", "flipped", "text", "foreign", "malicious"):
+    content = torch.load(tmp_path / "good.pt", weights_only=True)
+    torch.save(content | {"config": content["config"] | {"grid": 4}}, tmp_path / "unfitting.pt")
+    for name in ("unfitting", "missing", "cut", "flipped", "text", "foreign", "malicious"):
         with pytest.raises(ValueError, match=f"{name}.pt"):
             load_checkpoint(tmp_path / f"{name}.pt")
     assert "code was run" not in capsys.readouterr().out
