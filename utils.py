@@ -360,15 +360,16 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
 
 
 def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
-    """One small plot for each column of metrics.csv, over the epochs of both stages."""
+    """A small plot for each of these columns of metrics.csv that is not zero throughout, over the epochs of both stages."""
+    names = [name for name in names if any(row[name] for row in history)]
     rows = math.ceil(len(names) / 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
     figure.suptitle(title)
-    for axes, name in zip(figure.subplots(rows, 3, squeeze=False).flat, names):
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(rows, 3, i + 1, title=name, xlabel="epoch")
         for stage in sorted({row["stage"] for row in history}):
-            points = [(i, row[name]) for i, row in enumerate(history, 1) if row["stage"] == stage and row[name] is not None]
-            axes.plot(*zip(*points) if points else ([], []), ".-", label=f"stage {stage}")
-        axes.set(title=name, xlabel="epoch")
+            points = [(epoch, row[name]) for epoch, row in enumerate(history, 1) if row["stage"] == stage]
+            axes.plot(*zip(*points), ".-", label=f"stage {stage}")
         axes.legend()
     save_figure(path, figure)
 
