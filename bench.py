@@ -108,6 +108,7 @@ def searches():
 @torch.no_grad()
 def tokenizing():
     """What quantizing adds to the encoder, and looking codes up to the decoder: ratios near 1 mean nothing."""
+    print(f"\n{'':52} {'tokens':>9} {'bare':>9} {'ratio':>6} {'range':>10}")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
     for name, options in (("fsq", {}), ("simvq", {"code_dim": 16}), ("ema_vq", {"code_dim": 16}), ("ddcl", {})):
         model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()

@@ -10,6 +10,7 @@
 This file needs torch and vector-quantize-pytorch alone, so that it can be copied into other projects.
 """
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, best: in
     return torch.cat([score.argmax(1) if best == 1 else score.topk(best).indices for score in scores])
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """What the four have in common: layouts, checks, fp32, and the way from indices to codes.
 
     A quantizer defines quantize(x), on tokens x (N, C) in fp32, and get_codebook_entry(indices).
@@ -52,13 +53,13 @@ class Quantizer(nn.Module):
         self.dim = dim
         self.codebook_size = codebook_size
 
+    @abstractmethod
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x (N, C) -> z_q (N, C), loss (scalar), indices (N,)"""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """indices (N,) in [0, codebook_size) -> codes (N, C)"""
-        raise NotImplementedError
+        """indices (N,) in [0, codebook_size) -> codes (N, C). ValueError where one is out of range."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize z (B, C, H, W) or (B, N, C), of any floating type.

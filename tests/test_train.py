@@ -199,3 +199,10 @@ def test_command_line(tmp_path, folder):
     run = subprocess.run([sys.executable, ROOT / "train.py", "QUANTIZER=fqs"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert run.stderr == 'train.py: QUANTIZER = \'fqs\', allowed: "fsq", "simvq", "ema_vq", "ddcl"\n'
+
+
+def test_bench_prints_its_table(tmp_path):
+    command = [sys.executable, ROOT / "bench.py", "ROUNDS=1", "BATCHES=1", "BATCH_SIZE=8", "SEARCHES=((64, 8),)"]
+    out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    for line in ("stage 1", "64 x 8 codes, 1 x 8,192 tokens", "64 x 8 codes, 32 x 256 tokens", "encode_to_indices / encoder, ddcl"):
+        assert line in out
