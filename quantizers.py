@@ -221,6 +221,7 @@ class EMAVQ(Quantizer):
             code_dim, codebook_size=codebook_size, decay=decay, threshold_ema_dead_code=0,
             sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized())
         if revive:
+            self.vq._codebook.has_dead_code_replacement = True
             self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first tokens that come revive them
             self.vq._codebook.embed_avg.zero_()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
@@ -248,7 +249,6 @@ class EMAVQ(Quantizer):
         book.update_ema()
         if self.revive:
             average = counts.sum().item() / self.codebook_size
-            book.has_dead_code_replacement = True
             book.threshold_ema_dead_code, book.reset_cluster_size = 0.1 * average, average
             book.expire_codes_(x[None])
 

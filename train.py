@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from models import VQRAE, PatchDiscriminator, reachable
 from quantizers import QUANTIZERS, check
-from utils import (FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch, plot_curves,
-                   plot_usage, random_state, read_constants, save_checkpoint, save_grid, save_torch, set_random_state,
+from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch,
+                   plot_curves, plot_usage, random_state, read_constants, save_checkpoint, save_grid, save_torch, set_random_state,
                    to_float, write_csv, write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,10 +89,10 @@ def main():
         check_constants()
         build_model(pretrained=False)  # each constant meets what it is for, before anything is downloaded
         lpips = build_lpips().to(device) if PERCEPTUAL == "lpips" else None
-        data = load_dataset(DATASET, IMAGE_SIZE)
-        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
         torch.manual_seed(SEED)
         model = build_model()
+        data = load_dataset(DATASET, IMAGE_SIZE)
+        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
 
         if DATASET == "auto":
             constants["DATASET"] = data.name
@@ -120,8 +120,6 @@ def main():
     for stage in STAGES:
         if stage < saved["stage"]:
             continue
-        if stage == 2 and 1 in STAGES:
-            model.load_state_dict(load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage1_best.pt").state_dict())
         train_stage(stage, model, teacher, lpips, features, data, run, saved)
 
     # what came of it: the last stage's best epoch, on all test pictures
@@ -289,6 +287,8 @@ def check_constants():
     check(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "1: train.py runs as one process")
     for name in ("DATASET", "ENCODER"):
         check(isinstance(globals()[name], str), name, globals()[name], "a name in quotes")
+    check(DATASET in DATASETS or Path(DATASET).is_dir(), "DATASET", DATASET,
+          ", ".join(f'"{name}"' for name in DATASETS) + " or a folder with train/ and test/ in it")
     for name in ("IMAGE_SIZE", "GRID", "BATCH_SIZE"):
         check(whole(globals()[name], 1), name, globals()[name], "a whole number of 1 or more")
     check(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more")

