@@ -287,7 +287,7 @@ class DDCL(Quantizer):
         x = torch.tanh(self.project_in(x))
         dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else torch.zeros_like(x)
         message = ((x + dither) / self.delta).detach().round().clamp(-self.steps, self.steps)
-        # x + (error) with the error a constant to autograd: the reparametrisation of section 3
+        # x plus an error that is a constant to autograd: the gradient of x is that of what is received
         received = straight_through(x, message * self.delta - dither)
         bits = torch.log2(2 * x.abs() / self.delta + 1).sum(-1).mean()
         indices = ((message.long() + self.steps) * self.basis).sum(-1)
