@@ -2,6 +2,7 @@
 
     python train.py                                    with the constants below
     python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
+    torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE being that of all together
 
 Stage 1: the encoder is frozen; adapter, quantizer and decoder learn. Stage 2: everything learns, gently, and the encoder
 is held to what it was. Look at outputs/<run>/ while it runs; checkpoints go to checkpoints/<run>/. A run that was
@@ -17,19 +18,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
 from models import VQRAE, PatchDiscriminator, reachable
 from quantizers import QUANTIZERS, check
-from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch,
-                   plot_curves, plot_usage, random_state, read_constants, save_checkpoint, save_grid, save_torch, set_random_state,
-                   to_float, write_csv, write_file)
+from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch, plot_curves,
+                   plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
+                   write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 # pictures
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
@@ -43,6 +47,7 @@ SIMVQ_CODEBOOK_SIZE = 16384
 SIMVQ_CODE_DIM = 8  # numbers in a code; None: as many as the encoder's features have, as in the papers
 EMA_CODEBOOK_SIZE = 8192
 EMA_CODE_DIM = 16
+EMA_REVIVE = True  # codes that fall out of use start again at tokens of the batch
 DDCL_DELTA = 1 / 15  # step of DDCL's four numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # a bit of message costs this much
 ADAPTER_DEPTH = 1  # transformer blocks before the quantizer
@@ -66,9 +71,12 @@ STAGE1_CHECKPOINT = None  # a path, for STAGES = (2,)
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
 EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
-BATCH_SIZE = 128 if device == "cuda" else 64
+BATCH_SIZE = 128 if device == "cuda" else 64  # pictures a step, of all processes together
+ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory
+PRECISION = "bf16"  # or "fp32", two to three times slower; either way measured in fp32
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
-FEATURE_CACHE_GB = 4.0  # memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
+FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
+PICTURES_GB = 8.0  # training pictures up to this size are kept on the device (CIFAR-10: 0.15), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
 SEED = 0
 
@@ -83,15 +91,27 @@ class Run(NamedTuple):
 
 
 def main():
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.use_deterministic_algorithms(True)  # costs nothing here
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if ranks > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
     # what there is to learn from, and the model
     try:
         constants = read_constants(globals())
         check_constants()
         build_model(pretrained=False)  # each constant meets what it is for, before anything is downloaded
+        if rank > 0:
+            dist.barrier()  # the first process downloads and decodes; the others find it done
         lpips = build_lpips().to(device) if PERCEPTUAL == "lpips" else None
-        torch.manual_seed(SEED)
+        seed_everything(SEED)
         model = build_model()
         data = load_dataset(DATASET, IMAGE_SIZE)
+        if ranks > 1 and rank == 0:
+            dist.barrier()
         check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
 
         if DATASET == "auto":
@@ -101,43 +121,57 @@ def main():
         last = run.checkpoints / "last.pt"
         saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {device}")
+        sys.exit(f"train.py: {error}" if rank == 0 else 1)
+    say(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if (run.outputs / "results.json").exists():
-        return print(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
+        return say(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
     if saved["stage"]:
-        print(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
+        say(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
 
-    data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
+    if data.train_images.nbytes <= PICTURES_GB * 1e9:
+        data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
     teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
-    features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB)
+    features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
     if NORMALIZE and 1 in STAGES:
-        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0).to(device)])
+        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)])
 
     # the two stages
-    print(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
-    for stage in STAGES:
-        if stage < saved["stage"]:
-            continue
-        train_stage(stage, model, teacher, lpips, features, data, run, saved)
+    say(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
+    try:
+        for stage in STAGES:
+            if stage >= saved["stage"]:
+                train_stage(stage, model, teacher, lpips, features, data, run, saved)
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped; " + (f"{last} has all up to the last line above, and the same command goes on from there"
+                                            if last.exists() else "no epoch was finished, so nothing is saved"))
 
     # what came of it: the last stage's best epoch, on all test pictures
-    best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
-    metrics, counts, reconstructions = evaluate(best, data.test_images)
-    save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
-    plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
-    print(f"all {len(data.test_images):,} test pictures: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
-          f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
-    results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
-    write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
+    if rank == 0:
+        best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
+        metrics, counts, reconstructions = evaluate(best, data.test_images)
+        save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
+        plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
+        say(f"all {len(data.test_images):,} test pictures: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
+            f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
+        results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
+        write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def say(line: str):
+    """Print, from the first process alone."""
+    if rank == 0:
+        print(line, flush=True)
 
 
 def build_model(pretrained: bool = True) -> VQRAE:
     """The model that the constants describe, or that of STAGE1_CHECKPOINT if they fit it."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
-               "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM},
+               "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM, "revive": EMA_REVIVE},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}}[QUANTIZER]
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
                   DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
@@ -171,6 +205,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(IMAGE_SIZE).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     gan_start = GAN_START * steps if stage == 1 and GAN_WEIGHT > 0 else math.inf
@@ -180,40 +215,58 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
     if saved["stage"] == stage:
         for name, part in state.items():
             part.load_state_dict(saved[name])
-        set_random_state(saved["random"])
         first_epoch = saved["epoch"] + 1
 
+    objective, judge = Objective(stage, model, teacher, lpips), discriminator
+    if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        judge = DistributedDataParallel(discriminator, broadcast_buffers=False)
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
+        seed_everything(SEED, stage, epoch, rank)  # so that an epoch is the same whether or not the run was stopped before it
         start, sums = time.time(), 0
-        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0]).to(device)
+        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
         batches = order.split(BATCH_SIZE)[:steps_per_epoch]
-        for i, index in enumerate(tqdm(batches, f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False)):
-            gan = discriminator if (epoch - 1) * steps_per_epoch + i >= gan_start else None
-            images, teacher_z = to_float(data.train_images[index]), features[index]
-            losses, output = compute_losses(stage, model, teacher, lpips, gan, images, teacher_z)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
+        progress = tqdm(batches, f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False, disable=rank > 0)
+        for step, batch in enumerate(progress, (epoch - 1) * steps_per_epoch):
+            parts = batch.chunk(ranks * ACCUMULATE)[rank * ACCUMULATE :][:ACCUMULATE]
+            for index in parts:
+                images, teacher_z = to_float(data.train_images[index.to(data.train_images.device)].to(device)), features[index]
+                if ranks > 1:  # the last part's backward pass sends the gradients of all
+                    objective.require_backward_grad_sync = judge.require_backward_grad_sync = index is parts[-1]
+                discriminator.requires_grad_(False)
+                losses, output = objective(images, teacher_z, discriminator if step >= gan_start else None)
+                (losses["loss"] / ACCUMULATE).backward()
+                if step >= gan_start:
+                    discriminator.requires_grad_(True)
+                    with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
+                        real, fake = judge(torch.cat([images, output.detach()])).float().chunk(2)
+                    losses["discriminator_loss"] = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
+                    (losses["discriminator_loss"] / ACCUMULATE).backward()
+                sums = sums + torch.stack([value.detach() for value in losses.values()])
             gradient = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not gradient.isfinite():
                 bad = [name for name, value in losses.items() if not value.isfinite()] or ["the gradient"]
-                sys.exit(f"train.py: {', '.join(bad)} not finite at stage {stage}, epoch {epoch}, step {i + 1}; "
+                sys.exit(f"train.py: {', '.join(bad)} not finite at stage {stage}, epoch {epoch}, step {step % steps_per_epoch + 1}; "
                          f"checkpoints of earlier epochs are in {run.checkpoints}")
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if gan is not None:
-                gan_optimizer.zero_grad(set_to_none=True)
-                losses["discriminator_loss"] = discriminator_loss(gan, images, output.detach())
-                losses["discriminator_loss"].backward()
+            if step >= gan_start:
                 gan_optimizer.step()
-            sums = sums + torch.stack([value.detach() for value in losses.values()])
+                gan_optimizer.zero_grad(set_to_none=True)
+        sums = sums / (len(batches) * ACCUMULATE * ranks)
+        if ranks > 1:
+            dist.all_reduce(sums)
         seconds = time.time() - start
+        if rank > 0:
+            continue
 
         metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_PICTURES])
-        row = {"dataset": data.name, "stage": stage, "epoch": epoch, **dict(zip(losses, (sums / len(batches)).tolist())), **metrics,
+        row = {"dataset": data.name, "stage": stage, "epoch": epoch, **dict(zip(losses, sums.tolist())), **metrics,
                "pictures_per_second": len(batches) * BATCH_SIZE / seconds, "seconds": seconds}
         history.append(row)
-        print(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
-              f"{row['perplexity']:11,.0f} {row['pictures_per_second']:11,.0f} {seconds:8.0f}", flush=True)
+        say(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
+            f"{row['perplexity']:11,.0f} {row['pictures_per_second']:11,.0f} {seconds:8.0f}")
         save_grid(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", data.test_images[:8], reconstructions[:8], columns=4)
         write_csv(run.outputs / "metrics.csv", history)
         plot_curves(run.outputs / "curves.png", history, [*losses, "psnr", "ssim"], run.name)
@@ -225,45 +278,45 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
         if KEEP_CHECKPOINTS:
             save_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{stage}_epoch_{epoch}.pt", model, **facts)
             (run.checkpoints / f"{QUANTIZER}_stage{stage}_epoch_{epoch - KEEP_CHECKPOINTS}.pt").unlink(missing_ok=True)
-        save_torch(run.checkpoints / "last.pt", {"stage": stage, "epoch": epoch, "history": history, "random": random_state(),
-                                             **{name: part.state_dict() for name, part in state.items()}})
+        save_torch(run.checkpoints / "last.pt", {"stage": stage, "epoch": epoch, "history": history,
+                                                 **{name: part.state_dict() for name, part in state.items()}})
 
 
-def compute_losses(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None, discriminator: nn.Module | None,
-                   images: Tensor, teacher_z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """All loss parts, with their weighted sum as "loss", and the reconstructions (B, 3, H, W).
+class Objective(nn.Module):
+    """What a step minimises. A module, so that DistributedDataParallel can stand around it."""
 
-    images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them; discriminator: None
-    as long as the GAN is off.
-    """
-    with torch.autocast(device, torch.bfloat16):
-        z = teacher_z if stage == 1 else model.encoder(images)
-        z_q, quantizer_loss, _ = model.quantize(z)
-        output = model.decode(z_q)
-        distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z)
-        l2_loss = F.mse_loss(output, images)
-        if lpips is None:
-            perceptual_loss = F.mse_loss(teacher(output), teacher_z)
-        else:
-            perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
-        picture_loss = L2_WEIGHT * l2_loss + PERCEPTUAL_WEIGHT[stage - 1] * perceptual_loss
-        loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
-        gan_loss = torch.zeros_like(loss)
-        if discriminator is not None:
-            gan_loss = -discriminator(output).float().mean()
-            # both losses weigh the same at the decoder's last layer (VQGAN, 2012.09841, equation 7)
-            sizes = [torch.autograd.grad(part, model.decoder.head.weight, retain_graph=True)[0].norm() for part in (picture_loss, gan_loss)]
-            loss = loss + GAN_WEIGHT * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=1e4) * gan_loss
-    return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
-            "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
-            "discriminator_loss": torch.zeros_like(loss)}, output
+    def __init__(self, stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None):
+        super().__init__()
+        self.stage, self.model, self.teacher, self.lpips = stage, model, teacher, lpips
 
+    def forward(self, images: Tensor, teacher_z: Tensor, discriminator: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
+        """All loss parts, with their weighted sum as "loss", and the reconstructions (B, 3, H, W).
 
-def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Hinge loss: logits of pictures above 1, of reconstructions below -1."""
-    with torch.autocast(device, torch.bfloat16):
-        real, fake = discriminator(images).float(), discriminator(reconstructions).float()
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them; discriminator: None
+        as long as the GAN is off.
+        """
+        with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
+            z = teacher_z if self.stage == 1 else self.model.encoder(images)
+            z_q, quantizer_loss, _ = self.model.quantize(z)
+            output = self.model.decode(z_q)
+            distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z)
+            l2_loss = F.mse_loss(output, images)
+            if self.lpips is None:
+                perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
+            else:
+                perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
+            picture_loss = L2_WEIGHT * l2_loss + PERCEPTUAL_WEIGHT[self.stage - 1] * perceptual_loss
+            loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
+            gan_loss = torch.zeros_like(loss)
+            if discriminator is not None:
+                gan_loss = -discriminator(output).float().mean()
+                # both losses weigh the same at the decoder's last layer (VQGAN, 2012.09841, equation 7)
+                sizes = [torch.autograd.grad(part, self.model.decoder.head.weight, retain_graph=True)[0].norm()
+                         for part in (picture_loss, gan_loss)]
+                loss = loss + GAN_WEIGHT * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=1e4) * gan_loss
+        return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
+                "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
+                "discriminator_loss": torch.zeros_like(loss)}, output
 
 
 def shuffled(n: int, count: int, epoch: int) -> Tensor:
@@ -284,12 +337,11 @@ def check_constants():
     def pair(value, ok):
         return isinstance(value, (tuple, list)) and len(value) == 2 and all(ok(v) for v in value)
 
-    check(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "1: train.py runs as one process")
     for name in ("DATASET", "ENCODER"):
         check(isinstance(globals()[name], str), name, globals()[name], "a name in quotes")
     check(DATASET in DATASETS or Path(DATASET).is_dir(), "DATASET", DATASET,
           ", ".join(f'"{name}"' for name in DATASETS) + " or a folder with train/ and test/ in it")
-    for name in ("IMAGE_SIZE", "GRID", "BATCH_SIZE"):
+    for name in ("IMAGE_SIZE", "GRID", "BATCH_SIZE", "ACCUMULATE"):
         check(whole(globals()[name], 1), name, globals()[name], "a whole number of 1 or more")
     check(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more")
     check(IMAGE_SIZE % GRID == 0, "GRID", GRID, f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}")
@@ -304,11 +356,14 @@ def check_constants():
     check(whole(ADAPTER_DEPTH, 0), "ADAPTER_DEPTH", ADAPTER_DEPTH, "a whole number of 0 or more")
     check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
           POST_QUANT_KERNEL, "0 or an odd number")
-    check(isinstance(NORMALIZE, bool), "NORMALIZE", NORMALIZE, "True or False")
+    check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE, f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
+    check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
+    for name in ("NORMALIZE", "EMA_REVIVE"):
+        check(isinstance(globals()[name], bool), name, globals()[name], "True or False")
     for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",
                  "EPOCH_PICTURES", "EVAL_PICTURES"):
         check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")
-    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB"):
+    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "PICTURES_GB"):
         check(real(globals()[name], 0), name, globals()[name], "a number of 0 or more")
     check(PERCEPTUAL in ("encoder", "lpips"), "PERCEPTUAL", PERCEPTUAL, '"encoder", "lpips"')
     check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")
@@ -326,6 +381,8 @@ def check_constants():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped")
     except OSError as error:  # a full disk, a folder that must not be written
         sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")
     except KeyboardInterrupt:

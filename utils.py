@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import zipfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
     if name == "shapes":
         return draw_shapes(image_size)
     check(Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
-    return load_folder(Path(name), image_size)
+    return load_folder(Path(name), image_size, data_dir)
 
 
 def load_cifar(name: str, image_size: int, data_dir: str) -> Pictures:
@@ -111,13 +112,15 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Pictures:
     return Pictures(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
-def load_folder(path: Path, image_size: int) -> Pictures:
+def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
     """Read path/train and path/test, each with a folder a class or pictures alone.
 
     Pictures are converted to RGB, resized and cropped at the centre, and shuffled, always alike: the first thousand are
-    then a fair sample. Files that cannot be read are named and skipped.
+    then a fair sample. Files that cannot be read are named and skipped. Each split is decoded once, into a file in
+    data_dir that later runs map into memory, so that a set may be larger than that.
     Raises ValueError where a split has no picture that can be read, or the splits' classes differ.
     """
+    name = f"folder-{path.resolve().name}"
     splits, classes = [], None
     for split in ("train", "test"):
         files = sorted(f for f in (path / split).rglob("*")
@@ -128,22 +131,55 @@ def load_folder(path: Path, image_size: int) -> Pictures:
         check(not found or all(f.parent != path / split for f in files), "DATASET", str(path),
               f"pictures of {path / split} all in class folders, or none")
         random.Random(0).shuffle(files)
-        images, labels, unreadable = [], [], 0
-        for file in tqdm(files, f"reading {split}", leave=False):
+        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}")
+        check(len(images), "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
+        labels = torch.tensor([classes.index(f.relative_to(path / split).parts[0]) for f in files])[readable] if classes else None
+        splits += [images, labels]
+    return Pictures(name, *splits, classes)
+
+
+def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, image_size, image_size) uint8, mapped from a file in data_dir, and which of `files` they are (N,) bool.
+
+    The file is made where there is none for just these files, their sizes and times: the pictures one after the other, then a
+    byte for each of `files` that says whether it could be read. It gets its name when it is whole.
+    """
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    whole = data_dir / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.uint8"
+    if not whole.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        for old in data_dir.glob(f"{name}_*.uint8"):  # of the folder as it was
+            old.unlink()
+        temporary = whole.with_name(whole.name + ".tmp")
+
+        def read(file: Path) -> bytes | Exception:
             try:
                 with Image.open(file) as image:
                     image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
+                return np.asarray(image).transpose(2, 0, 1).tobytes()
             except Exception as error:  # Pillow raises nearly anything for a broken file
-                tqdm.write(f"skipping {file}: {error}")
-                unreadable += 1
-                continue
-            images.append(np.asarray(image))
-            labels.append(classes.index(file.relative_to(path / split).parts[0]) if classes else 0)
-        if unreadable:
-            print(f"{path / split}: {unreadable} of {len(files)} files could not be read and were skipped")
-        check(images, "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
-        splits += [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels) if classes else None]
-    return Pictures(f"folder-{path.resolve().name}", *splits, classes)
+                return error
+
+        readable = bytearray()
+        with open(temporary, "wb") as output, ThreadPool() as pool, tqdm(total=len(files), desc=f"decoding {name}", leave=False) as bar:
+            for start in range(0, len(files), 1024):  # in parts: the pool would run ahead of the disk, and memory fill up
+                part = files[start : start + 1024]
+                for file, image in zip(part, pool.map(read, part)):
+                    readable.append(isinstance(image, bytes))
+                    if isinstance(image, bytes):
+                        output.write(image)
+                    else:
+                        tqdm.write(f"skipping {file}: {image}")
+                bar.update(len(part))
+            output.write(readable)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(temporary, whole)
+    mapped = torch.from_file(str(whole), size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
+    pictures, readable = mapped.split([len(mapped) - len(files), len(files)])
+    if not readable.all():
+        print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
+    return pictures.view(-1, 3, image_size, image_size), readable.bool()
 
 
 SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
@@ -233,34 +269,30 @@ def to_float(images: Tensor) -> Tensor:
 class FeatureCache:
     """A frozen encoder's features of the training pictures, each computed once, when first asked for.
 
-    Computed under bf16 autocast, as all of training, and kept as bf16. Above `limit_gb` nothing is kept.
+    Computed and kept in `dtype`: bf16, under autocast, or fp32, as the training around it. Above `limit_gb` nothing is kept.
     """
 
-    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float):
-        self.encoder, self.images = encoder, images
+    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype = torch.bfloat16):
+        self.encoder, self.images, self.dtype = encoder, images, dtype
+        self.device = next(encoder.parameters()).device
         self.features = None
-        if len(images) * encoder.dim * encoder.grid**2 * 2 <= limit_gb * 1e9:
+        if len(images) * encoder.dim * encoder.grid**2 * dtype.itemsize <= limit_gb * 1e9:
             shape = (len(images), encoder.grid, encoder.grid, encoder.dim)
-            self.features = torch.empty(shape, dtype=torch.bfloat16, device=images.device)
-            self.missing = torch.ones(len(images), dtype=torch.bool, device=images.device)
-            self.complete = False  # spares the look at `missing`, which a GPU would have to wait for
+            self.features = torch.empty(shape, dtype=dtype, device=self.device)
+            self.missing = torch.ones(len(images), dtype=torch.bool)
 
     @torch.no_grad()
     def __getitem__(self, index: Tensor) -> Tensor:
-        """index (B,) -> features (B, C, h, w) of those pictures, fp32"""
-        if self.features is None:
-            return self._compute(index).float()
-        if not self.complete:
-            new = index[self.missing[index]]
-            if len(new):
-                self.features[new] = self._compute(new).permute(0, 2, 3, 1).bfloat16()
-                self.missing[new] = False
-                self.complete = not self.missing.any()
-        return self.features[index].float().permute(0, 3, 1, 2)
-
-    def _compute(self, index: Tensor) -> Tensor:
-        with torch.autocast(self.images.device.type, torch.bfloat16):
-            return self.encoder(to_float(self.images[index]))
+        """index (B,), on the CPU -> features (B, C, h, w) of those pictures, fp32"""
+        if self.features is not None and not self.missing[index].any():
+            return self.features[index.to(self.device)].float().permute(0, 3, 1, 2)
+        # the whole batch, not what is missing of it: a run that goes on meets the very arithmetic of one that went through
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            z = self.encoder(to_float(self.images[index.to(self.images.device)].to(self.device))).to(self.dtype)
+        if self.features is not None:
+            self.features[index.to(self.device)] = z.permute(0, 2, 3, 1)
+            self.missing[index] = False
+        return z.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,15 +475,12 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     return model.set_stage(content["stage"]).eval()
 
 
-def random_state() -> dict:
-    """Everything random that a run depends on, in types that load with weights_only."""
-    return {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state: dict):
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def seed_everything(*numbers: int):
+    """Make all that is random from here on a function of these numbers, and of nothing that was before."""
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def digest(constants: dict) -> str:

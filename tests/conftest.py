@@ -10,8 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def alike(tmp_path, monkeypatch):
+    """Each test starts with the same random state, in an empty folder."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """train.py itself, on a few pictures."""
 import csv
 import json
+import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 
 from models import ConvEncoder, build_encoder
 from quantizers import QUANTIZERS
-from utils import load_checkpoint, load_torch, save_torch
+from utils import load_checkpoint, load_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
@@ -79,36 +79,6 @@ def test_gan_begins_where_it_should(train, folder):
     assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="attention's backward pass on a GPU is not the same to the last bit")
-@pytest.mark.parametrize("epochs", [1, 2], ids=["within stage 1", "between the stages"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(epochs, train, folder, capsys):
-    # with dither the random state matters; a cache would compute features in other batches than the run that went through
-    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ddcl", "FEATURE_CACHE_GB=0"]
-    train(*arguments)
-    outputs, = Path("outputs").iterdir()
-    table = rows(outputs / "metrics.csv")
-    last = Path("checkpoints", outputs.name, "last.pt")
-    end = load_torch(last)["model"]
-    shutil.rmtree("outputs"), shutil.rmtree("checkpoints")
-
-    with pytest.MonkeyPatch.context() as patch:
-        def save_and_stop(path, content):
-            save_torch(path, content)
-            if path.name == "last.pt" and content["epoch"] == epochs:
-                raise KeyboardInterrupt
-
-        patch.setattr("utils.save_torch", save_and_stop)
-        with pytest.raises(SystemExit, match="goes on"):
-            train(*arguments)
-    assert len(rows(outputs / "metrics.csv")) == epochs
-    train(*arguments)
-    assert f"going on after stage 1, epoch {epochs}" in capsys.readouterr().out
-    timings = ("seconds", "pictures_per_second")
-    assert [{k: v for k, v in row.items() if k not in timings} for row in rows(outputs / "metrics.csv")] == \
-           [{k: v for k, v in row.items() if k not in timings} for row in table]
-    assert all(torch.equal(v, end[k]) for k, v in load_torch(last)["model"].items())
-
-
 def test_stage_2_from_a_checkpoint(train, folder):
     first_run = [f"DATASET={folder}", *SMALL, "NORMALIZE=True", "KEEP_CHECKPOINTS=1"]
     train(*first_run, "STAGES=(1,)")
@@ -152,7 +122,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EVAL_PICTURES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
-    "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
+    "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "EMA_REVIVE=1", "PICTURES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
 ])
 def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
     if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
@@ -161,7 +131,7 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
     given = [] if name == "DATASET" else [f"DATASET={folder}"]
     quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"]}.get(name, [])
     with pytest.raises(SystemExit) as error:
-        train(*given, *quantizer, argument)
+        train(*given, *quantizer, *re.split(r" (?=[A-Z])", argument))
     message = str(error.value.code)
     assert "\n" not in message and message.startswith("train.py: ") and name in message and "allowed" in message
     assert not Path("outputs").exists() and not Path("checkpoints").exists()
@@ -170,12 +140,6 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
 def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
     monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf, device=z.device))
     with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
-        train(f"DATASET={folder}", *SMALL)
-
-
-def test_several_processes_are_refused(train, folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="WORLD_SIZE"):
         train(f"DATASET={folder}", *SMALL)
 
 

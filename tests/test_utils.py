@@ -1,7 +1,9 @@
 import hashlib
 import pickle
+import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +64,40 @@ def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
     out = capsys.readouterr()
     assert "2 of 8 files could not be read" in out.out
     assert "broken.png" in out.out + out.err and "cut.png" in out.out + out.err
+
+
+def test_folder_is_decoded_once_and_again_when_it_changed(folder, tmp_path, monkeypatch):
+    path = tmp_path / "pictures"
+    shutil.copytree(folder, path)
+    first = load_dataset(str(path), 16)
+    files = set(Path("data").iterdir())
+    assert {f.name.rpartition("_")[0] for f in files} == {"folder-pictures_train_16", "folder-pictures_test_16"}
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Image, "open", lambda file: pytest.fail("decoded again"))
+        again = load_dataset(str(path), 16)
+    assert all(torch.equal(a, b) for a, b in zip(first[1:5], again[1:5]))
+    load_dataset(str(path), 24)
+    assert len(set(Path("data").iterdir()) - files) == 2  # each size has its own
+
+    picture = next((path / "train" / "star").iterdir())
+    Image.new("RGB", (32, 32), "red").save(picture)
+    changed = load_dataset(str(path), 16)
+    assert sum(not torch.equal(a, b) for a, b in zip(first.train_images, changed.train_images)) == 1
+    picture.unlink()
+    assert len(load_dataset(str(path), 16).train_images) == len(first.train_images) - 1
+    assert len(list(Path("data").glob("folder-pictures_train_16_*"))) == 1  # the old ones are gone
+
+
+def test_a_folder_half_decoded_is_not_used(folder, monkeypatch):
+    def full(file):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.os, "fsync", full)
+        with pytest.raises(OSError):
+            load_dataset(str(folder), 32)
+    assert not list(Path("data").glob("*.uint8"))
+    assert load_dataset(str(folder), 32).train_images.float().std() > 10
 
 
 def test_folder_errors(tmp_path):
@@ -136,17 +172,21 @@ def test_features_are_computed_once():
     class Encoder(torch.nn.Module):
         dim, grid, seen = 4, 2, 0
 
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
         def forward(self, images):
             self.seen += len(images)
             return images[:, :1, :2, :2].repeat(1, 4, 1, 1)
 
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
-    for limit, seen in ((1.0, 10), (0.0, 18)):
+    for limit, dtype, seen in ((1.0, torch.bfloat16, 10), (1.0, torch.float32, 10), (0.0, torch.bfloat16, 18)):
         encoder = Encoder()
-        features = FeatureCache(encoder, images, limit)
+        features = FeatureCache(encoder, images, limit, dtype)
         for index in ([1, 3, 5], [5, 1], [0, 2, 4, 6, 7, 8, 9], [9, 0, 3, 3, 1, 2]):
             expected = Encoder()(to_float(images[index]))
-            assert torch.allclose(features[torch.tensor(index)], expected, atol=2e-3)
+            assert torch.allclose(features[torch.tensor(index)], expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
         assert encoder.seen == seen
 
 

@@ -1,0 +1,92 @@
+"""train.py under torchrun, as two processes on the CPU."""
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ARGUMENTS = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256",
+             "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
+
+# train.py with each process's model written to a file of its own at the end, or with one process killed
+WATCHED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import models
+
+rank, seen = int(os.environ["RANK"]), []
+set_stage = models.VQRAE.set_stage
+models.VQRAE.set_stage = lambda self, stage: (seen.append(self), set_stage(self, stage))[1]
+clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+def clip_or_die(*args):
+    steps.append(1)
+    if rank == 1 and len(steps) == {die_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+
+torch.nn.utils.clip_grad_norm_ = clip_or_die
+destroy = torch.distributed.destroy_process_group
+
+def save_and_destroy():
+    model = [m for m in seen if m.stage == 2 and m.training][-1]
+    torch.save(model.state_dict(), f"rank{{rank}}.pt")
+    destroy()
+
+torch.distributed.destroy_process_group = save_and_destroy
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def launch(cwd, processes, script, arguments):
+    cwd.mkdir(exist_ok=True)
+    command = [sys.executable, script] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone", script]
+    return subprocess.run([*map(str, command), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def table(cwd):
+    path, = cwd.glob("outputs/*/metrics.csv")
+    with open(path) as file:
+        return [{k: float(v) for k, v in row.items() if k not in ("dataset", "seconds", "pictures_per_second")} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("quantizer, options", [("fsq", []), ("simvq", ["ACCUMULATE=2"]), ("ema_vq", ["EMA_REVIVE=False"])])
+def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folder):
+    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "PRECISION=fp32", "GAN_WEIGHT=0", *options]
+    for processes in (1, 2):
+        done = launch(tmp_path / str(processes), processes, ROOT / "train.py", arguments)
+        assert done.returncode == 0, done.stderr
+    one, two = table(tmp_path / "1"), table(tmp_path / "2")
+    assert len(one) == 3
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
+    assert done.stdout.count("2 x cpu") == 1  # one process speaks
+
+
+@pytest.mark.parametrize("quantizer", ["ema_vq", "simvq"])
+def test_all_processes_hold_the_same_model_with_everything_on(quantizer, tmp_path, folder):
+    (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT), die_at=0))
+    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "GAN_WEIGHT=0.1", "GAN_START=0.2", "ACCUMULATE=2", "NORMALIZE=True"]
+    done = launch(tmp_path, 2, tmp_path / "watched.py", arguments)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    first, second, _ = table(tmp_path)
+    assert first["discriminator_loss"] > 0 and second["loss"] < first["loss"]
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path, folder):
+    (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT), die_at=4))
+    done = launch(tmp_path, 2, tmp_path / "watched.py", [f"DATASET={folder}", *ARGUMENTS, "GAN_WEIGHT=0"])
+    assert done.returncode != 0 and len(table(tmp_path)) == 1 and not list(tmp_path.glob("outputs/*/results.json"))
+
+
+def test_a_wrong_constant_is_said_once(tmp_path, folder):
+    done = launch(tmp_path, 2, ROOT / "train.py", [f"DATASET={folder}", "BATCH_SIZE=33"])
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: BATCH_SIZE = 33, allowed: a multiple of processes times ACCUMULATE = 2 x 1") == 1

@@ -1,0 +1,205 @@
+"""Runs that are killed, and what is left of them: each in a process of its own, that SIGKILL ends."""
+import csv
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import load_torch
+
+ROOT = Path(__file__).resolve().parents[1]
+processes = multiprocessing.get_context("forkserver")  # imports torch and the rest once for all of them
+processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
+
+ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "DECODER_WIDTH=64",
+             "DECODER_DEPTH=1", "DECODER_HEADS=2", "GAN_WEIGHT=0.1"]
+
+
+def count_down(function, calls, then):
+    """The function, with `then` called first at its calls-th call (from 1)."""
+    left = [calls]
+
+    def counted(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            then(*args)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_write_and_kill(file):
+    os.ftruncate(file, os.fstat(file).st_size // 2)
+    kill()
+
+
+def child(folder, arguments, where, calls):
+    """train.py, killed at the calls-th time that it comes to the place `where`."""
+    import models
+    import utils
+
+    os.chdir(folder)
+    with open("log", "a") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    if where == "step":
+        torch.nn.utils.clip_grad_norm_ = count_down(torch.nn.utils.clip_grad_norm_, calls, kill)
+    if where == "evaluation":
+        utils.ssim = count_down(utils.ssim, calls, kill)
+    if where == "write":
+        os.fsync = count_down(os.fsync, calls, half_write_and_kill)
+    if where == "rename":
+        os.replace = count_down(os.replace, calls, kill)
+    if where == "stage 2":
+        models.VQRAE.set_stage = count_down(models.VQRAE.set_stage, calls, kill)
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def start(folder, arguments, where=None, calls=0):
+    folder.mkdir(exist_ok=True)
+    process = processes.Process(target=child, args=(folder, arguments, where, calls))
+    process.start()
+    return process
+
+
+def exit_code(process):
+    process.join(300)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def same(a, b):
+    """Equal bit for bit, through all dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def outcome(folder):
+    """What a run leaves: last.pt without its timings, metrics.csv without them, results.json."""
+    outputs, = (folder / "outputs").iterdir()
+    last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
+    table = list(csv.DictReader(open(outputs / "metrics.csv")))
+    for row in [*table, *last["history"]]:
+        del row["seconds"], row["pictures_per_second"]
+    return last, table, json.loads((outputs / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(request, tmp_path_factory, folder):
+    """The arguments of a run with this quantizer, what it leaves when nothing stops it, and how long it takes."""
+    arguments = [f"DATASET={folder}", f"QUANTIZER={request.param}", *ARGUMENTS]
+    path = tmp_path_factory.mktemp("reference")
+    begin = time.time()
+    assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
+    return arguments, outcome(path), time.time() - begin
+
+
+def finish_and_compare(path, reference):
+    arguments, expected, _ = reference
+    assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
+    assert same(outcome(path), expected)
+    names = {f.name for f in path.rglob("*.*")}
+    assert len([name for name in names if name.endswith(".pt")]) == 7 and not any(name.endswith(".tmp") for name in names)
+
+
+# 3 steps an epoch, and files: two of decoded pictures, then each epoch grid, table, two plots, best, epoch_k, last.pt
+@pytest.mark.parametrize("reference", ["ddcl"], indirect=True)  # its dither draws random numbers
+@pytest.mark.parametrize("where, calls, epoch", [("write", 1, 0), ("step", 5, 1), ("evaluation", 2, 1), ("write", 14, 1), ("write", 16, 1),
+                                                 ("rename", 16, 1), ("stage 2", 4, 2)])
+def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference, tmp_path):
+    assert exit_code(start(tmp_path, reference[0], where, calls)) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not list(tmp_path.rglob("results.json"))
+    finish_and_compare(tmp_path, reference)
+    assert (f"going on after stage 1, epoch {epoch}" in (tmp_path / "log").read_text()) == (epoch > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["ddcl", "ema_vq"], indirect=True)  # as does the revival of EMA-VQ's codes
+@pytest.mark.parametrize("number", range(10))
+def test_killed_at_any_moment(number, reference, tmp_path):
+    arguments, _, seconds = reference
+    process = start(tmp_path, arguments)
+    time.sleep(random.Random(number).uniform(0, seconds))
+    process.kill()
+    assert exit_code(process) in (0, -signal.SIGKILL)
+    finish_and_compare(tmp_path, reference)
+
+
+def test_ctrl_c_says_what_is_saved(tmp_path, folder):
+    process = start(tmp_path, [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(1000, 1)"])
+    while not list(tmp_path.glob("checkpoints/*/last.pt")):
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert exit_code(process) == 1
+    log = (tmp_path / "log").read_text()
+    assert "stopped" in log and "last.pt" in log and "goes on" in log and "Traceback" not in log
+
+
+def limited(folder, arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # as a disk that is full: a write fails midway
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    child(folder, arguments, None, 0)
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was(tmp_path, folder):
+    arguments = [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(3, 1)", "STAGES=(1,)"]
+    assert exit_code(start(tmp_path, arguments, "step", 5)) == -signal.SIGKILL
+    last, = tmp_path.glob("checkpoints/*/last.pt")
+    before = last.read_bytes()
+    process = processes.Process(target=limited, args=(tmp_path, arguments))
+    process.start()
+    assert exit_code(process) == 1
+    line = (tmp_path / "log").read_text().splitlines()[-1]
+    assert line.startswith("train.py: ") and "File too large" in line and last.read_bytes() == before
+    assert exit_code(start(tmp_path, arguments)) == 0
+
+
+def watched(folder, arguments):
+    import utils
+
+    write_csv = utils.write_csv
+
+    def watch(path, rows):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("memory", "a") as file:
+            print(pages * resource.getpagesize() / 1e6, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), file=file)
+        write_csv(path, rows)
+
+    os.chdir(folder)
+    utils.write_csv = watch
+    child(folder, arguments, None, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_memory_stays_as_it_is_over_200_epochs(tmp_path, folder):
+    process = processes.Process(target=watched, args=(tmp_path, [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(200, 1)", "STAGES=(1,)"]))
+    process.start()
+    process.join(1200)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-1000:]
+    memory, handles, threads = zip(*(map(float, line.split()) for line in (tmp_path / "memory").read_text().splitlines()))
+    assert len(memory) == 200
+    early, late = sorted(memory[20:60])[20], sorted(memory[160:])[20]  # medians, when all is allocated and at the end
+    assert late - early < 0.02 * early, f"{early:.0f} MB became {late:.0f} MB"
+    assert len(set(handles[20:])) == 1 and len(set(threads[20:])) == 1
+    assert len(list(tmp_path.glob("checkpoints/*/*"))) == 4 and math.isfinite(late)  # best, two epochs, last: the others pruned
