@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -141,9 +141,11 @@ class TimmEncoder(nn.Module):
         check(patch is not None, "ENCODER", name, "ViTs with their patch size in their name")
         self.grid = grid
         self.size = grid * int(patch[1])
-        if pretrained:
-            require_weights(name)
-        self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size)
+        weights = {"pretrained_cfg_overlay": {"file": weights_file(name)}} if pretrained else {}
+        try:
+            self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
+        except Exception as error:  # a missing or unknown key, another shape, a damaged file
+            raise RuntimeError(f"the weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
         self.vit.reset_classifier(0, global_pool="")  # after loading: SigLIP with its pooling removed loads any weights
         self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
         self.vit.fc_norm = nn.Identity()
@@ -175,14 +177,19 @@ def reachable(url: str, seconds: float = 8) -> bool:
     return bool(answers)
 
 
-def require_weights(name: str):
-    """RuntimeError, within seconds, where timm's weights of that name are neither on disk nor to be downloaded."""
-    hub_id = timm.get_pretrained_cfg(name).hf_hub_id
-    check(hub_id, "ENCODER", name, "a ViT of which timm has pretrained weights")
-    cached = any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
-    if not cached and not reachable("https://huggingface.co"):
-        raise RuntimeError(f'the weights of {hub_id} are not in {HF_HUB_CACHE} and huggingface.co cannot be reached; '
+def weights_file(name: str) -> str:
+    """Where timm's weights of that name lie on disk; downloads them if need be. RuntimeError, within seconds, where
+    they can neither be found nor be had: the hub's client would try for a minute and say much."""
+    source = timm.get_pretrained_cfg(name)
+    check(source.hf_hub_id, "ENCODER", name, "a ViT of which timm has pretrained weights")
+    file = source.hf_hub_filename or "model.safetensors"
+    cached = try_to_load_from_cache(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
+    if isinstance(cached, str):
+        return cached
+    if not reachable("https://huggingface.co"):
+        raise RuntimeError(f'the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE} and huggingface.co cannot be reached; '
                            'ENCODER = "cifar" needs no download')
+    return hf_hub_download(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -257,7 +264,8 @@ class VQRAE(nn.Module):
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "pretrained", "__class__")}
-        check(image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
+        check(isinstance(grid, int) and grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
+        check(adapter_depth >= 0, "ADAPTER_DEPTH", adapter_depth, "0 or more")
         check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or an odd number")
         self.encoder = build_encoder(encoder, grid, pretrained)
         dim = self.encoder.dim
@@ -278,7 +286,7 @@ class VQRAE(nn.Module):
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
-        return self.quantizer(on_tokens(self.adapter, z))
+        return self.quantizer(on_tokens(self.adapter, self._check_features(z, "z")))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
@@ -286,10 +294,7 @@ class VQRAE(nn.Module):
 
     def decode(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> images (B, 3, H, W); clamped to [0, 1] in eval mode alone, where no gradient is lost"""
-        expected = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
-        if z_q.shape[1:] != expected:
-            raise ValueError(f"z_q has shape {tuple(z_q.shape)}, allowed is (B, {', '.join(map(str, expected))})")
-        z = (self.post_quant_conv(z_q) - self.feature_mean) / self.feature_std
+        z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
         images = self.decoder(z)
         return images if self.training else images.clamp(0, 1)
 
@@ -309,7 +314,7 @@ class VQRAE(nn.Module):
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as far as the tokens tell them"""
-        return on_tokens(self.predictor, z_q)
+        return on_tokens(self.predictor, self._check_features(z_q, "z_q"))
 
     def features_from_indices(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) -> what the tokens say about the picture: features (B, C, h, w)"""
@@ -318,13 +323,16 @@ class VQRAE(nn.Module):
     def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
         """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
         of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q."""
+        if not z.shape == z_q.shape == teacher_z.shape:
+            raise ValueError(f"z, z_q and teacher_z have shapes {tuple(z.shape)}, {tuple(z_q.shape)} and {tuple(teacher_z.shape)}, allowed is one shape")
         return F.mse_loss(z, teacher_z), F.mse_loss(self.predict_features(z_q).float(), teacher_z)
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
         """indices of any shape -> how often each code occurs (codebook_size,), the share of codes used, and the
         perplexity exp(-sum p log p), between 1 and codebook_size."""
-        counts = torch.bincount(indices.flatten(), minlength=self.quantizer.codebook_size)
+        check(indices.numel() > 0, "indices", tuple(indices.shape), "at least one")
+        counts = torch.bincount(self.quantizer._check_indices(indices.flatten()), minlength=self.quantizer.codebook_size)
         p = counts[counts > 0].double() / counts.sum()
         return counts, (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 
@@ -344,13 +352,23 @@ class VQRAE(nn.Module):
     @torch.no_grad()
     def set_normalization(self, z: Tensor):
         """Take the mean and spread of each channel from a sample of training features z (B, C, h, w)."""
+        self._check_features(z, "z")
         self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
         self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
 
 
+    def _check_features(self, z: Tensor, name: str) -> Tensor:
+        check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
+        shape = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
+        if z.shape[1:] != shape or not z.dtype.is_floating_point:
+            raise ValueError(f"{name} has shape {tuple(z.shape)} and type {z.dtype}, allowed are (B, {', '.join(map(str, shape))}) floating-point numbers")
+        return z
+
+
 def check_images(images: Tensor) -> Tensor:
-    """ValueError where images are not (B, 3, H, W) floats in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] != 3:
+    """ValueError where images are not (B, 3, H, W) floats in [0, 1], B at least 1."""
+    check(isinstance(images, Tensor), "images", type(images).__name__, "a tensor")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(f"images have shape {tuple(images.shape)}, allowed is (B, 3, H, W)")
     if not images.dtype.is_floating_point:
         raise ValueError(f"images have type {images.dtype}, allowed are floating-point numbers in [0, 1]")
@@ -371,6 +389,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, image_size: int = 32, width: int = 64):
         super().__init__()
+        check(image_size >= 16, "image_size", image_size, "16 or more")
         strided = max(2, round(math.log2(image_size / 8)))
         widths = [3] + [min(width * 2**i, 512) for i in range(strided)]
         layers = []

@@ -35,6 +35,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, best: in
     blocks of at most `block` numbers (by default what a CPU's cache or a GPU's cores hold), so that the whole N x K
     matrix never exists.
     """
+    check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", (tuple(x.shape), tuple(codebook.shape)), "(N, D) and (K, D)")
     block = block or (2**26 if x.is_cuda else 2**20)
     bias = -codebook.square().sum(1) / 2
     rows = max(1, block // len(codebook))
@@ -78,6 +79,7 @@ class Quantizer(nn.Module, ABC):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """indices (B, H, W) or (B, N) -> codes (B, C, H, W) or (B, N, C). ValueError where one is out of range."""
+        check(isinstance(indices, Tensor), "indices", type(indices).__name__, "a tensor")
         if indices.ndim not in (2, 3):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed are (B, N) and (B, H, W)")
         with torch.autocast(indices.device.type, enabled=False):
@@ -102,6 +104,9 @@ class Quantizer(nn.Module, ABC):
         return candidates.gather(1, best[:, None])[:, 0]
 
     def _check_indices(self, indices: Tensor) -> Tensor:
+        check(isinstance(indices, Tensor), "indices", type(indices).__name__, "a tensor")
+        if indices.ndim != 1:
+            raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed is (N,)")
         if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise ValueError(f"indices have type {indices.dtype}, allowed are integers")
         if indices.numel() and not 0 <= indices.min() <= indices.max() < self.codebook_size:
@@ -109,8 +114,9 @@ class Quantizer(nn.Module, ABC):
         return indices.long()
 
     def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
-        if z.ndim not in (3, 4):
-            raise ValueError(f"{name} has shape {tuple(z.shape)}, allowed are (B, {self.dim}, H, W) and (B, N, {self.dim})")
+        check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
+        if z.ndim not in (3, 4) or not z.numel():
+            raise ValueError(f"{name} has shape {tuple(z.shape)}, allowed are (B, {self.dim}, H, W) and (B, N, {self.dim}), none of them 0")
         if not z.dtype.is_floating_point:
             raise ValueError(f"{name} has type {z.dtype}, allowed are floating-point numbers")
         if z.ndim == 4:

@@ -75,6 +75,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
     "auto" is CIFAR-10 where it is on disk or can be downloaded, else "shapes", after a line that says so.
     Raises ValueError for an unknown name, RuntimeError where the data cannot be had.
     """
+    check(isinstance(image_size, int) and image_size >= 1, "image_size", image_size, "a whole number of 1 or more")
     if name == "auto":
         try:
             return load_cifar("cifar10", image_size, data_dir)
@@ -187,6 +188,7 @@ SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", 
 
 def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Pictures:
     """Ten kinds of shapes, anti-aliased, of any colour, place, size, rotation and texture, on any background."""
+    check(image_size >= 1, "image_size", image_size, "1 or more")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
     images = torch.cat([_draw(batch, image_size, generator) for batch in labels.split(1000)])
@@ -301,6 +303,7 @@ class FeatureCache:
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each picture (B,), in dB; both (B, 3, H, W), clamped to [0, 1]."""
+    check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
     return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none")
 
 
@@ -309,6 +312,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
     Over whole 11x11 windows alone, as defined and as in scikit-image; torchmetrics' own mean has padded ones in it.
     """
+    check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
+    check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "pictures of 11x11 pixels or more")
     _, full = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,
                                                   reduction="none", return_full_image=True)
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
@@ -321,6 +326,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity), how often each code was used
     (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
     """
+    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one picture, uint8")
     was_training = model.training
     model.eval()
     sums, indices, reconstructions = torch.zeros(2, device=images.device), [], []
@@ -338,6 +344,8 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
     """Test accuracy in [0, 1] of logistic regression on features x (N, C) with labels y (N,)."""
+    for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
+        check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape), "(N, C) with a label each, N at least 1")
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
@@ -364,6 +372,8 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: i
     Pictures under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
     """
     shown = min(len(originals), len(reconstructions))
+    check(shown > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
+          (tuple(originals.shape), tuple(reconstructions.shape)), "pictures of one size, at least one")
     columns = min(columns, shown)
     whole_rows = shown // columns * columns
     originals, reconstructions = originals[:whole_rows], reconstructions[:whole_rows]

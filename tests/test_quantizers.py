@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
@@ -90,29 +92,32 @@ def test_bf16_autocast_changes_nothing(name):
     assert torch.equal(z_q, expected[0]) and torch.equal(indices, expected[2]) and torch.equal(again, z_q)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("z, message", [
-    (torch.randn(2, DIM + 1, 3, 3), f"{DIM + 1} channels"),
-    (torch.randn(2, 3, DIM + 1), f"{DIM + 1} channels"),
-    (torch.randn(2, DIM), "shape"),
-    (torch.full((1, 2, DIM), float("nan")), "NaN"),
-    (torch.full((1, 2, DIM), float("inf")), "infinity"),
-    (torch.ones(1, 2, DIM, dtype=torch.int64), "type"),
-])
-def test_bad_input(name, z, message):
-    with pytest.raises(ValueError, match=message):
-        build(name)(z)
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("index", [-1, "size", 0.5, True])
-def test_bad_indices(name, index):
-    quantizer = build(name)
-    index = quantizer.codebook_size if index == "size" else index
-    with pytest.raises(ValueError, match="indices"):
-        quantizer.indices_to_codes(torch.tensor([[0, index]]) if index is not True else torch.tensor([[True]]))
-    with pytest.raises(ValueError, match="shape"):
-        quantizer.indices_to_codes(torch.tensor([0, 1]))
+@settings(deadline=None, max_examples=60)
+@given(levels=st.lists(st.integers(2, 9), min_size=1, max_size=5), batch=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 4),
+       extra=st.integers(0, 9), image=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+       scale=st.floats(0, 1e4), name=st.sampled_from(list(QUANTIZERS)))
+def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width, extra, image, dtype, scale, name):
+    dim = max(len(levels), 4) + extra
+    options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels)},
+               "ema_vq": {"codebook_size": math.prod(levels)}, "ddcl": {"delta": 1 / levels[0]}}[name]
+    quantizer = build_quantizer(name, dim, **options)
+    shape = (batch, dim, height, width) if image else (batch, height * width, dim)
+    z = (torch.randn(shape) * scale).to(dtype).clamp(-6e4, 6e4).requires_grad_()
+    for mode in (True, False):
+        z_q, loss, indices = quantizer.train(mode)(z)
+        assert z_q.shape == shape and z_q.dtype == torch.float32 and indices.dtype == torch.int64
+        assert indices.shape == ((batch, height, width) if image else (batch, height * width))
+        assert 0 <= indices.min() and indices.max() < quantizer.codebook_size and loss >= 0 and loss.isfinite() and z_q.isfinite().all()
+    codes = quantizer.indices_to_codes(indices)
+    assert torch.equal(z_q, codes)
+    back = quantizer.codes_to_indices(codes)
+    assert torch.equal(quantizer.indices_to_codes(back), codes)
+    if name in ("fsq", "ddcl"):
+        assert torch.equal(back, indices)
+    tokens = torch.randperm(batch)
+    assert torch.equal(quantizer(z[tokens])[2], indices[tokens])  # one picture's tokens are no other's matter
+    gradient, = torch.autograd.grad(z_q.square().sum() + loss, z)
+    assert gradient.shape == z.shape and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name, options, message", [

@@ -13,7 +13,7 @@ from PIL import Image
 
 from models import ConvEncoder, build_encoder
 from quantizers import QUANTIZERS
-from utils import load_checkpoint, load_torch
+from utils import draw_shapes, load_checkpoint, load_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
@@ -71,6 +71,29 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert "finished" in capsys.readouterr().out and rows(outputs / "metrics.csv") == table
     train(*arguments, "SEED=1", "STAGES=(1,)")  # others: another run, and this one's files stay
     assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
+
+
+@pytest.mark.parametrize("size, grid", [(64, 16), (256, 16)])
+def test_larger_pictures(size, grid, train, tmp_path):
+    data = draw_shapes(size, train=12, test=4)
+    for split, images in (("train", data.train_images), ("test", data.test_images)):
+        (tmp_path / "large" / split).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "large" / split / f"{i}.png")
+    train("DATASET=large", *SMALL, f"IMAGE_SIZE={size}", f"GRID={grid}", "BATCH_SIZE=4", "GAN_WEIGHT=0.1")
+    outputs, = Path("outputs").iterdir()
+    assert len(rows(outputs / "metrics.csv")) == 3
+    model = load_checkpoint(Path("checkpoints", outputs.name, "fsq_stage2_best.pt"))
+    assert model.encode_to_indices(torch.rand(1, 3, size, size)).shape == (1, grid, grid)
+
+
+def test_a_set_larger_than_the_device_stays_on_the_host(train, folder):
+    train(f"DATASET={folder}", *SMALL, "PICTURES_GB=0", "FEATURE_CACHE_GB=0")
+    small, = Path("outputs").iterdir()
+    train(f"DATASET={folder}", *SMALL)
+    large, = set(Path("outputs").iterdir()) - {small}
+    psnr = [[float(row["psnr"]) for row in rows(path / "metrics.csv")] for path in (small, large)]
+    assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
 
 
 def test_gan_begins_where_it_should(train, folder):
