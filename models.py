@@ -41,9 +41,13 @@ ENCODERS = {
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
 
+# Baselines that know nothing yet: the shipped encoder's architecture, and the plain CNN of small CIFAR-10 repositories.
+FROM_SCRATCH = ("scratch", "cnn")
+
 
 def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
-    """The encoder of that name: "cifar", which ships with the repository, a short name of ENCODERS, or a timm ViT's own.
+    """The encoder of that name: "cifar", which ships with the repository, a short name of ENCODERS, or a timm ViT's own;
+    or one of FROM_SCRATCH, which has nothing to load and learns in both stages.
 
     pretrained: False leaves the weights random, to be loaded from a checkpoint.
     Raises ValueError for an unknown name, RuntimeError where pretrained weights cannot be had.
@@ -53,10 +57,13 @@ def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
         if pretrained:
             encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.1 to 1.5 times as fast on a CPU
-    known = ["cifar", *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
+    if name in FROM_SCRATCH:
+        encoder = ConvEncoder(grid, fused=False) if name == "scratch" else CNNEncoder(grid)
+        return encoder.to(memory_format=torch.channels_last)
+    known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
     near = difflib.get_close_matches(name, known, n=3)
     check(name in ENCODERS or timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"}), "ENCODER", name,
-          f"\"cifar\", {', '.join(ENCODERS)} or a ViT of timm's" + (f" (nearest: {', '.join(near)})" if near else ""))
+          f"\"cifar\", {', '.join((*ENCODERS, *FROM_SCRATCH))} or a ViT of timm's" + (f" (nearest: {', '.join(near)})" if near else ""))
     return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
 
 
@@ -127,6 +134,26 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.patch * self.grid) - 0.5) / 0.25
         return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
+
+
+class CNNEncoder(nn.Module):
+    """Three strided convolutions and no more: 32x32 pictures to a 4x4 grid."""
+
+    patch = 8
+    dim = 256
+
+    def __init__(self, grid: int):
+        super().__init__()
+        self.grid = grid
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(128, 256, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(256, self.dim, 3, padding=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers((resize(images, self.patch * self.grid) - 0.5) / 0.25).float()
 
 
 class TimmEncoder(nn.Module):
@@ -240,6 +267,23 @@ class ViTDecoder(nn.Module):
         return 0.5 + 0.25 * self.fold(patches)  # a picture's mean and spread, near enough, to start with
 
 
+class CNNDecoder(nn.Module):
+    """The mirror image of CNNEncoder."""
+
+    def __init__(self, dim: int, image_size: int, grid: int):
+        super().__init__()
+        check(image_size == 8 * grid, "GRID", grid, f"{image_size // 8} with ENCODER = \"cnn\": an eighth of IMAGE_SIZE")
+        self.layers = nn.Sequential(
+            nn.Conv2d(dim, 256, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(256, 128, 4, stride=2, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1), nn.ReLU(),
+        )
+        self.head = nn.ConvTranspose2d(64, 3, 4, stride=2, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 0.5 + 0.25 * self.head(self.layers(z)).float()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # VQRAE
 
@@ -258,7 +302,7 @@ class VQRAE(nn.Module):
         adapter_depth: transformer blocks between the encoder and the quantizer
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
         normalize: subtract the training features' mean and divide by their spread before the decoder
-        decoder_width, _depth, _heads: None for the encoder's own, or 192, 4 and 3 where it is no ViT
+        decoder_width, _depth, _heads: None for the encoder's own, or 192, 4 and 3 where it is no ViT; "cnn" has its own decoder
         pretrained: False leaves the encoder's weights to a checkpoint
         """
         arguments = dict(locals())
@@ -277,11 +321,12 @@ class VQRAE(nn.Module):
         block_heads = getattr(self.encoder, "heads", 4)
         self.adapter = transformer(dim, adapter_depth, block_heads)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
-        self.predictor = transformer(dim, 1, block_heads)
+        self.from_scratch = encoder in FROM_SCRATCH
+        self.predictor = None if self.from_scratch else transformer(dim, 1, block_heads)
         self.post_quant_conv = nn.Conv2d(dim, dim, post_quant_kernel, padding="same") if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
         self.register_buffer("feature_std", torch.ones(dim, 1, 1))
-        self.decoder = ViTDecoder(dim, image_size, grid, width, depth, heads)
+        self.decoder = CNNDecoder(dim, image_size, grid) if encoder == "cnn" else ViTDecoder(dim, image_size, grid, width, depth, heads)
         self.set_stage(1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,6 +359,7 @@ class VQRAE(nn.Module):
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as far as the tokens tell them"""
+        check(not self.from_scratch, "ENCODER", self.config["encoder"], "a pretrained one, whose features there are to predict")
         return on_tokens(self.predictor, self._check_features(z_q, "z_q"))
 
     def features_from_indices(self, indices: Tensor) -> Tensor:
@@ -337,15 +383,16 @@ class VQRAE(nn.Module):
         return counts, (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 
     def set_stage(self, stage: int):
-        """1: the encoder is frozen and stays in eval mode. 2: everything learns."""
+        """1: a pretrained encoder is frozen and stays in eval mode. 2: everything learns."""
         check(stage in (1, 2), "stage", stage, "1 or 2")
         self.stage = stage
-        self.encoder.requires_grad_(stage == 2)
+        self.frozen = stage == 1 and not self.from_scratch
+        self.encoder.requires_grad_(not self.frozen)
         return self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.stage == 1:
+        if self.frozen:
             self.encoder.eval()
         return self
 

@@ -73,7 +73,7 @@ class Quantizer(nn.Module, ABC):
         tokens, layout = self._to_tokens(z, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances, and codes with them
             z_q, loss, indices = self.quantize(tokens.float())
-            if not self.training:
+            if not self.training and self.codebook_size:
                 z_q = straight_through(z_q, self.get_codebook_entry(indices).detach())
         return self._from_tokens(z_q, layout), loss, indices.view(layout)
 
@@ -308,11 +308,24 @@ class DDCL(Quantizer):
         return ((message.long() + self.steps) * self.basis).sum(-1)
 
 
-QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL}
+class NoQuantizer(Quantizer):
+    """Tokens as they are: the ceiling for all others. Its codebook_size is 0, and there are no codes to look up."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 0)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, x.new_zeros(()), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        raise ValueError('quantizer = "none" has no codes; allowed for them: "fsq", "simvq", "ema_vq", "ddcl"')
+
+
+QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}
 
 
 def build_quantizer(name: str, dim: int, **options) -> Quantizer:
-    """One of "fsq", "simvq", "ema_vq", "ddcl" for tokens of `dim` channels; options go to its constructor."""
+    """One of "fsq", "simvq", "ema_vq", "ddcl" and "none" for tokens of `dim` channels; options go to its constructor."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(f'"{n}"' for n in QUANTIZERS))
     check(isinstance(dim, int) and dim >= 1, "dim", dim, "a whole number of 1 or more")
     return QUANTIZERS[name](dim, **options)

@@ -26,7 +26,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
-from models import VQRAE, PatchDiscriminator, reachable
+from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, reachable
 from quantizers import QUANTIZERS, check
 from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch, plot_curves,
                    plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
@@ -39,9 +39,10 @@ rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
 IMAGE_SIZE = 32
 # encoder and quantizer
-ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see README
+ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see README; as baselines,
+# "scratch" is the same architecture untrained and "cnn" a plain CNN (with GRID = 4): they learn in both stages, from pixels
 GRID = 8  # tokens a side: 8 x 8 = 64 tokens a picture
-QUANTIZER = "fsq"  # "fsq", "simvq", "ema_vq", "ddcl"
+QUANTIZER = "fsq"  # "fsq", "simvq", "ema_vq", "ddcl"; "none" is the ceiling for them all
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 SIMVQ_CODEBOOK_SIZE = 16384
 SIMVQ_CODE_DIM = 8  # numbers in a code; None: as many as the encoder's features have, as in the papers
@@ -131,8 +132,10 @@ def main():
 
     if data.train_images.nbytes <= PICTURES_GB * 1e9:
         data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
-    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
-    features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
+    teacher, features = None, None  # of an encoder that has nothing to teach
+    if not model.from_scratch:
+        teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
+        features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
     if NORMALIZE and 1 in STAGES:
         model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)])
 
@@ -151,7 +154,8 @@ def main():
         best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
         metrics, counts, reconstructions = evaluate(best, data.test_images)
         save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
-        plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
+        if len(counts):
+            plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
         say(f"all {len(data.test_images):,} test pictures: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
             f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
         results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
@@ -172,7 +176,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
                "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM, "revive": EMA_REVIVE},
-               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}}[QUANTIZER]
+               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
+               "none": {}}[QUANTIZER]
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
                   DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
     if STAGE1_CHECKPOINT is not None:
@@ -193,7 +198,7 @@ def build_lpips() -> nn.Module:
     return LearnedPerceptualImagePatchSimilarity("vgg").net
 
 
-def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None, features: FeatureCache,
+def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, features: FeatureCache | None,
                 data: Pictures, run: Run, saved: dict):
     """Train one stage and leave its grids, curves and checkpoints; `saved` is where an earlier run of it stopped."""
     model.set_stage(stage).train()
@@ -230,7 +235,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
         for step, batch in enumerate(progress, (epoch - 1) * steps_per_epoch):
             parts = batch.chunk(ranks * ACCUMULATE)[rank * ACCUMULATE :][:ACCUMULATE]
             for index in parts:
-                images, teacher_z = to_float(data.train_images[index.to(data.train_images.device)].to(device)), features[index]
+                images = to_float(data.train_images[index.to(data.train_images.device)].to(device))
+                teacher_z = features[index] if features else None
                 if ranks > 1:  # the last part's backward pass sends the gradients of all
                     objective.require_backward_grad_sync = judge.require_backward_grad_sync = index is parts[-1]
                 discriminator.requires_grad_(False)
@@ -285,26 +291,28 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module |
 class Objective(nn.Module):
     """What a step minimises. A module, so that DistributedDataParallel can stand around it."""
 
-    def __init__(self, stage: int, model: VQRAE, teacher: nn.Module, lpips: nn.Module | None):
+    def __init__(self, stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None):
         super().__init__()
         self.stage, self.model, self.teacher, self.lpips = stage, model, teacher, lpips
 
-    def forward(self, images: Tensor, teacher_z: Tensor, discriminator: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, images: Tensor, teacher_z: Tensor | None, discriminator: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
         """All loss parts, with their weighted sum as "loss", and the reconstructions (B, 3, H, W).
 
-        images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them; discriminator: None
-        as long as the GAN is off.
+        images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them, None where there is
+        none, and with it no loss in features; discriminator: None as long as the GAN is off.
         """
         with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-            z = teacher_z if self.stage == 1 else self.model.encoder(images)
+            z = teacher_z if self.model.frozen else self.model.encoder(images)
             z_q, quantizer_loss, _ = self.model.quantize(z)
             output = self.model.decode(z_q)
-            distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z)
             l2_loss = F.mse_loss(output, images)
-            if self.lpips is None:
-                perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
-            else:
+            perceptual_loss = distill_loss = predict_loss = torch.zeros_like(l2_loss)
+            if self.teacher is not None:
+                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z)
+            if self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
+            elif self.teacher is not None:
+                perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
             picture_loss = L2_WEIGHT * l2_loss + PERCEPTUAL_WEIGHT[self.stage - 1] * perceptual_loss
             loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
             gan_loss = torch.zeros_like(loss)
@@ -360,6 +368,7 @@ def check_constants():
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
     for name in ("NORMALIZE", "EMA_REVIVE"):
         check(isinstance(globals()[name], bool), name, globals()[name], "True or False")
+    check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE, f"False with ENCODER = {ENCODER!r}, whose features change")
     for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",
                  "EPOCH_PICTURES", "EVAL_PICTURES"):
         check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")

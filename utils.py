@@ -323,8 +323,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict, Tensor, Tensor]:
     """Reconstruct uint8 images (N, 3, H, W) from their tokens.
 
-    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity), how often each code was used
-    (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
+    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often each
+    code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
     """
     check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one picture, uint8")
     was_training = model.training
@@ -332,11 +332,14 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     sums, indices, reconstructions = torch.zeros(2, device=images.device), [], []
     for batch in images.split(batch_size):
         targets = to_float(batch)
-        indices.append(model.encode_to_indices(targets))
-        output = model.decode_from_indices(indices[-1]).float()
+        if model.quantizer.codebook_size:
+            indices.append(model.encode_to_indices(targets))
+            output = model.decode_from_indices(indices[-1]).float()
+        else:
+            output = model(targets)[0].float()
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
         reconstructions.append((output * 255).round().byte())
-    counts, usage, perplexity = model.get_codebook_usage(torch.cat(indices))
+    counts, usage, perplexity = model.get_codebook_usage(torch.cat(indices)) if indices else (torch.zeros(0), 0.0, 0.0)
     model.train(was_training)
     mean_psnr, mean_ssim = (sums / len(images)).tolist()
     return {"psnr": mean_psnr, "ssim": mean_ssim, "usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
@@ -408,6 +411,8 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
 def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
     """A small plot for each of these columns of metrics.csv that is not zero throughout, over the epochs of both stages."""
     names = [name for name in names if any(row[name] for row in history)]
+    if not names:
+        return
     rows = math.ceil(len(names) / 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
     figure.suptitle(title)

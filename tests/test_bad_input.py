@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from models import VQRAE, PatchDiscriminator, build_encoder
-from quantizers import QUANTIZERS, build_quantizer, nearest_code
+from quantizers import build_quantizer, nearest_code
 from utils import (draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr, read_constants, save_grid, ssim)
 
 
@@ -82,7 +82,7 @@ QUANTIZER = {
 
 
 @pytest.mark.parametrize("call, names", QUANTIZER.values(), ids=QUANTIZER)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_quantizer(name, call, names):
     with pytest.raises(ValueError, match=names) as error:
         call(build_quantizer(name, 8))

@@ -10,7 +10,7 @@ from torch import nn
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
 
-from quantizers import FSQ, DDCL, EMAVQ, QUANTIZERS, SimVQ, build_quantizer, nearest_code, straight_through
+from quantizers import FSQ, DDCL, EMAVQ, SimVQ, build_quantizer, nearest_code, straight_through
 
 DIM = 32
 OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -22,7 +22,7 @@ def build(name, **options):
 
 
 @pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_round_trip(name, shape):
     quantizer = build(name)
     z = torch.randn(shape)
@@ -44,7 +44,7 @@ def test_round_trip(name, shape):
     assert torch.equal(entries.view(tokens.shape), tokens)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_both_layouts_are_the_same_tokens(name):
     quantizer = build(name)
     z = torch.randn(2, DIM, 3, 3)
@@ -57,7 +57,7 @@ def test_both_layouts_are_the_same_tokens(name):
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_gradient_reaches_the_input(name, mode):
     quantizer = build(name).train(mode)
     z = torch.randn(2, DIM, 3, 3, requires_grad=True)
@@ -79,7 +79,7 @@ def test_parameters_have_the_same_gradient_in_eval_mode(name):
         assert in_training.abs().sum() > 0 and torch.allclose(in_training, in_eval, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_bf16_autocast_changes_nothing(name):
     quantizer = build(name)
     z = torch.randn(4, DIM, 4, 4)
@@ -95,7 +95,7 @@ def test_bf16_autocast_changes_nothing(name):
 @settings(deadline=None, max_examples=60)
 @given(levels=st.lists(st.integers(2, 9), min_size=1, max_size=5), batch=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 4),
        extra=st.integers(0, 9), image=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-       scale=st.floats(0, 1e4), name=st.sampled_from(list(QUANTIZERS)))
+       scale=st.floats(0, 1e4), name=st.sampled_from(["fsq", "simvq", "ema_vq", "ddcl"]))
 def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width, extra, image, dtype, scale, name):
     dim = max(len(levels), 4) + extra
     options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels)},

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from models import ConvEncoder, build_encoder
-from quantizers import QUANTIZERS
 from utils import draw_shapes, load_checkpoint, load_torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +37,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_two_stages(quantizer, train, folder, capsys):
     arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *SMALL]
     train(*arguments)
@@ -71,6 +70,16 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert "finished" in capsys.readouterr().out and rows(outputs / "metrics.csv") == table
     train(*arguments, "SEED=1", "STAGES=(1,)")  # others: another run, and this one's files stay
     assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
+
+
+@pytest.mark.parametrize("arguments", [["QUANTIZER=none"], ["ENCODER=scratch", "GAN_WEIGHT=0.1"], ["ENCODER=cnn", "GRID=4", "ADAPTER_DEPTH=0"]], ids=str)
+def test_baselines(arguments, train, folder):
+    train(f"DATASET={folder}", *SMALL, "EPOCHS=(8, 1)", *arguments)
+    outputs, = Path("outputs").iterdir()
+    table = rows(outputs / "metrics.csv")
+    losses = [float(row["loss"]) for row in table]
+    assert losses[7] < losses[0] and (float(table[0]["predict_loss"]) > 0) == (arguments == ["QUANTIZER=none"])
+    assert (outputs / "final.png").exists() and (outputs / "usage.png").exists() == (arguments != ["QUANTIZER=none"])
 
 
 @pytest.mark.parametrize("size, grid", [(64, 16), (256, 16)])
@@ -140,7 +149,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
 @pytest.mark.parametrize("argument", [
     "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5", "GRID=0",
     "QUANTIZER=vq", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
-    "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1",
+    "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EVAL_PICTURES=0", "BATCH_SIZE=0",
