@@ -22,14 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
-from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, reachable
+from models import FROM_SCRATCH, VQRAE, PatchDiscriminator
 from quantizers import QUANTIZERS, check
-from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_torch, plot_curves,
-                   plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
+from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_lpips, load_torch,
+                   plot_curves, plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
                    write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +105,7 @@ def main():
         build_model(pretrained=False)  # each constant meets what it is for, before anything is downloaded
         if rank > 0:
             dist.barrier()  # the first process downloads and decodes; the others find it done
-        lpips = build_lpips().to(device) if PERCEPTUAL == "lpips" else None
+        lpips = load_lpips().to(device) if PERCEPTUAL == "lpips" else None
         seed_everything(SEED)
         model = build_model()
         data = load_dataset(DATASET, IMAGE_SIZE)
@@ -188,14 +186,6 @@ def build_model(pretrained: bool = True) -> VQRAE:
               "a checkpoint of stage 1 made with these constants" + (": " + "; ".join(differ) if differ else ""))
         model = loaded
     return model.to(device)
-
-
-def build_lpips() -> nn.Module:
-    """LPIPS on VGG16, whose weights torchvision downloads."""
-    weights = VGG16_Weights.IMAGENET1K_V1.url
-    if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
-        raise RuntimeError(f'PERCEPTUAL = "lpips": {weights} cannot be reached; allowed without a download: "encoder"')
-    return LearnedPerceptualImagePatchSimilarity("vgg").net
 
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, features: FeatureCache | None,

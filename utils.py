@@ -21,7 +21,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import datasets
+from torchvision.models import VGG16_Weights
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -32,14 +34,14 @@ from quantizers import check
 # Constants
 
 
-def read_constants(namespace: dict) -> dict:
-    """Replace constants by NAME=value arguments of the command line, and return all of them.
+def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
+    """Replace constants by NAME=value arguments, those of the command line unless given, and return all of them.
 
     `python train.py QUANTIZER=simvq BATCH_SIZE=64` does what editing the two lines would. Raises ValueError for a name
     that is no constant. Values are Python literals; a word that is none is a string.
     """
     constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple, list, type(None)))}
-    for argument in sys.argv[1:]:
+    for argument in sys.argv[1:] if arguments is None else arguments:
         name, sign, text = argument.partition("=")
         near = difflib.get_close_matches(name.upper(), constants, n=3)
         check(sign and name in constants, "argument", argument, "NAME=value" + (f" with a NAME such as {', '.join(near)}" if near else ""))
@@ -343,6 +345,15 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     model.train(was_training)
     mean_psnr, mean_ssim = (sums / len(images)).tolist()
     return {"psnr": mean_psnr, "ssim": mean_ssim, "usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
+
+
+def load_lpips() -> nn.Module:
+    """LPIPS (1801.03924) on VGG16: called with two batches (B, 3, H, W) in [0, 1] and normalize=True, it gives each pair's
+    distance. RuntimeError where torchvision's VGG16 is not on disk and cannot be downloaded."""
+    weights = VGG16_Weights.IMAGENET1K_V1.url
+    if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
+        raise RuntimeError(f"LPIPS needs {weights}, which cannot be reached; PERCEPTUAL = \"encoder\" needs no download")
+    return LearnedPerceptualImagePatchSimilarity("vgg").net
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:

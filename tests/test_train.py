@@ -176,9 +176,9 @@ def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
 
 
 def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("models.reachable", lambda url: False)
+    monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(SystemExit, match='PERCEPTUAL = "lpips".*"encoder"'):
+    with pytest.raises(SystemExit, match='vgg16.*cannot be reached.*PERCEPTUAL = "encoder"'):
         train(f"DATASET={folder}", *SMALL, "PERCEPTUAL=lpips")
 
 

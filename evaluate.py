@@ -1,0 +1,192 @@
+"""Measure checkpoints: what their tokens keep of the picture, and of its meaning.
+
+    python evaluate.py                                          the shipped ones, against the figures they were shipped with
+    python evaluate.py checkpoints/<run>/fsq_stage*_best.pt     your own; with NAME=value for the constants below
+
+Prints the two tables of the README, in fp32. LPIPS and rFID are torchmetrics' own and "-" where their networks cannot be
+had; beside them stand two distances in the shipped encoder's features, under names of their own.
+"""
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
+from utils import (Pictures, evaluate, linear_probe, load_checkpoint, load_dataset, load_lpips, load_torch, read_constants,
+                   save_torch, to_float, write_file)
+
+DATASET = "cifar10"  # as in train.py
+BATCH_SIZE = 250
+SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record their figures there
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+RECORD = PRETRAINED_DIR / "results.json"
+TOLERANCE = {"psnr": 0.01, "ssim": 0.001, "usage": 0.001, "train_usage": 0.001, "probe_z": 0.001, "probe_z_q": 0.001, "probe_predicted": 0.001}
+PICTURE_COLUMNS = {"PSNR": "psnr:.2f", "SSIM": "ssim:.4f", "LPIPS": "lpips:.4f", "rFID": "rfid:.2f",
+                   "Fréchet distance, encoder": "frechet:.3f", "feature distance": "feature_distance:.4f"}
+TOKEN_COLUMNS = {"tokens": "tokens:d", "bits": "bits:.0f", "used, test": "usage:.1%", "perplexity": "perplexity:,.0f",
+                 "used, training": "train_usage:.1%", "perplexity ": "train_perplexity:,.0f", "probe z": "probe_z:.1%", "z_q": "probe_z_q:.1%",
+                 "predicted": "probe_predicted:.1%", "quantizer": "quantizer_kb:,.0f kB", "training": "pictures_per_second:,.0f pictures/s"}
+
+
+def main():
+    try:
+        paths = [Path(argument) for argument in sys.argv[1:] if "=" not in argument]
+        read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {"pictures": None, "figures": {}}
+        paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
+        for path in paths:
+            load_checkpoint(path)  # whatever is wrong with one is said before an hour is spent on the others
+        data = load_dataset(DATASET, load_checkpoint(paths[0]).config["image_size"])
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    if SHIP:
+        paths = [ship(path) for path in paths]
+    pictures = {split: hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+                for split, images in (("training", data.train_images), ("test", data.test_images))}
+    judge = build_encoder("cifar", 8).eval().to(device)
+
+    figures = {path.stem if path.parent == PRETRAINED_DIR else f"{path.parent.name}/{path.stem}": measure(path, data, judge) for path in paths}
+    for columns in (PICTURE_COLUMNS, TOKEN_COLUMNS):
+        print_table(figures, columns)
+    print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
+          f"{len(data.test_images):,} test pictures ({pictures['test']}...)")
+    if SHIP:
+        write_file(RECORD, json.dumps({"pictures": pictures, "figures": record["figures"] | figures}, indent=2).encode())
+    else:
+        compare(figures, record, pictures)
+
+
+def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
+    """All figures of one checkpoint. judge: the shipped encoder, in whose features two distances are measured."""
+    model, content = load_checkpoint(path).to(device), load_torch(path)
+    metrics, _, reconstructions = evaluate(model, data.test_images.to(device), BATCH_SIZE)
+    figures = {"tokens": model.config["grid"] ** 2, **metrics}
+    figures["bits"] = figures["tokens"] * math.log2(model.quantizer.codebook_size) if model.quantizer.codebook_size else math.nan
+    figures["quantizer_kb"] = sum(t.nbytes for t in [*model.quantizer.parameters(), *model.quantizer.buffers()]) / 1e3
+    figures["pictures_per_second"] = content.get("metrics", {}).get("pictures_per_second", math.nan)
+
+    figures |= distances(data.test_images.to(device), reconstructions, judge)
+    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
+    if model.quantizer.codebook_size:
+        _, figures["train_usage"], figures["train_perplexity"] = model.get_codebook_usage(train["indices"])
+    if data.train_labels is not None:
+        for name in train.keys() - {"indices"}:
+            figures[f"probe_{name}"] = linear_probe(train[name], data.train_labels.to(device), test[name], data.test_labels.to(device))
+    return figures
+
+
+@torch.no_grad()
+def tokenize(model: VQRAE, images: Tensor, name: str) -> dict[str, Tensor]:
+    """The indices (N, h, w) of uint8 images (N, 3, H, W), and the means (N, C) of each one's features z, of z_q and of the
+    features predicted from it."""
+    parts = {"indices": [], "z": [], "z_q": []} | ({} if model.from_scratch else {"predicted": []})
+    for batch in tqdm(images.split(BATCH_SIZE), f"tokenizing for {name}", leave=False):
+        z = model.encoder(to_float(batch.to(device)))
+        z_q, _, indices = model.quantize(z)
+        parts["indices"].append(indices)
+        parts["z"].append(z.mean((2, 3)))
+        parts["z_q"].append(z_q.mean((2, 3)))
+        if "predicted" in parts:
+            parts["predicted"].append(model.predict_features(z_q).mean((2, 3)))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+class PooledFeatures(nn.Module):
+    """uint8 images (B, 3, H, W) -> the mean of each one's features (B, C)"""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(to_float(images)).mean((2, 3))
+
+
+@torch.no_grad()
+def distances(originals: Tensor, reconstructions: Tensor, judge: nn.Module) -> dict[str, float]:
+    """Between uint8 pictures (N, 3, H, W): LPIPS and rFID where they can be had; in the judge's features, the Fréchet
+    distance of their means over a picture and the mean squared distance of the features themselves."""
+    pairs = list(zip(originals.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE)))
+    fids = {"frechet": FrechetInceptionDistance(PooledFeatures(judge)).to(device)}
+    if inception_at_hand():
+        fids["rfid"] = FrechetInceptionDistance(2048).to(device)
+    found = {}
+    for name, fid in fids.items():
+        for original, reconstruction in pairs:
+            fid.update(original, real=True)
+            fid.update(reconstruction, real=False)
+        found[name] = fid.compute().item()
+    sums = [F.mse_loss(judge(to_float(a)), judge(to_float(b))) * len(a) for a, b in pairs]
+    found["feature_distance"] = sum(sums).item() / len(originals)
+    try:
+        lpips = load_lpips().to(device)
+        sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
+        found["lpips"] = sum(sums).item() / len(originals)
+    except RuntimeError as error:
+        print(f"no LPIPS: {str(error).partition(chr(59))[0]}")
+    return found
+
+
+def inception_at_hand() -> bool:
+    """Whether FID's own Inception network is installed (torch-fidelity) and its weights are on disk or can be downloaded."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        print("no rFID: torchmetrics computes it with torch-fidelity, which is not installed")
+        return False
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    at_hand = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name).exists() or reachable(URL_INCEPTION_V3)
+    if not at_hand:
+        print(f"no rFID: {URL_INCEPTION_V3} cannot be reached")
+    return at_hand
+
+
+def print_table(figures: dict[str, dict], columns: dict[str, str]):
+    """A Markdown table, aligned; "-" for what could not be measured."""
+    rows = [["checkpoint", *columns]]
+    for name, values in figures.items():
+        row = [name]
+        for column in columns.values():
+            key, form = column.split(":", 1)
+            form, _, unit = form.partition(" ")
+            value = values.get(key, math.nan)
+            row.append("-" if math.isnan(value) else f"{value:{form}} {unit}".strip())
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+    print()
+
+
+def ship(path: Path) -> Path:
+    """A copy in 16-bit numbers, half the size, as checkpoints/pretrained/vqrae_<quantizer>.pt"""
+    content = load_torch(path)
+    content["model"] = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
+    copy = PRETRAINED_DIR / f"vqrae_{content['config']['quantizer']}.pt"
+    save_torch(copy, content)
+    return copy
+
+
+def compare(figures: dict[str, dict], record: dict, pictures: dict):
+    """Say where figures are not those that were recorded when the checkpoints were shipped."""
+    if record["pictures"] != pictures:
+        return print(f"not compared with recorded figures, which are of other pictures: {record['pictures']}")
+    for name in figures.keys() & record["figures"].keys():
+        differ = [f"{key} is {figures[name][key]:.4f} and was {was:.4f}" for key, was in record["figures"][name].items()
+                  if key in TOLERANCE and abs(figures[name][key] - was) > TOLERANCE[key]]
+        print(f"{name}: " + ("; ".join(differ) if differ else "as recorded"))
+        if differ:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
