@@ -1,29 +1,42 @@
-"""Time what this repository claims to be fast against the ordinary way to do it.
+"""Time and memory of what this repository claims to be fast, against the ordinary way to do it.
 
-    python bench.py
+    python bench.py                        everything, some minutes
+    python bench.py "PARTS=('search',)"    of "training", "search", "tokenizing", "start", "scaling"
 
-Each line times two things in turn, ROUNDS times, and prints their medians and the median and range of their ratios.
+Each line runs two things in turn, ROUNDS times, and prints their medians and the median and range of their ratios.
 """
 import copy
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
+from vector_quantize_pytorch import SimVQ as LibrarySimVQ
+from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
-from quantizers import nearest_code
+from quantizers import EMAVQ, SimVQ
 from utils import FeatureCache, draw_shapes, read_constants, to_float
 
+PARTS = ("training", "search", "tokenizing", "start", "scaling")
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
-SEARCHES = ((16384, 1536), (8192, 768), (1024, 64))  # codes and their width, for 8,192 tokens
-read_constants(globals())
+CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64))  # codes and their width, for the search
+TOKENS = 8192  # of the search, as one picture and as 32
+SCALING = (5_000, 15_000, 50_000)  # pictures in an epoch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -37,90 +50,191 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ordinary: Callable[[], object], ours: Callable[[], object]):
-    ordinary(), ours()  # warm-up
-    times = [(seconds(ordinary), seconds(ours)) for _ in range(ROUNDS)]
+def peak_memory(run: Callable[[], object]) -> float:
+    """MB that the run takes at its peak beyond what is there before it; NaN where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+
+    def status(name: str) -> float:
+        return next(float(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is now in use
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def heading(title: str, first: str, second: str, memory: bool = False):
+    print(f"\n{title:52} {first:>10} {second:>10} {'ratio':>6} {'range':>12}" + ("     peak memory" if memory else ""))
+
+
+def compare(name: str, first: Callable[[], object], second: Callable[[], object], memory: bool = False):
+    first(), second()  # warm-up
+    times = [(seconds(first), seconds(second)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in times]
-    medians = [statistics.median(column) for column in zip(*times)]
-    print(f"{name:52} {medians[0] * 1000:9.1f} {medians[1] * 1000:9.1f} {statistics.median(ratios):6.2f} "
-          f"{min(ratios):5.2f}-{max(ratios):.2f}", flush=True)
-
-
-class Files(Dataset):
-    """Pictures as an image folder's data set gives them, less the reading: PIL, transforms, one at a time."""
-
-    def __init__(self, images: torch.Tensor):
-        self.images = [to_pil_image(image) for image in images]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return to_tensor(self.images[i])
+    medians = [statistics.median(column) * 1000 for column in zip(*times)]
+    line = f"{name:52} {medians[0]:7.1f} ms {medians[1]:7.1f} ms {statistics.median(ratios):6.2f} {f'{min(ratios):.2f}-{max(ratios):.2f}':>12}"
+    if memory:
+        line += f"  {peak_memory(first):5.0f} to {peak_memory(second):.0f} MB"
+    print(line, flush=True)
 
 
 def training():
-    """Stage 1 with L2 and feature prediction: DataLoader, fp32 and an encoder in each step, or as train.py does it."""
-    images = draw_shapes(32, train=BATCH_SIZE * BATCHES, test=10).train_images
-    model = VQRAE().to(device).train()
-    teacher = copy.deepcopy(model.encoder).eval()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    fused = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    loader = DataLoader(Files(images), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
-    on_device = images.to(device)
-    features = FeatureCache(teacher, on_device, 4.0)
+    """Stage 1 of train.py with its losses: ImageFolder, DataLoader, fp32 and the encoder in each step, or as it does it."""
+    import train
 
-    def step(batch, z, optimizer):
-        z_q, loss, _ = model.quantize(z)
-        loss = loss + F.mse_loss(model.decode(z_q), batch) + sum(model.compute_distillation_loss(z, z_q, z))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    heading("stage 1 with the shipped encoder", "ordinary", "ours")
+    count = BATCH_SIZE * BATCHES
+    images = draw_shapes(32, train=count, test=10).train_images
+    model = VQRAE(post_quant_kernel=3).to(device).train()
+    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
+    objective = train.Objective(1, model, teacher, None)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "shapes").mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder, "shapes", f"{i}.png"))
+        loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
+        on_device, features = images.to(device), FeatureCache(teacher, images.to(device), 4.0)
 
-    def ordinary():
-        for batch in loader:
-            batch = batch.to(device)
-            with torch.no_grad():
-                z = teacher(batch)
-            step(batch, z, optimizer)
+        def step(batch: Tensor, z: Tensor, optimizer: torch.optim.Optimizer):
+            losses, _ = objective(batch, z, None)
+            losses["loss"].backward()
+            nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    def ours():
-        for index in torch.randperm(len(images), device=device).split(BATCH_SIZE):
-            with torch.autocast(device, torch.bfloat16):
-                step(to_float(on_device[index]), features[index], fused)
+        plain, fused = torch.optim.AdamW(learning, lr=1e-5), torch.optim.AdamW(learning, lr=1e-5, fused=True)
 
-    compare(f"stage 1, {len(images)} pictures (bf16, features kept, no workers)", ordinary, ours)
+        def ordinary():
+            train.PRECISION = "fp32"
+            for batch, _ in loader:
+                batch = batch.to(device)
+                with torch.no_grad():
+                    z = teacher(batch)
+                step(batch, z, plain)
+
+        def ours():
+            train.PRECISION = "bf16"
+            for index in torch.randperm(count).split(BATCH_SIZE):
+                step(to_float(on_device[index.to(device)]), features[index], fused)
+
+        compare(f"{count} pictures", ordinary, ours)
 
 
-@torch.no_grad()
-def searches():
-    """The nearest of many codes: cdist and argmin, as vector-quantize-pytorch's SimVQ does it, and nearest_code."""
-    for codes, width in SEARCHES:
-        codebook = F.normalize(torch.randn(codes, width, device=device), dim=-1)
-        x = F.normalize(torch.randn(8192, width, device=device), dim=-1)
-        for items in (1, 32):
-            batch = x.view(items, -1, width)
-            same = (torch.cdist(batch, codebook).argmin(-1).flatten() == nearest_code(x, codebook)).float().mean()
-            compare(f"{codes:,} x {width:,} codes, {items} x {8192 // items:,} tokens ({same:.2%} equal)",
-                    lambda: torch.cdist(batch, codebook).argmin(-1), lambda: nearest_code(x, codebook))
+def search():
+    """A training step of quantizer alone, forward and backward, ours and vector-quantize-pytorch's own module."""
+    heading(f"{TOKENS:,} tokens quantized, forward and backward", "library", "ours", memory=True)
+    for codes, width in CODEBOOKS:
+        x = torch.randn(1, TOKENS, width, device=device)
+        ours = SimVQ(width, codes).to(device)
+        ours.project_in, ours.project_out = nn.Identity(), nn.Identity()
+
+        class Normalize(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return F.normalize(x, dim=-1)
+
+        library = LibrarySimVQ(width, codes, nn.Sequential(ours.simvq.code_transform, Normalize())).to(device)
+        library.frozen_codebook = ours.simvq.frozen_codebook
+        ema = EMAVQ(width, codes, revive=False).to(device)
+        library_ema = VectorQuantize(width, codes, decay=0.99).to(device)
+        for name, theirs, mine in (("SimVQ", lambda z: library(F.normalize(z, dim=-1)), ours), ("EMA-VQ", library_ema, ema)):
+            for items in (1, 32):
+                z = x.view(items, -1, width)
+
+                def run(quantize: Callable, loss_at: int):
+                    leaf = z.clone().requires_grad_()
+                    out = quantize(leaf)
+                    (out[0].sum() + out[loss_at].sum()).backward()
+
+                if name == "SimVQ":
+                    with torch.no_grad():
+                        same = f", {(theirs(z)[1] == mine(z)[2]).float().mean().item():.2%} equal"
+                compare(f"{name} {codes:,} x {width:,}, {items} x {TOKENS // items:,}{same if name == 'SimVQ' else ''}",
+                        lambda: run(theirs, 2), lambda: run(mine, 1), memory=True)
 
 
 @torch.no_grad()
 def tokenizing():
-    """What quantizing adds to the encoder, and looking codes up to the decoder: ratios near 1 mean nothing."""
-    print(f"\n{'':52} {'tokens':>9} {'bare':>9} {'ratio':>6} {'range':>10}")
+    """What quantizing adds to the encoder, and looking codes up to the decoder."""
+    heading(f"{BATCH_SIZE} pictures, no adapter", "tokens", "bare")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
-    for name, options in (("fsq", {}), ("simvq", {"code_dim": 16}), ("ema_vq", {"code_dim": 16}), ("ddcl", {})):
+    for name, options in (("fsq", {}), ("ddcl", {}), ("simvq", {"code_dim": 16}), ("ema_vq", {"code_dim": 16})):
         model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()
         z_q, _, indices = model.encode(images)
-        compare(f"encode_to_indices / encoder, {name}", lambda: model.encode_to_indices(images), lambda: model.encoder(images))
-        compare(f"decode_from_indices / decode, {name}", lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
+        bare = lambda: model.encoder(images)
+        if name in ("simvq", "ema_vq"):
+            codes, x = torch.randn(model.quantizer.codebook_size, 16, device=device), torch.randn(indices.numel(), 16, device=device)
+            bare = lambda: (model.encoder(images), [part @ codes.T for part in x.split(64)])
+        compare(f"encode_to_indices, and encoder{' + product' if name in ('simvq', 'ema_vq') else ''}: {name}",
+                lambda: model.encode_to_indices(images), bare)
+        compare(f"decode_from_indices, and decode: {name}", lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
+
+
+FIRST_STEP = """
+import sys, time
+import torch
+imported = time.time()
+sys.path.insert(0, {root!r})
+def first_step(*args):
+    print("seconds", time.time() - imported, file=sys.stderr)
+    sys.stderr.flush()
+    import os
+    os._exit(0)
+torch.nn.utils.clip_grad_norm_ = first_step
+sys.argv = ["train.py", *sys.argv[1:]]
+import runpy
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def start():
+    """From `python train.py` to its first step with CIFAR-10 on disk, beyond importing torch."""
+    root = str(Path(__file__).resolve().parent)
+    done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), "DATASET=cifar10"], capture_output=True, text=True)
+            for _ in range(ROUNDS)]
+    if any("seconds" not in run.stderr for run in done):
+        return print(f"\nstart: {done[0].stderr.strip().splitlines()[-1]}")
+    times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
+    print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s ({min(times):.1f}-{max(times):.1f})")
+
+
+def scaling():
+    """Seconds of an epoch over its pictures, from runs of train.py with a small decoder."""
+    print("\npictures in an epoch, and seconds of the second epoch")
+    root = Path(__file__).resolve().parent
+    with tempfile.TemporaryDirectory() as folder:
+        for count in SCALING:
+            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)", f"SEED={count}",
+                            "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
+                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100", f"FEATURE_CACHE_GB=4"], cwd=folder, check=True, capture_output=True)
+            table, = Path(folder, "outputs").glob("*/metrics.csv")
+            names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
+            taken = float(dict(zip(names, last))["seconds"])
+            print(f"{count:10,} {taken:8.1f} s {taken / count * 1e6:8.0f} microseconds a picture", flush=True)
+            for file in table.parent.iterdir():
+                file.unlink()
+            table.parent.rmdir()
+
+
+def machine() -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
+        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{model[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}, medians of {ROUNDS} rounds, in milliseconds\n")
-    print(f"{'':52} {'ordinary':>9} {'ours':>9} {'ratio':>6} {'range':>10}")
-    training()
-    searches()
-    tokenizing()
+    try:
+        read_constants(globals())
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
+    print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
+    for part in PARTS:
+        {"training": training, "search": search, "tokenizing": tokenizing, "start": start, "scaling": scaling}[part]()

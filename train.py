@@ -62,7 +62,7 @@ PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" 
 PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.5  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_WEIGHT = 0.2  # the frozen features, predicted from z_q: what keeps the tokens' meaning
 DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT

@@ -143,7 +143,30 @@ def test_straight_through_is_exact():
 @pytest.mark.parametrize("block", [1, 100, None])
 def test_nearest_code(block):
     x, codebook = torch.randn(50, 8), torch.randn(30, 8) * torch.rand(30, 1)
-    assert torch.equal(nearest_code(x, codebook, block), torch.cdist(x, codebook).argmin(1))
+    for exact in (False, True):
+        assert torch.equal(nearest_code(x, codebook, block, exact), torch.cdist(x, codebook).argmin(1))
+
+
+def test_nearest_of_wide_codes_is_that_of_fp32():
+    # searched in bf16, whose rounding alone would find another code for some tokens, and ranked again
+    codebook = F.normalize(torch.randn(2048, 256), dim=-1)
+    x = F.normalize(torch.randn(1000, 256), dim=-1)
+    expected = torch.cdist(x.double(), codebook.double()).argmin(1)
+    rounded = (x.bfloat16() @ codebook.bfloat16().T).argmax(1)
+    assert (rounded != expected).any() and torch.equal(nearest_code(x, codebook), expected)
+
+
+def test_simvq_keeps_its_codebook_until_the_map_changes():
+    quantizer = build("simvq").eval()
+    with torch.no_grad():
+        first = quantizer.codebook
+        assert quantizer.codebook is first
+        quantizer.simvq.code_transform.weight.mul_(torch.randn(DIM, 1))
+        second = quantizer.codebook
+        assert not torch.allclose(first, second)
+        quantizer.load_state_dict(build("simvq").state_dict())
+        assert not torch.allclose(quantizer.codebook, second)
+    assert quantizer.codebook.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
