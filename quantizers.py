@@ -48,8 +48,9 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, exact: b
             indices.append(scores.argmax(1))
             continue
         candidates = scores.topk(min(8, len(codebook))).indices
-        best = (chunk[:, None] - codebook[candidates]).square().sum(-1).argmin(1, keepdim=True)
-        indices.append(candidates.gather(1, best)[:, 0])
+        for tokens, few in zip(chunk.split(64), candidates.split(64)):  # so that the codes looked up stay in the cache
+            best = (tokens[:, None] - codebook[few]).square().sum(-1).argmin(1, keepdim=True)
+            indices.append(few.gather(1, best)[:, 0])
     return torch.cat(indices)
 
 
@@ -174,6 +175,21 @@ class FSQ(Quantizer):
         return (codes.clamp(-1, 1) + 1).mul((self.fsq._levels - 1) / 2).round().long().mul(self.fsq._basis).sum(-1)
 
 
+class MappedCodes(torch.autograd.Function):
+    """Codes (N, D) that a map's weight has already made of frozen ones (N, C), with the gradient of the map: in wide
+    codebooks, mapping them anew for it would cost a tenth of the whole step."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, frozen: Tensor, mapped: Tensor) -> Tensor:
+        ctx.save_for_backward(frozen)
+        return mapped
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        frozen, = ctx.saved_tensors
+        return gradient.T @ frozen, None, None
+
+
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook seen through one learned linear map.
 
@@ -209,10 +225,11 @@ class SimVQ(Quantizer):
         # the library's own forward would copy the codebook for each picture; its loss is the one below
         x = F.normalize(self.project_in(x), dim=-1)
         with torch.no_grad():
-            indices = nearest_code(x, self.codebook)
-        # the gradient goes through the codes in use alone: a map of 16,384 x 1,536 codes would cost as much as their search
-        used, places = indices.unique(return_inverse=True)
-        codes = F.normalize(self.simvq.code_transform(self.simvq.frozen_codebook[used]), dim=-1)
+            mapped = self.simvq.codebook
+            indices = nearest_code(x, F.normalize(mapped, dim=-1))
+        used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
+        codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
+        codes = F.normalize(codes, dim=-1)
         codes = F.embedding(places, codes)  # codes[places], with a gradient that is the same in every run
         # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
         loss = (codes - x.detach()).square().sum(-1).mean()
