@@ -36,6 +36,7 @@ BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
 CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64))  # codes and their width, for the search
 TOKENS = 8192  # of the search, as one picture and as 32
+DATASET = "cifar10"  # of the start
 SCALING = (5_000, 15_000, 50_000)  # pictures in an epoch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -194,9 +195,9 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def start():
-    """From `python train.py` to its first step with CIFAR-10 on disk, beyond importing torch."""
+    """From `python train.py` to its first step with the pictures on disk, beyond importing torch."""
     root = str(Path(__file__).resolve().parent)
-    done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), "DATASET=cifar10"], capture_output=True, text=True)
+    done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), f"DATASET={DATASET}"], capture_output=True, text=True)
             for _ in range(ROUNDS)]
     if any("seconds" not in run.stderr for run in done):
         return print(f"\nstart: {done[0].stderr.strip().splitlines()[-1]}")
@@ -212,7 +213,7 @@ def scaling():
         for count in SCALING:
             subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)", f"SEED={count}",
                             "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
-                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100", f"FEATURE_CACHE_GB=4"], cwd=folder, check=True, capture_output=True)
+                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100", "FEATURE_CACHE_GB=4"], cwd=folder, check=True, capture_output=True)
             table, = Path(folder, "outputs").glob("*/metrics.csv")
             names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
             taken = float(dict(zip(names, last))["seconds"])

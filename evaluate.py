@@ -170,6 +170,8 @@ def print_table(figures: dict[str, dict], columns: dict[str, str]):
 def ship(path: Path) -> Path:
     """A copy in 16-bit numbers, half the size, as checkpoints/pretrained/vqrae_<quantizer>.pt"""
     content = load_torch(path)
+    if "constants" in content:
+        content["constants"]["DATASET"] = content["metrics"]["dataset"]  # rather than a folder of this machine's
     content["model"] = {name: value.half() if value.is_floating_point() else value for name, value in content["model"].items()}
     copy = PRETRAINED_DIR / f"vqrae_{content['config']['quantizer']}.pt"
     save_torch(copy, content)

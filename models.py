@@ -41,8 +41,8 @@ ENCODERS = {
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
 
-# Baselines that know nothing yet: the shipped encoder's architecture, and the plain CNN of small CIFAR-10 repositories.
-FROM_SCRATCH = ("scratch", "cnn")
+# Baselines that know nothing yet.
+FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
 
 
 def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:

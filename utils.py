@@ -68,7 +68,7 @@ class Pictures(NamedTuple):
     classes: list[str]
 
 
-DATASETS = ("auto", "cifar10", "cifar100", "shapes")
+DATASETS = {"auto": "CIFAR-10, or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn by draw_shapes"}
 
 
 def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures:

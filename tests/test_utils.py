@@ -1,7 +1,12 @@
 import hashlib
+import http.server
+import io
 import pickle
+import re
 import shutil
 import sys
+import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -157,6 +162,52 @@ def test_cifar_out_of_reach(tmp_path, monkeypatch, capsys):
     assert message.count("\n") == 1 and "cannot be reached" in message and "shapes" in message
 
 
+@pytest.fixture
+def broken_off(cifar_on_disk, tmp_path_factory, monkeypatch):
+    """CIFAR-10's archive on a server of this machine that breaks off in the midst of it at first."""
+    path, pictures = cifar_on_disk
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        tar.add(path / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
+    content, asked = archive.getvalue(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200), self.send_header("Content-Length", str(len(content))), self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            asked.append(self.path)
+            self.wfile.write(content[: len(content) // 2] if len(asked) <= 2 else content)  # torchvision asks twice
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    yield tmp_path_factory.mktemp("data"), pictures
+    server.shutdown()
+
+
+def test_a_download_that_breaks_off_is_not_trusted(broken_off):
+    path, pictures = broken_off
+    with pytest.raises(RuntimeError, match="could not be downloaded"):
+        load_dataset("cifar10", 32, str(path))
+    data = load_dataset("cifar10", 32, str(path))  # asks again, and verifies
+    assert np.array_equal(data.train_images.numpy(), pictures[0].reshape(8, 3, 32, 32))
+
+
+def test_a_damaged_data_set_is_not_trusted(cifar_on_disk, monkeypatch):
+    path, _ = cifar_on_disk
+    monkeypatch.setattr(utils, "reachable", lambda url: False)
+    batch = path / datasets.CIFAR10.base_folder / "data_batch_1"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match="cannot be reached"):
+        load_dataset("cifar10", 32, str(path))
+
+
 def test_reachable_gives_up(monkeypatch):
     import time
 
@@ -240,6 +291,14 @@ def test_grid_of_few_pictures(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants, files and checkpoints
+
+
+def test_constants_are_those_at_the_top_of_train():
+    import train
+
+    text = (Path(train.__file__).read_text()).split("class Run")[0]
+    constants = read_constants(vars(train), [])
+    assert len(constants) > 30 and all(re.search(rf"^{name} = ", text, re.MULTILINE) for name in constants)
 
 
 def test_constants_from_the_command_line(monkeypatch):
