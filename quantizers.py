@@ -204,7 +204,7 @@ class SimVQ(Quantizer):
         code_dim = code_dim or dim
         self.project_in = nn.Linear(dim, code_dim)
         self.simvq = LibrarySimVQ(code_dim, codebook_size)
-        self._kept = None, None
+        self._kept = None
         self.project_out = nn.Linear(code_dim, dim)
 
     @property
@@ -215,11 +215,12 @@ class SimVQ(Quantizer):
         """
         if self.training or torch.is_grad_enabled():
             return F.normalize(self.simvq.codebook, dim=-1)
-        weight = self.simvq.code_transform.weight
-        version = (weight.data_ptr(), weight._version)
-        if self._kept[0] != version:
-            self._kept = version, F.normalize(self.simvq.codebook, dim=-1)
-        return self._kept[1]
+        # compared number by number: a fused optimizer changes a weight without counting its version up
+        weight, frozen = self.simvq.code_transform.weight, self.simvq.frozen_codebook
+        state = (weight.device, weight.dtype, frozen._version)
+        if self._kept is None or self._kept[0] != state or not torch.equal(self._kept[1], weight):
+            self._kept = state, weight.clone(), F.normalize(self.simvq.codebook, dim=-1)
+        return self._kept[2]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's own forward would copy the codebook for each picture; its loss is the one below

@@ -167,6 +167,17 @@ def test_simvq_keeps_its_codebook_until_the_map_changes():
         quantizer.load_state_dict(build("simvq").state_dict())
         assert not torch.allclose(quantizer.codebook, second)
     assert quantizer.codebook.requires_grad
+    for fused in (True, False):
+        optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1, fused=fused)
+        z_q, loss, indices = quantizer.train()(torch.randn(2, 9, DIM))
+        (z_q.sum() + loss).backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(quantizer.eval().codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
+    state = quantizer.state_dict() | {"simvq.frozen_codebook": torch.randn(512, DIM)}
+    quantizer.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(quantizer.codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
