@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -213,10 +213,13 @@ def weights_file(name: str) -> str:
     cached = try_to_load_from_cache(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
     if isinstance(cached, str):
         return cached
-    if not reachable("https://huggingface.co"):
-        raise RuntimeError(f'the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE} and huggingface.co cannot be reached; '
+    if not reachable(ENDPOINT):
+        raise RuntimeError(f'the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE} and {ENDPOINT} cannot be reached; '
                            'ENCODER = "cifar" needs no download')
-    return hf_hub_download(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
+    try:
+        return hf_hub_download(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
+    except Exception as error:  # of the hub's client and of what it is built on
+        raise RuntimeError(f"the weights of {source.hf_hub_id} could not be downloaded: {' '.join(str(error).split())}") from None
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -26,16 +26,17 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, exact: bool = False) -> Tensor:
+def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, unit: bool = False, exact: bool = False) -> Tensor:
     """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D), in fp32.
 
     |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code maximises x.c - |c|^2 / 2: one matrix product, made in
     blocks of `block` numbers (by default what suits a CPU's cache or a GPU's cores), so that the whole N x K matrix
-    never exists. Wide codes are searched in bf16, which takes a third of the time, and the eight best by that are ranked
-    again by their distances in fp32. exact=True ranks again in any case, where nearly equal codes have to be told apart.
+    never exists. unit: tokens and codes have length 1, which bf16 rounds by little: wide ones are then searched in
+    it, in a third of the time, and the eight best of each token ranked again by their distances in fp32. exact: ranked
+    again in any case, where nearly equal codes have to be told apart.
     """
     check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", (tuple(x.shape), tuple(codebook.shape)), "(N, D) and (K, D)")
-    wide = x.shape[1] >= 128
+    wide = unit and x.shape[1] >= 128
     block = block or (2**26 if x.is_cuda else 2**22 if wide else 2**20)
     bias = -codebook.square().sum(1) / 2
     codes = codebook.T
@@ -48,7 +49,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, exact: b
             indices.append(scores.argmax(1))
             continue
         candidates = scores.topk(min(8, len(codebook))).indices
-        for tokens, few in zip(chunk.split(64), candidates.split(64)):  # so that the codes looked up stay in the cache
+        part = 4096 if x.is_cuda else 64  # so few that the codes looked up stay in a CPU's cache
+        for tokens, few in zip(chunk.split(part), candidates.split(part)):
             best = (tokens[:, None] - codebook[few]).square().sum(-1).argmin(1, keepdim=True)
             indices.append(few.gather(1, best)[:, 0])
     return torch.cat(indices)
@@ -227,7 +229,7 @@ class SimVQ(Quantizer):
         x = F.normalize(self.project_in(x), dim=-1)
         with torch.no_grad():
             mapped = self.simvq.codebook
-            indices = nearest_code(x, F.normalize(mapped, dim=-1))
+            indices = nearest_code(x, F.normalize(mapped, dim=-1), unit=True)
         used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
         codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
         codes = F.normalize(codes, dim=-1)

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_chec
                    write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+rank, local_rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
 
 # pictures
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
@@ -71,7 +72,8 @@ EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the
 EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
 EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 64  # pictures a step, of all processes together
-ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory
+ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory; EMA-VQ's
+# codebook moves with each part
 PRECISION = "bf16"  # or "fp32", two to three times slower; either way measured in fp32
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
 FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
@@ -91,12 +93,15 @@ class Run(NamedTuple):
 
 def main():
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if local_rank >= torch.cuda.device_count():
+            sys.exit(f"train.py: processes on this machine = {local_rank + 1} or more, allowed: one for each of its {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
     else:
         torch.use_deterministic_algorithms(True)  # costs nothing here
         torch.utils.deterministic.fill_uninitialized_memory = False
     if ranks > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # while the first process decodes pictures or measures, the others wait: ten minutes, the default, may be too few
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
 
     # what there is to learn from, and the model
     try:
@@ -115,12 +120,13 @@ def main():
 
         if DATASET == "auto":
             constants["DATASET"] = data.name
-        name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants)}"
+        sizes = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may change
+        name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants | sizes)}"
         run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
         last = run.checkpoints / "last.pt"
         saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"train.py: {error}" if rank == 0 else 1)
+        sys.exit(1 if rank > 0 and isinstance(error, ValueError) else f"train.py: {error}")  # a wrong constant, once for all
     say(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if (run.outputs / "results.json").exists():
@@ -135,7 +141,7 @@ def main():
         teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
         features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
     if NORMALIZE and 1 in STAGES:
-        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)])
+        model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]])
 
     # the two stages
     say(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
@@ -193,7 +199,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     """Train one stage and leave its grids, curves and checkpoints; `saved` is where an earlier run of it stopped."""
     model.set_stage(stage).train()
     count = min(EPOCH_PICTURES or len(data.train_images), len(data.train_images))
-    steps_per_epoch = max(1, count // BATCH_SIZE)
+    steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE[stage - 1],
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -211,6 +217,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         for name, part in state.items():
             part.load_state_dict(saved[name])
         first_epoch = saved["epoch"] + 1
+
+    def place(step: int) -> str:
+        return f"stage {stage}, epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch + 1}"
 
     objective, judge = Objective(stage, model, teacher, lpips), discriminator
     if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
@@ -230,7 +239,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 if ranks > 1:  # the last part's backward pass sends the gradients of all
                     objective.require_backward_grad_sync = judge.require_backward_grad_sync = index is parts[-1]
                 discriminator.requires_grad_(False)
-                losses, output = objective(images, teacher_z, discriminator if step >= gan_start else None)
+                try:
+                    losses, output = objective(images, teacher_z, discriminator if step >= gan_start else None)
+                except ValueError as error:  # features that are not finite
+                    sys.exit(f"train.py: {error}, at {place(step)}; checkpoints of earlier epochs are in {run.checkpoints}")
                 (losses["loss"] / ACCUMULATE).backward()
                 if step >= gan_start:
                     discriminator.requires_grad_(True)
@@ -240,10 +252,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                     (losses["discriminator_loss"] / ACCUMULATE).backward()
                 sums = sums + torch.stack([value.detach() for value in losses.values()])
             gradient = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not gradient.isfinite():
-                bad = [name for name, value in losses.items() if not value.isfinite()] or ["the gradient"]
-                sys.exit(f"train.py: {', '.join(bad)} not finite at stage {stage}, epoch {epoch}, step {step % steps_per_epoch + 1}; "
-                         f"checkpoints of earlier epochs are in {run.checkpoints}")
+            if not (gradient + sums.sum()).isfinite():
+                bad = [name for name, value in zip(losses, sums) if not value.isfinite()] or ["the gradient"]
+                sys.exit(f"train.py: {', '.join(bad)} not finite at {place(step)}; checkpoints of earlier epochs are in {run.checkpoints}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -362,6 +373,7 @@ def check_constants():
     for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",
                  "EPOCH_PICTURES", "EVAL_PICTURES"):
         check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")
+    check(EPOCH_PICTURES is None or EPOCH_PICTURES >= BATCH_SIZE, "EPOCH_PICTURES", EPOCH_PICTURES, f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
     for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "PICTURES_GB"):
         check(real(globals()[name], 0), name, globals()[name], "a number of 0 or more")
     check(PERCEPTUAL in ("encoder", "lpips"), "PERCEPTUAL", PERCEPTUAL, '"encoder", "lpips"')
@@ -384,5 +396,3 @@ if __name__ == "__main__":
         sys.exit("\ntrain.py: stopped")
     except OSError as error:  # a full disk, a folder that must not be written
         sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on after the last epoch that it printed")

@@ -153,7 +153,7 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
         data_dir.mkdir(parents=True, exist_ok=True)
         for old in data_dir.glob(f"{name}_*.uint8"):  # of the folder as it was
             old.unlink()
-        temporary = whole.with_name(whole.name + ".tmp")
+        temporary = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")  # another run may be at it, too
 
         def read(file: Path) -> bytes | Exception:
             try:
@@ -178,7 +178,7 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
             output.flush()
             os.fsync(output.fileno())
         os.replace(temporary, whole)
-    mapped = torch.from_file(str(whole), size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
+    mapped = torch.from_file(str(whole), shared=True, size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
     pictures, readable = mapped.split([len(mapped) - len(files), len(files)])
     if not readable.all():
         print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
@@ -271,7 +271,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """A frozen encoder's features of the training pictures, each computed once, when first asked for.
+    """A frozen encoder's features of the training pictures, computed when first asked for.
 
     Computed and kept in `dtype`: bf16, under autocast, or fp32, as the training around it. Above `limit_gb` nothing is kept.
     """
@@ -331,16 +331,17 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one picture, uint8")
     was_training = model.training
     model.eval()
-    sums, indices, reconstructions = torch.zeros(2, device=images.device), [], []
+    device = model.feature_mean.device
+    sums, indices, reconstructions = torch.zeros(2, device=device), [], []
     for batch in images.split(batch_size):
-        targets = to_float(batch)
+        targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
             indices.append(model.encode_to_indices(targets))
             output = model.decode_from_indices(indices[-1]).float()
         else:
             output = model(targets)[0].float()
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
-        reconstructions.append((output * 255).round().byte())
+        reconstructions.append((output * 255).round().byte().to(images.device))
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(indices)) if indices else (torch.zeros(0), 0.0, 0.0)
     model.train(was_training)
     mean_psnr, mean_ssim = (sums / len(images)).tolist()
@@ -353,7 +354,10 @@ def load_lpips() -> nn.Module:
     weights = VGG16_Weights.IMAGENET1K_V1.url
     if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
         raise RuntimeError(f"LPIPS needs {weights}, which cannot be reached; PERCEPTUAL = \"encoder\" needs no download")
-    return LearnedPerceptualImagePatchSimilarity("vgg").net
+    try:
+        return LearnedPerceptualImagePatchSimilarity("vgg").net
+    except OSError as error:
+        raise RuntimeError(f"LPIPS needs {weights}, which could not be downloaded ({error})") from None
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
@@ -444,11 +448,14 @@ def write_file(path: Path, content: bytes):
     """Write a file whole or not at all: a reader, or a run that is killed, never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it had no room for
+        raise OSError(error.errno, f"{error.strerror or error}", str(path)) from None
 
 
 def write_csv(path: Path, rows: list[dict]):

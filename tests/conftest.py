@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is compared bit for bit, or between processes, is so on a CPU
 
 import numpy as np
 import pytest

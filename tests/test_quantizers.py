@@ -144,7 +144,7 @@ def test_straight_through_is_exact():
 def test_nearest_code(block):
     x, codebook = torch.randn(50, 8), torch.randn(30, 8) * torch.rand(30, 1)
     for exact in (False, True):
-        assert torch.equal(nearest_code(x, codebook, block, exact), torch.cdist(x, codebook).argmin(1))
+        assert torch.equal(nearest_code(x, codebook, block, exact=exact), torch.cdist(x, codebook).argmin(1))
 
 
 def test_nearest_of_wide_codes_is_that_of_fp32():
@@ -153,7 +153,8 @@ def test_nearest_of_wide_codes_is_that_of_fp32():
     x = F.normalize(torch.randn(1000, 256), dim=-1)
     expected = torch.cdist(x.double(), codebook.double()).argmin(1)
     rounded = (x.bfloat16() @ codebook.bfloat16().T).argmax(1)
-    assert (rounded != expected).any() and torch.equal(nearest_code(x, codebook), expected)
+    assert (rounded != expected).any() and torch.equal(nearest_code(x, codebook, unit=True), expected)
+    assert torch.equal(nearest_code(x * 20, codebook * 20), expected)  # long ones in fp32
 
 
 def test_simvq_keeps_its_codebook_until_the_map_changes():

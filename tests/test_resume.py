@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 processes = multiprocessing.get_context("forkserver")  # imports torch and the rest once for all of them
 processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
 
-ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "DECODER_WIDTH=64",
+ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256", "DECODER_WIDTH=64",
              "DECODER_DEPTH=1", "DECODER_HEADS=2", "GAN_WEIGHT=0.1"]
 
 
@@ -117,13 +117,13 @@ def finish_and_compare(path, reference):
     arguments, expected, _ = reference
     assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
     assert same(outcome(path), expected)
-    names = {f.name for f in path.rglob("*.*")}
+    names = {f.name for f in [*(path / "outputs").rglob("*.*"), *(path / "checkpoints").rglob("*.*")]}
     assert len([name for name in names if name.endswith(".pt")]) == 7 and not any(name.endswith(".tmp") for name in names)
 
 
-# 3 steps an epoch, and files: two of decoded pictures, then each epoch grid, table, two plots, best, epoch_k, last.pt
+# 2 steps an epoch, and files: two of decoded pictures, then each epoch grid, table, two plots, best, epoch_k, last.pt
 @pytest.mark.parametrize("reference", ["ddcl"], indirect=True)  # its dither draws random numbers
-@pytest.mark.parametrize("where, calls, epoch", [("write", 1, 0), ("step", 5, 1), ("evaluation", 2, 1), ("write", 14, 1), ("write", 16, 1),
+@pytest.mark.parametrize("where, calls, epoch", [("write", 1, 0), ("step", 4, 1), ("evaluation", 2, 1), ("write", 14, 1), ("write", 16, 1),
                                                  ("rename", 16, 1), ("stage 2", 4, 2)])
 def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference, tmp_path):
     assert exit_code(start(tmp_path, reference[0], where, calls)) == -signal.SIGKILL, (tmp_path / "log").read_text()
@@ -133,8 +133,8 @@ def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["ddcl", "ema_vq"], indirect=True)  # as does the revival of EMA-VQ's codes
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("reference", ["ddcl", "ema_vq", "simvq"], indirect=True)  # as does the revival of EMA-VQ's codes
+@pytest.mark.parametrize("number", range(7))
 def test_killed_at_any_moment(number, reference, tmp_path):
     arguments, _, seconds = reference
     process = start(tmp_path, arguments)
@@ -155,8 +155,8 @@ def test_ctrl_c_says_what_is_saved(tmp_path, folder):
     assert "stopped" in log and "last.pt" in log and "goes on" in log and "Traceback" not in log
 
 
-def limited(folder, arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # as a disk that is full: a write fails midway
+def limited(folder, arguments, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # as a disk that is full: a write fails midway
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     child(folder, arguments, None, 0)
 
@@ -165,12 +165,13 @@ def test_a_full_disk_leaves_the_checkpoint_that_was(tmp_path, folder):
     arguments = [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(3, 1)", "STAGES=(1,)"]
     assert exit_code(start(tmp_path, arguments, "step", 5)) == -signal.SIGKILL
     last, = tmp_path.glob("checkpoints/*/last.pt")
-    before = last.read_bytes()
-    process = processes.Process(target=limited, args=(tmp_path, arguments))
+    before, best = last.read_bytes(), last.with_name("fsq_stage1_best.pt").stat().st_size
+    assert len(before) > best + 2**20  # so that last.pt is the one that does not fit
+    process = processes.Process(target=limited, args=(tmp_path, arguments, best + 2**20))
     process.start()
     assert exit_code(process) == 1
     line = (tmp_path / "log").read_text().splitlines()[-1]
-    assert line.startswith("train.py: ") and "File too large" in line and last.read_bytes() == before
+    assert line.startswith("train.py: ") and "File too large" in line and "last.pt" in line and last.read_bytes() == before
     assert exit_code(start(tmp_path, arguments)) == 0
 
 
@@ -200,6 +201,6 @@ def test_memory_stays_as_it_is_over_200_epochs(tmp_path, folder):
     memory, handles, threads = zip(*(map(float, line.split()) for line in (tmp_path / "memory").read_text().splitlines()))
     assert len(memory) == 200
     early, late = sorted(memory[20:60])[20], sorted(memory[160:])[20]  # medians, when all is allocated and at the end
-    assert late - early < 0.02 * early, f"{early:.0f} MB became {late:.0f} MB"
+    assert late - early < 0.05 * early, f"{early:.0f} MB became {late:.0f} MB"
     assert len(set(handles[20:])) == 1 and len(set(threads[20:])) == 1
     assert len(list(tmp_path.glob("checkpoints/*/*"))) == 4 and math.isfinite(late)  # best, two epochs, last: the others pruned
