@@ -373,7 +373,8 @@ class VQRAE(nn.Module):
         """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
         of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q."""
         if not z.shape == z_q.shape == teacher_z.shape:
-            raise ValueError(f"z, z_q and teacher_z have shapes {tuple(z.shape)}, {tuple(z_q.shape)} and {tuple(teacher_z.shape)}, allowed is one shape")
+            shapes = ", ".join(str(tuple(part.shape)) for part in (z, z_q, teacher_z))
+            raise ValueError(f"z, z_q and teacher_z have shapes {shapes}, allowed is one for all")
         return F.mse_loss(z, teacher_z), F.mse_loss(self.predict_features(z_q).float(), teacher_z)
 
     @torch.no_grad()
@@ -411,7 +412,8 @@ class VQRAE(nn.Module):
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
         shape = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
         if z.shape[1:] != shape or not z.dtype.is_floating_point:
-            raise ValueError(f"{name} has shape {tuple(z.shape)} and type {z.dtype}, allowed are (B, {', '.join(map(str, shape))}) floating-point numbers")
+            raise ValueError(f"{name} has shape {tuple(z.shape)} and type {z.dtype}, allowed is (B, {', '.join(map(str, shape))}) "
+                             "and a floating-point type")
         return z
 
 

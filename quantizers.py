@@ -35,7 +35,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, unit: bo
     it, in a third of the time, and the eight best of each token ranked again by their distances in fp32. exact: ranked
     again in any case, where nearly equal codes have to be told apart.
     """
-    check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", (tuple(x.shape), tuple(codebook.shape)), "(N, D) and (K, D)")
+    shapes = tuple(x.shape), tuple(codebook.shape)
+    check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", shapes, "(N, D) and (K, D)")
     wide = unit and x.shape[1] >= 128
     block = block or (2**26 if x.is_cuda else 2**22 if wide else 2**20)
     bias = -codebook.square().sum(1) / 2

@@ -32,7 +32,8 @@ from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_chec
                    write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-rank, local_rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
+ranks = int(os.environ.get("WORLD_SIZE", 1))
 
 # pictures
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
@@ -94,7 +95,7 @@ class Run(NamedTuple):
 def main():
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            sys.exit(f"train.py: processes on this machine = {local_rank + 1} or more, allowed: one for each of its {torch.cuda.device_count()} GPUs")
+            sys.exit(f"train.py: nproc_per_node is more than {local_rank}, allowed: {torch.cuda.device_count()}, the GPUs that there are")
         torch.cuda.set_device(local_rank)
     else:
         torch.use_deterministic_algorithms(True)  # costs nothing here
