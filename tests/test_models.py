@@ -172,7 +172,7 @@ def test_decoder_follows_a_vit_encoder():
 
 @pytest.mark.slow
 def test_a_step_in_the_papers_setting():
-    """SigLIP-L at 256 pixels, SimVQ 16,384 x 1,536 behind an adapter, a decoder as large as the encoder: 10 GB for a
+    """SigLIP-L at 256 pixels, SimVQ 16,384 x 1,536 behind an adapter, a decoder as large as the encoder: 12 GB for a
     step of two pictures, nearly all of it weights, gradients and AdamW's averages."""
     model = VQRAE("siglip_l", "simvq", {"codebook_size": 16384, "code_dim": 1536}, image_size=256, grid=16, pretrained=False)
     one_step_of_each_stage(model, torch.rand(2, 3, 256, 256))

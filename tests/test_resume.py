@@ -201,6 +201,7 @@ def test_memory_stays_as_it_is_over_200_epochs(tmp_path, folder):
     memory, handles, threads = zip(*(map(float, line.split()) for line in (tmp_path / "memory").read_text().splitlines()))
     assert len(memory) == 200
     early, late = sorted(memory[20:60])[20], sorted(memory[160:])[20]  # medians, when all is allocated and at the end
-    assert late - early < 0.05 * early, f"{early:.0f} MB became {late:.0f} MB"
+    # plots alone make it swing by 3 %; a leak of half a megabyte an epoch would be 7 %
+    assert late - early < 0.06 * early, f"{early:.0f} MB became {late:.0f} MB"
     assert len(set(handles[20:])) == 1 and len(set(threads[20:])) == 1
     assert len(list(tmp_path.glob("checkpoints/*/*"))) == 4 and math.isfinite(late)  # best, two epochs, last: the others pruned
