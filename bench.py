@@ -52,7 +52,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """MB that the run takes at its peak beyond what is there before it; NaN where the system does not tell."""
+    """MB by which the run's peak is above what the process has taken before it, warm: 0 where that is enough for it. NaN where
+    the system does not tell."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -67,7 +68,7 @@ def peak_memory(run: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is now in use
     before = status("VmRSS")
     run()
-    return status("VmHWM") - before
+    return max(0.0, status("VmHWM") - before)
 
 
 def heading(title: str, first: str, second: str, memory: bool = False):

@@ -57,7 +57,7 @@ def main():
                 for split, images in (("training", data.train_images), ("test", data.test_images))}
     judge = build_encoder("cifar", 8).eval().to(device)
 
-    figures = {path.stem if path.parent == PRETRAINED_DIR else f"{path.parent.name}/{path.stem}": measure(path, data, judge) for path in paths}
+    figures = {path.stem if path.resolve().parent == PRETRAINED_DIR else f"{path.parent.name}/{path.stem}": measure(path, data, judge) for path in paths}
     for columns in (PICTURE_COLUMNS, TOKEN_COLUMNS):
         print_table(figures, columns)
     print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
