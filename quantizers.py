@@ -228,13 +228,17 @@ class SimVQ(Quantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's own forward would copy the codebook for each picture; its loss is the one below
         x = F.normalize(self.project_in(x), dim=-1)
-        with torch.no_grad():
-            mapped = self.simvq.codebook
-            indices = nearest_code(x, F.normalize(mapped, dim=-1), unit=True)
-        used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
-        codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
-        codes = F.normalize(codes, dim=-1)
-        codes = F.embedding(places, codes)  # codes[places], with a gradient that is the same in every run
+        if self.training or torch.is_grad_enabled():
+            with torch.no_grad():
+                mapped = self.simvq.codebook
+                indices = nearest_code(x, F.normalize(mapped, dim=-1), unit=True)
+            used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
+            codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
+            codes = F.normalize(codes, dim=-1)
+            codes = F.embedding(places, codes)  # codes[places], with a gradient that is the same in every run
+        else:
+            indices = nearest_code(x, self.codebook, unit=True)
+            codes = self.codebook[indices]
         # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
         loss = (codes - x.detach()).square().sum(-1).mean()
         loss = loss + self.simvq.input_to_quantize_commit_loss_weight * (x - codes.detach()).square().sum(-1).mean()

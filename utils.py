@@ -164,20 +164,23 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
                 return error
 
         readable = bytearray()
-        with open(temporary, "wb") as output, ThreadPool() as pool, tqdm(total=len(files), desc=f"decoding {name}", leave=False) as bar:
-            for start in range(0, len(files), 1024):  # in parts: the pool would run ahead of the disk, and memory fill up
-                part = files[start : start + 1024]
-                for file, image in zip(part, pool.map(read, part)):
-                    readable.append(isinstance(image, bytes))
-                    if isinstance(image, bytes):
-                        output.write(image)
-                    else:
-                        tqdm.write(f"skipping {file}: {image}")
-                bar.update(len(part))
-            output.write(readable)
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(temporary, whole)
+        try:
+            with open(temporary, "wb") as output, ThreadPool() as pool, tqdm(total=len(files), desc=f"decoding {name}", leave=False) as bar:
+                for start in range(0, len(files), 1024):  # in parts: the pool would run ahead of the disk, and memory fill up
+                    part = files[start : start + 1024]
+                    for file, image in zip(part, pool.map(read, part)):
+                        readable.append(isinstance(image, bytes))
+                        if isinstance(image, bytes):
+                            output.write(image)
+                        else:
+                            tqdm.write(f"skipping {file}: {image}")
+                    bar.update(len(part))
+                output.write(readable)
+                output.flush()
+                os.fsync(output.fileno())
+            os.replace(temporary, whole)
+        finally:  # what a full disk or Ctrl-C leaves may be large
+            temporary.unlink(missing_ok=True)
     mapped = torch.from_file(str(whole), shared=True, size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
     pictures, readable = mapped.split([len(mapped) - len(files), len(files)])
     if not readable.all():

@@ -175,6 +175,13 @@ def test_simvq_keeps_its_codebook_until_the_map_changes():
         optimizer.step()
         with torch.no_grad():
             assert torch.equal(quantizer.eval().codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
+    maps = []
+    quantizer.simvq.code_transform.register_forward_hook(lambda *args: maps.append(1))
+    with torch.no_grad():
+        for _ in range(3):
+            z_q, _, indices = quantizer(torch.randn(2, 9, DIM))
+            quantizer.indices_to_codes(indices)
+    assert not maps  # the codebook is mapped once, not at each call
     state = quantizer.state_dict() | {"simvq.frozen_codebook": torch.randn(512, DIM)}
     quantizer.load_state_dict(state)
     with torch.no_grad():
