@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
@@ -92,11 +92,13 @@ def test_bf16_autocast_changes_nothing(name):
     assert torch.equal(z_q, expected[0]) and torch.equal(indices, expected[2]) and torch.equal(again, z_q)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)  # the same examples each time: a run of the tests can be repeated
 @given(levels=st.lists(st.integers(2, 9), min_size=1, max_size=5), batch=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 4),
        extra=st.integers(0, 9), image=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-       scale=st.floats(0, 1e4), name=st.sampled_from(["fsq", "simvq", "ema_vq", "ddcl"]))
-def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width, extra, image, dtype, scale, name):
+       scale=st.floats(0, 1e4), name=st.sampled_from(["fsq", "simvq", "ema_vq", "ddcl"]), seed=st.integers(0, 2**31))
+@example(levels=[4], batch=1, height=1, width=1, extra=0, image=False, dtype=torch.float64, scale=1.2e-38, name="ema_vq", seed=0)
+def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width, extra, image, dtype, scale, name, seed):
+    torch.manual_seed(seed)
     dim = max(len(levels), 4) + extra
     options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels)},
                "ema_vq": {"codebook_size": math.prod(levels)}, "ddcl": {"delta": 1 / levels[0]}}[name]
@@ -110,12 +112,15 @@ def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width
         assert 0 <= indices.min() and indices.max() < quantizer.codebook_size and loss >= 0 and loss.isfinite() and z_q.isfinite().all()
     codes = quantizer.indices_to_codes(indices)
     assert torch.equal(z_q, codes)
-    back = quantizer.codes_to_indices(codes)
-    assert torch.equal(quantizer.indices_to_codes(back), codes)
+    order = torch.randperm(batch)
+    back, alone = quantizer.codes_to_indices(codes), quantizer(z[order])[2]  # one picture's tokens are no other's matter
     if name in ("fsq", "ddcl"):
-        assert torch.equal(back, indices)
-    tokens = torch.randperm(batch)
-    assert torch.equal(quantizer(z[tokens])[2], indices[tokens])  # one picture's tokens are no other's matter
+        assert torch.equal(back, indices) and torch.equal(alone, indices[order])
+    else:  # nearest among codes that are equal, or nearer to each other than the squares of fp32 can tell
+        channels = 1 if image else 2
+        for found, expected in ((back, codes), (alone, codes[order])):
+            distance = (quantizer.indices_to_codes(found) - expected).norm(dim=channels)
+            assert (distance <= 1e-3 * expected.norm(dim=channels) + 1e-18).all()
     gradient, = torch.autograd.grad(z_q.square().sum() + loss, z)
     assert gradient.shape == z.shape and gradient.isfinite().all()
 
