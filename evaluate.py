@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
 from quantizers import check
 from utils import (Pictures, evaluate, linear_probe, load_checkpoint, load_dataset, load_lpips, load_torch, read_constants,
-                   save_torch, to_float, write_file)
+                   save_figure, save_torch, to_float, write_file)
 
 DATASET = "cifar10"  # as in train.py
+TRAIN_PICTURES = None  # training pictures that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
+CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +47,8 @@ def main():
         read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {"pictures": None, "figures": {}}
         check(isinstance(BATCH_SIZE, int) and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
+        check(TRAIN_PICTURES is None or isinstance(TRAIN_PICTURES, int) and TRAIN_PICTURES >= 1, "TRAIN_PICTURES", TRAIN_PICTURES, "None or 1 or more")
+        check(not (SHIP and TRAIN_PICTURES), "SHIP", SHIP, "True with TRAIN_PICTURES = None alone")
         paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
         check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
         for path in paths:
@@ -51,6 +56,9 @@ def main():
         data = load_dataset(DATASET, load_checkpoint(paths[0]).config["image_size"])
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    if TRAIN_PICTURES:
+        data = data._replace(train_images=data.train_images[:TRAIN_PICTURES],
+                             train_labels=None if data.train_labels is None else data.train_labels[:TRAIN_PICTURES])
     if SHIP:
         paths = [ship(path) for path in paths]
     pictures = {split: hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
@@ -62,6 +70,8 @@ def main():
         print_table(figures, columns)
     print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
           f"{len(data.test_images):,} test pictures ({pictures['test']}...)")
+    if CURVE:
+        plot_curve(Path(CURVE), figures)
     if SHIP:
         others = record["figures"] if record["pictures"] == pictures else {}
         write_file(RECORD, json.dumps({"pictures": pictures, "figures": others | figures}, indent=2).encode())
@@ -81,6 +91,7 @@ def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
     figures["quantizer_kb"] = sum(t.nbytes for t in [*model.quantizer.parameters(), *model.quantizer.buffers()]) / 1e3
     if "metrics" in content:
         figures["pictures_per_second"] = content["metrics"]["pictures_per_second"]
+    figures |= {"quantizer": model.config["quantizer"], "predict_weight": content.get("constants", {}).get("PREDICT_WEIGHT", math.nan)}
 
     figures |= distances(data.test_images.to(device), reconstructions, judge)
     train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
@@ -108,34 +119,26 @@ def tokenize(model: VQRAE, images: Tensor, name: str) -> dict[str, Tensor]:
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-class PooledFeatures(nn.Module):
-    """uint8 images (B, 3, H, W) -> the mean of each one's features (B, C)"""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-        self.num_features = encoder.dim  # told, torchmetrics need not try
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder(to_float(images)).mean((2, 3))
-
-
 @torch.no_grad()
 def distances(originals: Tensor, reconstructions: Tensor, judge: nn.Module) -> dict[str, float]:
     """Between uint8 pictures (N, 3, H, W): LPIPS and rFID where they can be had; in the judge's features, the Fréchet
     distance of their means over a picture and the mean squared distance of the features themselves."""
     pairs = list(zip(originals.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE)))
-    fids = {"frechet": FrechetInceptionDistance(PooledFeatures(judge)).to(device)}
+    means = nn.Identity()  # torchmetrics is given features in place of pictures
+    means.num_features = judge.dim
+    frechet, total = FrechetInceptionDistance(means).to(device), 0
+    for pair in pairs:
+        z = [judge(to_float(images)) for images in pair]
+        frechet.update(z[0].mean((2, 3)), real=True)
+        frechet.update(z[1].mean((2, 3)), real=False)
+        total = total + F.mse_loss(*z) * len(z[0])
+    found = {"frechet": frechet.compute().item(), "feature_distance": total.item() / len(originals)}
     if inception_at_hand():
-        fids["rfid"] = FrechetInceptionDistance(2048).to(device)
-    found = {}
-    for name, fid in fids.items():
+        rfid = FrechetInceptionDistance(2048).to(device)
         for original, reconstruction in pairs:
-            fid.update(original, real=True)
-            fid.update(reconstruction, real=False)
-        found[name] = fid.compute().item()
-    sums = [F.mse_loss(judge(to_float(a)), judge(to_float(b))) * len(a) for a, b in pairs]
-    found["feature_distance"] = sum(sums).item() / len(originals)
+            rfid.update(original, real=True)
+            rfid.update(reconstruction, real=False)
+        found["rfid"] = rfid.compute().item()
     try:
         lpips = load_lpips().to(device)
         sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
@@ -174,6 +177,21 @@ def print_table(figures: dict[str, dict], columns: dict[str, str]):
     for row in rows:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
     print()
+
+
+def plot_curve(path: Path, figures: dict[str, dict]):
+    """What meaning costs: PSNR against the probes' accuracy, a line for each quantizer, a point for each PREDICT_WEIGHT."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, key, title in zip(figure.subplots(1, 2, sharey=True), ("probe_z_q", "probe_predicted"), ("z_q", "features predicted from the tokens")):
+        axes.set(xlabel="PSNR, dB", ylabel="accuracy of a linear probe", title=title)
+        axes.axhline(max(values["probe_z"] for values in figures.values()), color="grey", linestyle=":", label="the encoder's own features")
+        for quantizer in dict.fromkeys(values["quantizer"] for values in figures.values()):
+            points = sorted((v["predict_weight"], v["psnr"], v[key]) for v in figures.values() if v["quantizer"] == quantizer)
+            axes.plot([p[1] for p in points], [p[2] for p in points], marker="o", label=quantizer)
+            for weight, *place in points:
+                axes.annotate(f"{weight:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.legend()
+    save_figure(path, figure)
 
 
 def ship(path: Path) -> Path:

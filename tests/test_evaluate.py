@@ -29,10 +29,10 @@ def shipped(tmp_path, monkeypatch, folder):
     return run
 
 
-def small_checkpoint(path, quantizer="fsq", **options):
+def small_checkpoint(path, **facts):
     torch.manual_seed(0)
-    model = VQRAE("cifar", quantizer, {"levels": [8, 6, 5]} if quantizer == "fsq" else None, decoder_width=64, decoder_depth=1, decoder_heads=2, **options)
-    save_checkpoint(path, model.eval(), metrics={"pictures_per_second": 123.0})
+    model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2)
+    save_checkpoint(path, model.eval(), metrics={"pictures_per_second": 123.0}, **facts)
 
 
 def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys):
@@ -79,6 +79,23 @@ def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shippe
         assert all(cell.strip() == "-" for cell in tokens[3:8]) and "%" in tokens[8]
     else:  # no pretrained features to predict
         assert tokens[10].strip() == "-" and "%" in tokens[9]
+
+
+def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkeypatch):
+    for weight in (0.0, 0.5):
+        small_checkpoint(tmp_path / f"{weight}.pt", constants={"PREDICT_WEIGHT": weight})
+    monkeypatch.setattr(evaluate, "TRAIN_PICTURES", None)
+    monkeypatch.setattr(evaluate, "CURVE", None)
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
+    shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "TRAIN_PICTURES=20", f"CURVE={tmp_path}/curve.png")
+    assert ": 20 training pictures" in capsys.readouterr().out
+    (path, figure), = drawn
+    assert path == tmp_path / "curve.png" and [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5"]
+    encoder, line = figure.axes[1].lines
+    assert line.get_label() == "fsq" and len(line.get_xdata()) == 2 and encoder.get_ydata()[0] >= 0.4
+    with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
+        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_PICTURES=20")
 
 
 def test_frechet_distance_is_its_formula():
