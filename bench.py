@@ -96,7 +96,7 @@ def training():
     model = VQRAE(post_quant_kernel=3).to(device).train()
     teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
     objective = train.Objective(1, model, teacher, None)
-    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizers = train.build_optimizers(model, 1e-5)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "shapes").mkdir()
         for i, image in enumerate(images):
@@ -104,14 +104,13 @@ def training():
         loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
         on_device, features = images.to(device), FeatureCache(teacher, images.to(device), 4.0)
 
-        def step(batch: Tensor, z: Tensor, optimizer: torch.optim.Optimizer):
+        def step(batch: Tensor, z: Tensor):
             losses, _ = objective(batch, z, None)
             losses["loss"].backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        plain, fused = torch.optim.AdamW(learning, lr=1e-5), torch.optim.AdamW(learning, lr=1e-5, fused=True)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
 
         def ordinary():
             train.PRECISION = "fp32"
@@ -119,12 +118,12 @@ def training():
                 batch = batch.to(device)
                 with torch.no_grad():
                     z = teacher(batch)
-                step(batch, z, plain)
+                step(batch, z)
 
         def ours():
             train.PRECISION = "bf16"
             for index in torch.randperm(count).split(BATCH_SIZE):
-                step(to_float(on_device[index.to(device)]), features[index], fused)
+                step(to_float(on_device[index.to(device)]), features[index])
 
         compare(f"{count} pictures", ordinary, ours)
 

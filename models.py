@@ -369,13 +369,16 @@ class VQRAE(nn.Module):
         """indices (B, h, w) -> what the tokens say about the picture: features (B, C, h, w)"""
         return self.predict_features(self.quantizer.indices_to_codes(indices))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, picture_weight: float = 0.0) -> tuple[Tensor, Tensor]:
         """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
-        of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q."""
+        of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q; to the
+        latter, with picture_weight, that of each picture's mean features is added."""
         if not z.shape == z_q.shape == teacher_z.shape:
             shapes = ", ".join(str(tuple(part.shape)) for part in (z, z_q, teacher_z))
             raise ValueError(f"z, z_q and teacher_z have shapes {shapes}, allowed is one for all")
-        return F.mse_loss(z, teacher_z), F.mse_loss(self.predict_features(z_q).float(), teacher_z)
+        predicted = self.predict_features(z_q).float()
+        means = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
+        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + picture_weight * means
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:

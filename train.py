@@ -64,7 +64,8 @@ PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" 
 PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.2  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_WEIGHT = 0.1  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
 DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT
@@ -76,7 +77,8 @@ BATCH_SIZE = 128 if device == "cuda" else 64  # pictures a step, of all processe
 ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory; EMA-VQ's
 # codebook moves with each part
 PRECISION = "bf16"  # or "fp32", two to three times slower; either way measured in fp32
-LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-4)  # of each stage; AdamW, warm-up, cosine decay
+OPTIMIZER = "muon"  # for the transformer blocks' matrices, AdamW for all else; or "adamw" throughout, as in the papers
+LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 3e-4)  # of each stage; warm-up, cosine decay
 FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
 PICTURES_GB = 8.0  # training pictures up to this size are kept on the device (CIFAR-10: 0.15), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
@@ -202,17 +204,18 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     count = min(EPOCH_PICTURES or len(data.train_images), len(data.train_images))
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE[stage - 1],
-                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))) for optimizer in optimizers]
     seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(IMAGE_SIZE).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     gan_start = GAN_START * steps if stage == 1 and GAN_WEIGHT > 0 else math.inf
 
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
+    state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
+    for i, parts in enumerate(zip(optimizers, schedules)):
+        state[f"optimizer_{i}"], state[f"schedule_{i}"] = parts
     first_epoch, history = 1, saved["history"]
     if saved["stage"] == stage:
         for name, part in state.items():
@@ -256,9 +259,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             if not (gradient + sums.sum()).isfinite():
                 bad = [name for name, value in zip(losses, sums) if not value.isfinite()] or ["the gradient"]
                 sys.exit(f"train.py: {', '.join(bad)} not finite at {place(step)}; checkpoints of earlier epochs are in {run.checkpoints}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            for part in (*optimizers, *schedules):
+                part.step()
+            model.zero_grad(set_to_none=True)
             if step >= gan_start:
                 gan_optimizer.step()
                 gan_optimizer.zero_grad(set_to_none=True)
@@ -290,6 +293,19 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                                                  **{name: part.state_dict() for name, part in state.items()}})
 
 
+def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (Jordan et al., 2024) for the matrices of the transformer blocks around the quantizer, scaled so that
+    both want the same learning rate (2502.16982). A pretrained encoder, which is only to be tuned, has AdamW alone."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in learning.items()
+                if OPTIMIZER == "muon" and p.ndim == 2 and name.startswith(("adapter.", "predictor.", "decoder.blocks."))}
+    others = [p for name, p in learning.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices.values(), lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 class Objective(nn.Module):
     """What a step minimises. A module, so that DistributedDataParallel can stand around it."""
 
@@ -310,7 +326,7 @@ class Objective(nn.Module):
             l2_loss = F.mse_loss(output, images)
             perceptual_loss = distill_loss = predict_loss = torch.zeros_like(l2_loss)
             if self.teacher is not None:
-                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z)
+                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_PICTURE)
             if self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
             elif self.teacher is not None:
@@ -368,6 +384,7 @@ def check_constants():
           POST_QUANT_KERNEL, "0 or an odd number")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE, f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
+    check(OPTIMIZER in ("muon", "adamw"), "OPTIMIZER", OPTIMIZER, '"muon", "adamw"')
     for name in ("NORMALIZE", "EMA_REVIVE"):
         check(isinstance(globals()[name], bool), name, globals()[name], "True or False")
     check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE, f"False with ENCODER = {ENCODER!r}, whose features change")
@@ -375,7 +392,7 @@ def check_constants():
                  "EPOCH_PICTURES", "EVAL_PICTURES"):
         check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")
     check(EPOCH_PICTURES is None or EPOCH_PICTURES >= BATCH_SIZE, "EPOCH_PICTURES", EPOCH_PICTURES, f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
-    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "PICTURES_GB"):
+    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "PREDICT_PICTURE", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "PICTURES_GB"):
         check(real(globals()[name], 0), name, globals()[name], "a number of 0 or more")
     check(PERCEPTUAL in ("encoder", "lpips"), "PERCEPTUAL", PERCEPTUAL, '"encoder", "lpips"')
     check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")

@@ -293,6 +293,8 @@ def test_distillation_loss():
     kept, predicted = model.compute_distillation_loss(z, z_q, teacher_z.detach())
     assert torch.allclose(kept, (z - teacher_z).square().mean())  # the features before the quantizer
     assert torch.allclose(predicted, (model.predict_features(z_q) - teacher_z).square().mean())
+    pictures = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
+    assert torch.allclose(model.compute_distillation_loss(z, z_q, teacher_z, 10.0)[1], predicted + 10 * pictures)
     kept.backward()
     assert torch.allclose(z.grad, 2 * (z - teacher_z).detach() / z.numel()) and z_q.grad is None
     predicted.backward()

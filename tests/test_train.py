@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import ConvEncoder, build_encoder
+from models import VQRAE, ConvEncoder, build_encoder
 from utils import draw_shapes, load_checkpoint, load_torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +105,23 @@ def test_a_set_larger_than_the_device_stays_on_the_host(train, folder):
     assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("encoder", ["cifar", "dinov2_s"])
+def test_each_weight_has_one_optimizer(encoder, optimizer, monkeypatch):
+    import train as script
+
+    monkeypatch.setattr(script, "OPTIMIZER", optimizer)
+    model = VQRAE(encoder, post_quant_kernel=3, decoder_width=64, decoder_depth=1, decoder_heads=2, pretrained=False)
+    names = {p: name for name, p in model.named_parameters()}
+    for stage in (1, 2):
+        groups = [[p for group in o.param_groups for p in group["params"]] for o in script.build_optimizers(model.set_stage(stage), 1e-3)]
+        assert sorted(names[p] for group in groups for p in group) == sorted(names[p] for p in names if p.requires_grad)
+        assert len(groups) == (2 if optimizer == "muon" else 1)
+        if optimizer == "muon":
+            assert {names[p] for p in groups[1]} == {f"{block}.{matrix}.weight" for block in ("adapter.0", "predictor.0", "decoder.blocks.0")
+                                                     for matrix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
 def test_gan_begins_where_it_should(train, folder):
     train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "GAN_START=0.5", "GAN_WEIGHT=0.1")
     first, second = rows(next(Path("outputs").iterdir()) / "metrics.csv")
@@ -151,10 +168,10 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "QUANTIZER=vq", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
     "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
-    "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
+    "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
-    "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "EMA_REVIVE=1", "PICTURES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
+    "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd", "EMA_REVIVE=1", "PICTURES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
 ])
 def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
     if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
