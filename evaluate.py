@@ -54,6 +54,7 @@ def main():
         for path in paths:
             load_checkpoint(path)  # whatever is wrong with one is said before an hour is spent on the others
         data = load_dataset(DATASET, load_checkpoint(paths[0]).config["image_size"])
+        check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE, "None, or a path where pictures have classes to probe")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     if TRAIN_PICTURES:
@@ -70,12 +71,12 @@ def main():
         print_table(figures, columns)
     print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
           f"{len(data.test_images):,} test pictures ({pictures['test']}...)")
-    if CURVE:
-        plot_curve(Path(CURVE), figures)
     if SHIP:
         others = record["figures"] if record["pictures"] == pictures else {}
         write_file(RECORD, json.dumps({"pictures": pictures, "figures": others | figures}, indent=2).encode())
-    else:
+    if CURVE:
+        plot_curve(Path(CURVE), figures)
+    if not SHIP:
         compare(figures, record, pictures)
 
 
@@ -91,7 +92,9 @@ def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
     figures["quantizer_kb"] = sum(t.nbytes for t in [*model.quantizer.parameters(), *model.quantizer.buffers()]) / 1e3
     if "metrics" in content:
         figures["pictures_per_second"] = content["metrics"]["pictures_per_second"]
-    figures |= {"quantizer": model.config["quantizer"], "predict_weight": content.get("constants", {}).get("PREDICT_WEIGHT", math.nan)}
+    figures["quantizer"] = model.config["quantizer"]
+    if "constants" in content:
+        figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
 
     figures |= distances(data.test_images.to(device), reconstructions, judge)
     train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
@@ -180,7 +183,13 @@ def print_table(figures: dict[str, dict], columns: dict[str, str]):
 
 
 def plot_curve(path: Path, figures: dict[str, dict]):
-    """What meaning costs: PSNR against the probes' accuracy, a line for each quantizer, a point for each PREDICT_WEIGHT."""
+    """What meaning costs: PSNR against the probes' accuracy, a line for each quantizer, a point for each PREDICT_WEIGHT.
+
+    Baselines from scratch, which predict no features, have no place in it.
+    """
+    figures = {name: values for name, values in figures.items() if {"predict_weight", "probe_predicted"} <= values.keys()}
+    if not figures:
+        return print("no curve: no checkpoint here predicts features with a PREDICT_WEIGHT of its own")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, key, title in zip(figure.subplots(1, 2, sharey=True), ("probe_z_q", "probe_predicted"), ("z_q", "features predicted from the tokens")):
         axes.set(xlabel="PSNR, dB", ylabel="accuracy of a linear probe", title=title)

@@ -295,7 +295,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 
 def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon (Jordan et al., 2024) for the matrices of the transformer blocks around the quantizer, scaled so that
-    both want the same learning rate (2502.16982). A pretrained encoder, which is only to be tuned, has AdamW alone."""
+    both want the same learning rate (2502.16982). The encoder has AdamW alone: a pretrained one is only to be tuned."""
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in learning.items()
                 if OPTIMIZER == "muon" and p.ndim == 2 and name.startswith(("adapter.", "predictor.", "decoder.blocks."))}

@@ -88,12 +88,17 @@ def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkey
     monkeypatch.setattr(evaluate, "CURVE", None)
     drawn = []
     monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
-    shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "TRAIN_PICTURES=20", f"CURVE={tmp_path}/curve.png")
+    save_checkpoint(tmp_path / "scratch.pt", VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval(), constants={"PREDICT_WEIGHT": 0.1})
+    shipped(tmp_path / "0.0.pt", tmp_path / "scratch.pt", tmp_path / "0.5.pt", "TRAIN_PICTURES=20", f"CURVE={tmp_path}/curve.png")
     assert ": 20 training pictures" in capsys.readouterr().out
     (path, figure), = drawn
     assert path == tmp_path / "curve.png" and [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5"]
     encoder, line = figure.axes[1].lines
     assert line.get_label() == "fsq" and len(line.get_xdata()) == 2 and encoder.get_ydata()[0] >= 0.4
+    shipped(tmp_path / "scratch.pt")
+    assert "no curve" in capsys.readouterr().out and len(drawn) == 1
+    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
+        shipped(tmp_path / "0.0.pt", "CURVE=3")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_PICTURES=20")
 
