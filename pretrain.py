@@ -1,11 +1,14 @@
 """How the shipped encoder was made: a small convolutional network learns CIFAR-10's classes and its pixels.
 
-    python pretrain.py
+    python pretrain.py OUT=first
+    python pretrain.py START=first/cifar_encoder.pt EPOCHS=10 LEARNING_RATE=0.1 CUTOUT=8
 
-writes checkpoints/pretrained/cifar_encoder.pt (16-bit weights, BatchNorm folded in) and, beside it,
-cifar_encoder.json with the recipe and what was measured. Run once, by us; train.py only loads the result.
+The second, which goes on from the first with stronger augmentation, writes checkpoints/pretrained/cifar_encoder.pt
+(16-bit weights, BatchNorm folded in) and, beside it, cifar_encoder.json with both recipes and what was measured. Run
+once, by us; train.py only loads the result.
 """
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -14,31 +17,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ConvEncoder
+from models import ConvEncoder, ConvNorm
+from quantizers import check
 from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
 DATASET = "cifar10"  # or a folder of the same pictures, with train/<class>/ and test/<class>/
 # training: 14 epochs keep a 2-core CPU busy for 40 minutes
+START = None  # an encoder to go on from; None: start anew
 EPOCHS = 14
 BATCH_SIZE = 256
 LEARNING_RATE = 0.2  # SGD's peak, reached after a fifth of the steps, then down to 0
+CUTOUT = 0  # side of the square that is greyed out in each picture, in pixels
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
 PIXEL_WEIGHT = 1.0  # of the pixels' squared error, read off each token by one linear layer; 0: classes alone
 SEED = 0
 OUT = "checkpoints/pretrained"  # where cifar_encoder.pt and cifar_encoder.json go
-CONSTANTS = read_constants(globals())
 
 
-def augment(images: Tensor, pad: int = 4) -> Tensor:
-    """Shift each picture by up to `pad` pixels (borders reflected) and mirror every other one."""
+def augment(images: Tensor, pad: int = 4, cutout: int = 0) -> Tensor:
+    """Shift each picture by up to `pad` pixels (borders reflected), mirror every other one, grey out a square of `cutout` pixels."""
     b, _, h, w = images.shape
     padded = F.pad(images, (pad,) * 4, mode="reflect")
     y = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(h, device=images.device)
     x = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(w, device=images.device)
     x = torch.where(torch.rand(b, 1, device=images.device) < 0.5, x, x.flip(1))
-    return padded[torch.arange(b, device=images.device)[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+    images = padded[torch.arange(b, device=images.device)[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+    rows, columns = [(torch.arange(n, device=images.device) - torch.randint(n, (b, 1), device=images.device)).abs() < cutout / 2 for n in (h, w)]
+    return torch.where((rows[:, :, None] & columns[:, None])[:, None], 0.5, images)
+
+
+@torch.no_grad()
+def unfuse(encoder: ConvEncoder, images: Tensor):
+    """Put BatchNorms behind the convolutions into which they were folded, such that on images (B, 3, 32, 32) all stays as it is."""
+    def on_first_pass(module, _, x):
+        mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
+        size = module.conv.weight.flatten(1).norm(dim=1)
+        module.norm = nn.BatchNorm2d(len(mean))
+        module.norm.weight.copy_(std)
+        module.norm.bias.copy_(mean)
+        module.norm.running_mean.copy_((mean - module.conv.bias) / size)
+        module.norm.running_var.copy_((std / size) ** 2)
+        module.conv.weight.div_(size.view(-1, 1, 1, 1))  # to length 1, so that the learning rate means what it meant
+        module.conv.bias = None
+
+    hooks = [m.register_forward_hook(on_first_pass) for m in encoder.modules() if isinstance(m, ConvNorm)]
+    encoder(images)
+    for hook in hooks:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -48,14 +75,26 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def main():
+    try:
+        constants = read_constants(globals())
+        check(START is None or Path(START).with_suffix(".json").is_file(), "START", START, "None, or an encoder that this script has written")
+        data = load_dataset(DATASET, image_size=32)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"pretrain.py: {error}")
     torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = load_dataset(DATASET, image_size=32)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
 
-    encoder = ConvEncoder(fused=False).to(device, memory_format=torch.channels_last)
+    encoder = ConvEncoder(fused=START is not None)
+    if START:
+        encoder.load_state_dict(torch.load(START, weights_only=True))
+        unfuse(encoder, to_float(data.train_images[torch.randperm(len(data.train_images))[:1000]]))
+    encoder = encoder.to(device, memory_format=torch.channels_last)
     class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
+    if START:  # heads that know nothing yet would lead the encoder astray; at zero they tell it nothing
+        for head in (class_head, pixel_head):
+            nn.init.zeros_(head.weight)
     parameters = [*encoder.parameters(), *class_head.parameters(), *pixel_head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
@@ -68,7 +107,7 @@ def main():
         order = torch.randperm(len(images), device=device)
         batches = order[: len(images) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
         for index in tqdm(batches, f"epoch {epoch}/{EPOCHS}", leave=False):
-            batch = augment(to_float(images[index])).contiguous(memory_format=torch.channels_last)
+            batch = augment(to_float(images[index]), cutout=CUTOUT).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device, torch.bfloat16):
                 z = encoder(batch)
                 logits, pixels = class_head(z.mean((2, 3))), pixel_head(z)
@@ -90,9 +129,11 @@ def main():
     encoder = encoder.fuse().half().float()
     probe = linear_probe(pooled_features(encoder, images), labels,
                          pooled_features(encoder, data.test_images.to(device)), data.test_labels.to(device))
-    recipe = {name: value for name, value in CONSTANTS.items() if name != "OUT"}
+    recipe = {name: value for name, value in constants.items() if name != "OUT"}
     recipe |= {"DATASET": data.name, "linear_probe_accuracy": round(probe, 4), "seconds": round(time.time() - start),
                "parameters": sum(p.numel() for p in encoder.parameters()), "device": device}
+    if START:
+        recipe["START"] = json.loads(Path(START).with_suffix(".json").read_text())
     weights = {name: value.half().contiguous().cpu() for name, value in encoder.state_dict().items()}
     save_torch(Path(OUT, "cifar_encoder.pt"), weights)
     write_file(Path(OUT, "cifar_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
