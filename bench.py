@@ -93,7 +93,7 @@ def training():
     heading("stage 1 with the shipped encoder", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
     images = draw_shapes(32, train=count, test=10).train_images
-    model = VQRAE(post_quant_kernel=3).to(device).train()
+    model = train.build_model().train()
     teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
     objective = train.Objective(1, model, teacher, None)
     optimizers = train.build_optimizers(model, 1e-5)

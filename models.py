@@ -1,4 +1,4 @@
-"""Encoders, ViT decoder, VQRAE and patch discriminator.
+"""Encoders, decoders, VQRAE and patch discriminator.
 
     images (B, 3, H, W) in [0, 1]
       -> encoder    features z (B, C, h, w)
@@ -230,7 +230,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoder
+# Blocks and decoders
 
 
 def transformer(dim: int, depth: int, heads: int) -> nn.Sequential:
@@ -241,9 +241,62 @@ def transformer(dim: int, depth: int, heads: int) -> nn.Sequential:
     return blocks
 
 
-def on_tokens(blocks: nn.Module, z: Tensor) -> Tensor:
-    """Apply transformer blocks to a grid z (B, C, h, w)."""
-    return blocks(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
+class OnGrid(nn.Sequential):
+    """Transformer blocks on a grid z (B, C, h, w)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
+
+
+class Conv(nn.Module):
+    """Convolution that keeps height and width. Its weight is a matrix, (dim_out, kernel * kernel * dim_in): Muon takes no other."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
+        super().__init__()
+        conv = nn.Conv2d(dim_in, dim_out, kernel)
+        self.kernel = kernel
+        self.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
+        self.bias = nn.Parameter(conv.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # as the weight is; faster, on a CPU above all
+        weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm and two 3x3 convolutions, `hidden` channels between them, added to what comes in: nothing at first, because
+    the second starts at zero."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, dim)
+        self.conv1, self.conv2 = Conv(dim, hidden), Conv(hidden, dim)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+
+
+class ConvDecoder(nn.Module):
+    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): `depth` residual blocks on the grid of tokens,
+    then one each time that the grid has been doubled and its channels halved, to no fewer than 32."""
+
+    def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int):
+        super().__init__()
+        doublings = round(math.log2(image_size / grid))
+        check(grid * 2**doublings == image_size, "DECODER", "conv", f'"vit" where IMAGE_SIZE / GRID = {image_size} / {grid} is no power of 2')
+        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
+        for _ in range(doublings):
+            narrow = max(width // 2, 32)
+            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
+            width = narrow
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(1, width))
+        self.head = Conv(width, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # a picture's mean and spread, near enough, to start with
 
 
 class ViTDecoder(nn.Module):
@@ -267,7 +320,7 @@ class ViTDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         tokens = self.blocks(self.project_in(z.flatten(2).transpose(1, 2)) + self.position)
         patches = self.head(self.norm(tokens)).float().transpose(1, 2)
-        return 0.5 + 0.25 * self.fold(patches)  # a picture's mean and spread, near enough, to start with
+        return 0.5 + 0.25 * self.fold(patches)
 
 
 class CNNDecoder(nn.Module):
@@ -298,43 +351,56 @@ class VQRAE(nn.Module):
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
-                 image_size: int = 32, grid: int = 8, adapter_depth: int = 1, post_quant_kernel: int = 0,
-                 normalize: bool = False, decoder_width: int | None = None, decoder_depth: int | None = None,
-                 decoder_heads: int | None = None, pretrained: bool = True):
+                 image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
+                 normalize: bool = False, decoder: str | None = None, decoder_width: int | None = None,
+                 decoder_depth: int | None = None, decoder_heads: int | None = None, pretrained: bool = True):
         """
-        adapter_depth: transformer blocks between the encoder and the quantizer
+        adapter_depth: blocks between the encoder and the quantizer; None: a transformer block behind a ViT, else three of convolutions
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
         normalize: subtract the training features' mean and divide by their spread before the decoder
-        decoder_width, _depth, _heads: None for the encoder's own, or 192, 4 and 3 where it is no ViT; "cnn" has its own decoder
+        decoder: "conv", "vit", or None for the encoder's own kind; the "cnn" of small repositories has its own
+        decoder_width, _depth, _heads: None for the encoder's own where it is a ViT, else 192, 2 for "conv" or 4 for "vit", and 3
         pretrained: False leaves the encoder's weights to a checkpoint
         """
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "pretrained", "__class__")}
         check(isinstance(grid, int) and grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
-        check(adapter_depth >= 0, "ADAPTER_DEPTH", adapter_depth, "0 or more")
+        check(adapter_depth is None or adapter_depth >= 0, "ADAPTER_DEPTH", adapter_depth, "None, 0 or more")
         check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or an odd number")
         self.encoder = build_encoder(encoder, grid, pretrained)
         dim = self.encoder.dim
-        width = decoder_width or (dim if isinstance(self.encoder, TimmEncoder) else 192)
-        depth = decoder_depth or getattr(self.encoder, "depth", 4)
+        vit = isinstance(self.encoder, TimmEncoder)
+        kind = decoder or ("cnn" if encoder == "cnn" else "vit" if vit else "conv")
+        check(kind in (("cnn",) if encoder == "cnn" else ("conv", "vit")), "DECODER", decoder, 'None, "conv", "vit"; None with ENCODER = "cnn"')
+        width = decoder_width or (dim if vit else 192)
+        depth = decoder_depth or getattr(self.encoder, "depth", 2 if kind == "conv" else 4)
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
-        check(width % heads == 0, "DECODER_HEADS", heads, f"a divisor of the decoder's width {width}")
+        check(kind != "vit" or width % heads == 0, "DECODER_HEADS", heads, f"a divisor of the decoder's width {width}")
 
-        block_heads = getattr(self.encoder, "heads", 4)
-        self.adapter = transformer(dim, adapter_depth, block_heads)
+        def blocks(number: int) -> nn.Sequential:  # of the encoder's kind
+            if vit:
+                return OnGrid(*transformer(dim, number, self.encoder.heads))
+            return nn.Sequential(*(ResidualBlock(dim, dim // 2) for _ in range(number)))
+
+        self.adapter = blocks((1 if vit else 3) if adapter_depth is None else adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH
-        self.predictor = None if self.from_scratch else transformer(dim, 1, block_heads)
-        self.post_quant_conv = nn.Conv2d(dim, dim, post_quant_kernel, padding="same") if post_quant_kernel else nn.Identity()
+        self.predictor = None if self.from_scratch else blocks(1)
+        self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
         self.register_buffer("feature_std", torch.ones(dim, 1, 1))
-        self.decoder = CNNDecoder(dim, image_size, grid) if encoder == "cnn" else ViTDecoder(dim, image_size, grid, width, depth, heads)
+        if kind == "cnn":
+            self.decoder = CNNDecoder(dim, image_size, grid)
+        elif kind == "conv":
+            self.decoder = ConvDecoder(dim, image_size, grid, width, depth)
+        else:
+            self.decoder = ViTDecoder(dim, image_size, grid, width, depth, heads)
         self.set_stage(1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
-        return self.quantizer(on_tokens(self.adapter, self._check_features(z, "z")))
+        return self.quantizer(self.adapter(self._check_features(z, "z")))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
@@ -363,7 +429,7 @@ class VQRAE(nn.Module):
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as far as the tokens tell them"""
         check(not self.from_scratch, "ENCODER", self.config["encoder"], "a pretrained one, whose features there are to predict")
-        return on_tokens(self.predictor, self._check_features(z_q, "z_q"))
+        return self.predictor(self._check_features(z_q, "z_q"))
 
     def features_from_indices(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) -> what the tokens say about the picture: features (B, C, h, w)"""
@@ -409,7 +475,6 @@ class VQRAE(nn.Module):
         self._check_features(z, "z")
         self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
         self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
-
 
     def _check_features(self, z: Tensor, name: str) -> Tensor:
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")

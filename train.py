@@ -51,10 +51,11 @@ EMA_CODE_DIM = 16
 EMA_REVIVE = True  # codes that fall out of use start again at tokens of the batch
 DDCL_DELTA = 1 / 15  # step of DDCL's four numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # a bit of message costs this much
-ADAPTER_DEPTH = 1  # transformer blocks before the quantizer
-POST_QUANT_KERNEL = 3  # convolution behind the quantizer, as in Cosmos-Tokenizer; 0: none
+ADAPTER_DEPTH = None  # blocks before the quantizer; None: one transformer block behind a ViT, else three of convolutions
+POST_QUANT_KERNEL = 1  # convolution behind the quantizer, as in Cosmos-Tokenizer; 0: none
 NORMALIZE = False  # decode from features normalised with the training pictures' mean and spread
-# decoder; None: the encoder's own where it is a ViT, else 192, 4, 3. ViT-XL is 1152, 28, 16
+DECODER = None  # "conv", "vit"; None: the kind that the encoder is of
+# None: the encoder's own where it is a ViT, else 192, 2 for "conv" or 4 for "vit", 3. ViT-XL is 1152, 28, 16
 DECODER_WIDTH = None
 DECODER_DEPTH = None
 DECODER_HEADS = None
@@ -64,7 +65,7 @@ PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" 
 PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.1  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_WEIGHT = 0.05  # the frozen features, predicted from z_q: what keeps the tokens' meaning
 PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
 DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
 # training
@@ -77,7 +78,7 @@ BATCH_SIZE = 128 if device == "cuda" else 64  # pictures a step, of all processe
 ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory; EMA-VQ's
 # codebook moves with each part
 PRECISION = "bf16"  # or "fp32", two to three times slower; either way measured in fp32
-OPTIMIZER = "muon"  # for the transformer blocks' matrices, AdamW for all else; or "adamw" throughout, as in the papers
+OPTIMIZER = "muon"  # for the matrices of transformer and convolution blocks, AdamW for all else; or "adamw" throughout, as in the papers
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 3e-4)  # of each stage; warm-up, cosine decay
 FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
 PICTURES_GB = 8.0  # training pictures up to this size are kept on the device (CIFAR-10: 0.15), others on the host
@@ -186,7 +187,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
-                  DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
+                  DECODER, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
     if STAGE1_CHECKPOINT is not None:
         loaded = load_checkpoint(STAGE1_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
@@ -294,15 +295,16 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 
 
 def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (Jordan et al., 2024) for the matrices of the transformer blocks around the quantizer, scaled so that
-    both want the same learning rate (2502.16982). The encoder has AdamW alone: a pretrained one is only to be tuned."""
+    """AdamW, and Muon (Jordan et al., 2024) for the matrices of the blocks around the quantizer, scaled to AdamW's size of
+    steps (2502.16982) and at twice its rate. The encoder has AdamW alone: a pretrained one is only to be tuned."""
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in learning.items()
-                if OPTIMIZER == "muon" and p.ndim == 2 and name.startswith(("adapter.", "predictor.", "decoder.blocks."))}
+                if OPTIMIZER == "muon" and p.ndim == 2
+                and name.startswith(("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks."))}
     others = [p for name, p in learning.items() if name not in matrices]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices.values(), lr=2 * learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -379,7 +381,7 @@ def check_constants():
         check(whole(globals()[name], 2), name, globals()[name], "a whole number of 2 or more")
     check(real(DDCL_DELTA, 1 / 32, 1) and abs(1 / DDCL_DELTA - round(1 / DDCL_DELTA)) < 1e-6, "DDCL_DELTA", DDCL_DELTA,
           "1 / n for a whole n from 1 to 32")
-    check(whole(ADAPTER_DEPTH, 0), "ADAPTER_DEPTH", ADAPTER_DEPTH, "a whole number of 0 or more")
+    check(ADAPTER_DEPTH is None or whole(ADAPTER_DEPTH, 0), "ADAPTER_DEPTH", ADAPTER_DEPTH, "None or a whole number of 0 or more")
     check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
           POST_QUANT_KERNEL, "0 or an odd number")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE, f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")

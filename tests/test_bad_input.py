@@ -54,7 +54,7 @@ MODEL = {
     "a grid of 0": (lambda m: VQRAE(grid=0), "GRID"),
     "an even kernel": (lambda m: VQRAE(post_quant_kernel=2), "POST_QUANT_KERNEL"),
     "an adapter of depth -1": (lambda m: VQRAE(adapter_depth=-1), "ADAPTER_DEPTH"),
-    "heads that do not divide": (lambda m: VQRAE(decoder_heads=5), "DECODER_HEADS"),
+    "heads that do not divide": (lambda m: VQRAE(decoder="vit", decoder_heads=5), "DECODER_HEADS"),
     "an unknown encoder": (lambda m: build_encoder("cifra", 8), "nearest: cifar"),
 }
 

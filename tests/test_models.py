@@ -10,6 +10,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, ConvEncoder, PatchDiscriminator, build_encoder
+from pretrain import unfuse
 
 OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -45,6 +46,16 @@ def test_folding_the_norms_changes_nothing():
     fused = copy.deepcopy(encoder).fuse()
     assert torch.allclose(fused(images), expected, atol=1e-4)
     assert ConvEncoder().state_dict().keys() == fused.state_dict().keys()
+
+
+def test_unfolding_the_norms_changes_nothing():
+    shipped = build_encoder("cifar", 8)
+    encoder, images = copy.deepcopy(shipped), torch.rand(200, 3, 32, 32)
+    unfuse(encoder, images)
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()) == 11
+    for mode in (True, False):
+        assert torch.allclose(encoder.train(mode)(images), shipped(images), atol=0.05)
+    assert torch.allclose(encoder.fuse()(images), shipped(images), atol=0.05)
 
 
 @pytest.fixture
@@ -248,6 +259,33 @@ def test_post_quant_conv(kernel):
     assert torch.equal(model.decode(z_q), expected)
     with pytest.raises(ValueError, match="POST_QUANT_KERNEL"):
         build(post_quant_kernel=2)
+
+
+def test_convolution_with_a_matrix_of_weights():
+    conv = models.Conv(5, 7)
+    x = torch.randn(2, 5, 6, 6)
+    patches = F.unfold(x, 3, padding=1).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # pixel by pixel, all channels of each
+    expected = (conv.weight @ patches + conv.bias[:, None]).unflatten(2, (6, 6))
+    assert conv.weight.ndim == 2 and torch.allclose(conv(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_size, grid", [(32, 8), (32, 4), (32, 32), (64, 8)])
+def test_conv_decoder(image_size, grid):
+    model = VQRAE("cifar", "fsq", OPTIONS["fsq"], image_size=image_size, grid=grid, decoder_width=64, decoder_depth=1)
+    images = torch.rand(2, 3, image_size, image_size)
+    output = model(images)[0]
+    assert output.shape == images.shape
+    output.square().mean().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+def test_decoder_kinds():
+    assert isinstance(build().decoder, models.ConvDecoder)
+    assert isinstance(build(decoder="vit").decoder, models.ViTDecoder)
+    assert isinstance(VQRAE("dinov2_s", decoder="conv", decoder_depth=1, pretrained=False).decoder, models.ConvDecoder)
+    for options in ({"decoder": "cnn"}, {"encoder": "cnn", "grid": 4, "decoder": "vit"}, {"image_size": 48, "grid": 8, "decoder": "conv"}):
+        with pytest.raises(ValueError, match="DECODER"):
+            VQRAE(**options)
 
 
 def test_normalization_is_of_the_features_and_in_the_checkpoint():

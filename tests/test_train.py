@@ -118,8 +118,14 @@ def test_each_weight_has_one_optimizer(encoder, optimizer, monkeypatch):
         assert sorted(names[p] for group in groups for p in group) == sorted(names[p] for p in names if p.requires_grad)
         assert len(groups) == (2 if optimizer == "muon" else 1)
         if optimizer == "muon":
-            assert {names[p] for p in groups[1]} == {f"{block}.{matrix}.weight" for block in ("adapter.0", "predictor.0", "decoder.blocks.0")
-                                                     for matrix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+            if encoder == "cifar":  # convolutions: residual blocks, and in the decoder at 8, 16 and 32 pixels what is before each
+                blocks = ["adapter.0", "adapter.1", "adapter.2", "predictor.0", "decoder.layers.1", "decoder.layers.4", "decoder.layers.7"]
+                expected = {f"{block}.{conv}.weight" for block in blocks for conv in ("conv1", "conv2")}
+                expected |= {f"decoder.layers.{i}.weight" for i in (0, 2, 5)}
+            else:
+                expected = {f"{block}.{matrix}.weight" for block in ("adapter.0", "predictor.0", "decoder.blocks.0")
+                            for matrix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+            assert {names[p] for p in groups[1]} == expected | {"post_quant_conv.weight"}
 
 
 def test_gan_begins_where_it_should(train, folder):
@@ -140,7 +146,7 @@ def test_stage_2_from_a_checkpoint(train, folder):
     second, = set(Path("checkpoints").iterdir()) - {first}
     stage2 = load_checkpoint(second / "fsq_stage2_best.pt")
     assert stage2.stage == 2 and torch.equal(stage2.feature_std, normalization)
-    for wrong in (["POST_QUANT_KERNEL=1"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
+    for wrong in (["POST_QUANT_KERNEL=3"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
         with pytest.raises(SystemExit, match="STAGE1_CHECKPOINT.*there and.*here"):
             train(*first_run, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}", *wrong)
 
@@ -167,7 +173,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5", "GRID=0",
     "QUANTIZER=vq", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
     "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
-    "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
+    "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
@@ -187,7 +193,7 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
 
 
 def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
-    monkeypatch.setattr("models.ViTDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf, device=z.device))
+    monkeypatch.setattr("models.ConvDecoder.forward", lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf, device=z.device))
     with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
         train(f"DATASET={folder}", *SMALL)
 
