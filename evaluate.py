@@ -66,7 +66,7 @@ def main():
                 for split, images in (("training", data.train_images), ("test", data.test_images))}
     judge = build_encoder("cifar", 8).eval().to(device)
 
-    figures = {path.stem if path.resolve().parent == PRETRAINED_DIR else f"{path.parent.name}/{path.stem}": measure(path, data, judge) for path in paths}
+    figures = {name: measure(path, data, judge) for name, path in named(paths).items()}
     for columns in (PICTURE_COLUMNS, TOKEN_COLUMNS):
         print_table(figures, columns)
     print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
@@ -80,10 +80,25 @@ def main():
         compare(figures, record, pictures)
 
 
+def named(paths: list[Path]) -> dict[str, Path]:
+    """The checkpoints by name: a shipped one's file; of others, encoder, quantizer and stage, and where another before it
+    has the same, the constants in which they differ, or else the path."""
+    names, constants = {}, {}
+    for path in paths:
+        content = load_torch(path)
+        constants[path] = content.get("constants", {})
+        name = path.stem if path.resolve().parent == PRETRAINED_DIR else f"{content['config']['encoder']} {content['config']['quantizer']}, stage {content['stage']}"
+        if name in names:
+            name += "".join(f", {k}={v}" for k, v in constants[path].items() if v != constants[names[name]].get(k))
+        names[name if name not in names else str(path)] = path
+    return names
+
+
 def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
     """All figures of one checkpoint. judge: the shipped encoder, in whose features two distances are measured."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
-    metrics, _, reconstructions = evaluate(model, data.test_images.to(device), BATCH_SIZE)
+    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
+    metrics, _, reconstructions = evaluate(model, data.test_images.to(device), BATCH_SIZE, test["indices"])
     figures = {"tokens": model.config["grid"] ** 2, **metrics}
     if model.quantizer.codebook_size:
         figures["bits"] = figures["tokens"] * math.log2(model.quantizer.codebook_size)
@@ -97,7 +112,6 @@ def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
         figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
 
     figures |= distances(data.test_images.to(device), reconstructions, judge)
-    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
     if model.quantizer.codebook_size:
         _, figures["train_usage"], figures["train_perplexity"] = model.get_codebook_usage(train["indices"])
     if data.train_labels is not None:

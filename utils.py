@@ -325,8 +325,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from their tokens.
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
+    """Reconstruct uint8 images (N, 3, H, W) from their tokens: indices (N, h, w), where they are known already.
 
     Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often each
     code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
@@ -335,17 +335,17 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     was_training = model.training
     model.eval()
     device = model.feature_mean.device
-    sums, indices, reconstructions = torch.zeros(2, device=device), [], []
-    for batch in images.split(batch_size):
+    sums, tokens, reconstructions = torch.zeros(2, device=device), [], []
+    for i, batch in enumerate(images.split(batch_size)):
         targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
-            indices.append(model.encode_to_indices(targets))
-            output = model.decode_from_indices(indices[-1]).float()
+            tokens.append(model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size])
+            output = model.decode_from_indices(tokens[-1]).float()
         else:
             output = model(targets)[0].float()
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
         reconstructions.append((output * 255).round().byte().to(images.device))
-    counts, usage, perplexity = model.get_codebook_usage(torch.cat(indices)) if indices else (torch.zeros(0), 0.0, 0.0)
+    counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     model.train(was_training)
     mean_psnr, mean_ssim = (sums / len(images)).tolist()
     return {"psnr": mean_psnr, "ssim": mean_ssim, "usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)

@@ -74,7 +74,7 @@ def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shippe
     model = VQRAE(**options, decoder_width=64, decoder_depth=1, decoder_heads=2)
     save_checkpoint(tmp_path / "baseline.pt", model.eval())
     shipped(tmp_path / "baseline.pt")
-    pictures, tokens = [line.split("|") for line in capsys.readouterr().out.splitlines() if "/baseline" in line]
+    pictures, tokens = [line.split("|") for line in capsys.readouterr().out.splitlines() if ", stage 1" in line]
     if "quantizer" in options:  # bits, use and perplexity of no codes
         assert all(cell.strip() == "-" for cell in tokens[3:8]) and "%" in tokens[8]
     else:  # no pretrained features to predict
@@ -90,7 +90,10 @@ def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkey
     monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
     save_checkpoint(tmp_path / "scratch.pt", VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval(), constants={"PREDICT_WEIGHT": 0.1})
     shipped(tmp_path / "0.0.pt", tmp_path / "scratch.pt", tmp_path / "0.5.pt", "TRAIN_PICTURES=20", f"CURVE={tmp_path}/curve.png")
-    assert ": 20 training pictures" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ": 20 training pictures" in printed
+    for name in ("cifar fsq, stage 1 ", "scratch fsq, stage 1 ", "cifar fsq, stage 1, PREDICT_WEIGHT=0.5 "):
+        assert printed.count(f"| {name}") == 2
     (path, figure), = drawn
     assert path == tmp_path / "curve.png" and [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5"]
     encoder, line = figure.axes[1].lines
