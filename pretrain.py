@@ -1,7 +1,7 @@
 """How the shipped encoder was made: a small convolutional network learns CIFAR-10's classes and its pixels.
 
     python pretrain.py OUT=first
-    python pretrain.py START=first/cifar_encoder.pt EPOCHS=10 LEARNING_RATE=0.1 CUTOUT=8
+    python pretrain.py START=first/cifar_encoder.pt EPOCHS=10 LEARNING_RATE=0.1 CUTOUT=7
 
 The second, which goes on from the first with stronger augmentation, writes checkpoints/pretrained/cifar_encoder.pt
 (16-bit weights, BatchNorm folded in) and, beside it, cifar_encoder.json with both recipes and what was measured. Run
@@ -44,7 +44,8 @@ def augment(images: Tensor, pad: int = 4, cutout: int = 0) -> Tensor:
     x = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(w, device=images.device)
     x = torch.where(torch.rand(b, 1, device=images.device) < 0.5, x, x.flip(1))
     images = padded[torch.arange(b, device=images.device)[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
-    rows, columns = [(torch.arange(n, device=images.device) - torch.randint(n, (b, 1), device=images.device)).abs() < cutout / 2 for n in (h, w)]
+    offsets = [torch.arange(n, device=images.device) - torch.randint(n, (b, 1), device=images.device) + cutout // 2 for n in (h, w)]
+    rows, columns = [(offset >= 0) & (offset < cutout) for offset in offsets]
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], 0.5, images)
 
 

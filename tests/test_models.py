@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 
 import models
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, ConvEncoder, PatchDiscriminator, build_encoder
-from pretrain import unfuse
+from pretrain import augment, unfuse
 
 OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -46,6 +46,14 @@ def test_folding_the_norms_changes_nothing():
     fused = copy.deepcopy(encoder).fuse()
     assert torch.allclose(fused(images), expected, atol=1e-4)
     assert ConvEncoder().state_dict().keys() == fused.state_dict().keys()
+
+
+@pytest.mark.parametrize("cutout", [0, 7, 8])
+def test_cutout_is_a_square_of_that_side(cutout):
+    grey = augment(torch.ones(300, 3, 32, 32), cutout=cutout) == 0.5
+    sides = [grey.any(1).any(dim).sum(1) for dim in (1, 2)]
+    assert all(side.max() == cutout for side in sides)  # at a border less
+    assert torch.equal(grey.sum((1, 2, 3)), 3 * sides[0] * sides[1])
 
 
 def test_unfolding_the_norms_changes_nothing():

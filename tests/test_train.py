@@ -212,6 +212,10 @@ def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder):
     encoder.load_state_dict(torch.load(tmp_path / "cifar_encoder.pt", weights_only=True))
     recipe = json.loads((tmp_path / "cifar_encoder.json").read_text())
     assert recipe["EPOCHS"] == 2 and 0 <= recipe["linear_probe_accuracy"] <= 1
+    again = [f"START={tmp_path}/cifar_encoder.pt", "EPOCHS=1", "CUTOUT=7", f"OUT={tmp_path}/second"]
+    subprocess.run([*command[:3], "BATCH_SIZE=32", *again], cwd=tmp_path, check=True, capture_output=True)
+    assert json.loads((tmp_path / "second" / "cifar_encoder.json").read_text())["START"] == recipe
+    encoder.load_state_dict(torch.load(tmp_path / "second" / "cifar_encoder.pt", weights_only=True))
 
 
 def test_command_line(tmp_path, folder):
