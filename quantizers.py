@@ -26,35 +26,51 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, unit: bool = False, exact: bool = False) -> Tensor:
+def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bool | None = None, exact: bool = False) -> Tensor:
     """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D), in fp32.
 
     |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code maximises x.c - |c|^2 / 2: one matrix product, made in
     blocks of `block` numbers (by default what suits a CPU's cache or a GPU's cores), so that the whole N x K matrix
-    never exists. unit: tokens and codes have length 1, which bf16 rounds by little: wide ones are then searched in
-    it, in a third of the time, and the eight best of each token ranked again by their distances in fp32. exact: ranked
-    again in any case, where nearly equal codes have to be told apart.
+    never exists. half: search in bf16, several times as fast, and rank the eight best of each token again by their
+    distances in fp32; a token for which rounding could have hidden the nearest code from these eight is searched again
+    in fp32. None: from 128 numbers a code on. exact: ranked again in any case, where nearly equal codes have to be told apart.
     """
     shapes = tuple(x.shape), tuple(codebook.shape)
     check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", shapes, "(N, D) and (K, D)")
-    wide = unit and x.shape[1] >= 128
-    block = block or (2**26 if x.is_cuda else 2**22 if wide else 2**20)
-    bias = -codebook.square().sum(1) / 2
-    codes = codebook.T
-    if wide:
-        bias, codes = bias.bfloat16(), codes.bfloat16()
-    indices = []
+    half = x.shape[1] >= 128 if half is None else half
+    block = block or (2**26 if x.is_cuda else 2**22 if half else 2**20)
+    # seen from the middle of all codes: what they share tells none from another, and would cost bf16 its few digits
+    centre = codebook.mean(0)
+    codes = torch.sub(codebook, centre, out=torch.empty_like(codebook, dtype=torch.bfloat16 if half else codebook.dtype))
+    squares = torch.cdist(codebook, centre[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0].square()
+    shift = squares.mean() / 2
+    bias = shift - squares / 2
+    indices, unsure = [], []
     for chunk in x.split(max(1, block // len(codebook))):
-        scores = torch.addmm(bias, chunk.to(codes.dtype), codes)
-        if not (wide or exact):
+        tokens = chunk - centre
+        scores = torch.addmm(bias.to(codes.dtype), tokens.to(codes.dtype), codes.T)
+        if not (half or exact):
             indices.append(scores.argmax(1))
             continue
-        candidates = scores.topk(min(8, len(codebook))).indices
+        highest, candidates = scores.topk(min(8, len(codebook)))
+        distances = []
         part = 4096 if x.is_cuda else 64  # so few that the codes looked up stay in a CPU's cache
-        for tokens, few in zip(chunk.split(part), candidates.split(part)):
-            best = (tokens[:, None] - codebook[few]).square().sum(-1).argmin(1, keepdim=True)
-            indices.append(few.gather(1, best)[:, 0])
-    return torch.cat(indices)
+        for few, some in zip(candidates.split(part), chunk.split(part)):
+            distances.append((some[:, None] - codebook[few]).square().sum(-1))
+        distance, best = torch.cat(distances).min(1)
+        indices.append(candidates.gather(1, best[:, None])[:, 0])
+        # a code that is no candidate scores no more than the last of them, but for bf16's rounding: 2^-9 of each factor, of
+        # the bias and of the sum
+        length = tokens.square().sum(1)
+        last = highest[:, -1].float()
+        rounding = 2**-8 * (length * squares.max()).sqrt() + 2**-9 * (bias.abs().max() + last.abs())
+        unsure.append(shift + (length - distance) / 2 < last + 1.1 * rounding)
+    indices = torch.cat(indices)
+    if half:
+        again = torch.cat(unsure).nonzero()[:, 0]
+        if len(again):
+            indices[again] = nearest_code(x[again], codebook, half=False, exact=True)
+    return indices
 
 
 class Quantizer(nn.Module, ABC):
@@ -231,13 +247,13 @@ class SimVQ(Quantizer):
         if self.training or torch.is_grad_enabled():
             with torch.no_grad():
                 mapped = self.simvq.codebook
-                indices = nearest_code(x, F.normalize(mapped, dim=-1), unit=True)
+                indices = nearest_code(x, F.normalize(mapped, dim=-1))
             used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
             codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
             codes = F.normalize(codes, dim=-1)
             codes = F.embedding(places, codes)  # codes[places], with a gradient that is the same in every run
         else:
-            indices = nearest_code(x, self.codebook, unit=True)
+            indices = nearest_code(x, self.codebook)
             codes = self.codebook[indices]
         # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
         loss = (codes - x.detach()).square().sum(-1).mean()
@@ -279,11 +295,10 @@ class EMAVQ(Quantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.project_in(x)
-        codebook = self.vq.codebook.clone()  # the update below writes into the original
-        indices = nearest_code(x, codebook)
+        indices = nearest_code(x, self.vq.codebook)
+        codes = self.vq.codebook[indices]  # as they are before the update
         if self.training:
             self.update(x.detach(), indices)
-        codes = codebook[indices]
         loss = self.commitment_cost * F.mse_loss(x, codes)
         return self.project_out(straight_through(x, codes)), loss, indices
 
@@ -292,11 +307,12 @@ class EMAVQ(Quantizer):
         """One EMA step of the codebook, from tokens x (N, code_dim) and their codes' indices (N,)."""
         book = self.vq._codebook
         counts = torch.bincount(indices, minlength=self.codebook_size).to(x)
-        sums = torch.zeros_like(book.embed_avg[0]).index_add_(0, indices, x)
         book.all_reduce_fn(counts)
-        book.all_reduce_fn(sums)
         book.cluster_size[0].lerp_(counts, 1 - book.decay)
-        book.embed_avg[0].lerp_(sums, 1 - book.decay)
+        # each process brings its share of the old averages and its own tokens, so that only the averages are added up
+        ranks = torch.distributed.get_world_size() if book.use_ddp else 1
+        book.embed_avg[0].mul_(book.decay / ranks).index_add_(0, indices, x, alpha=1 - book.decay)
+        book.all_reduce_fn(book.embed_avg)
         book.update_ema()
         if self.revive:
             average = counts.sum().item() / self.codebook_size

@@ -10,6 +10,7 @@ from torch import nn
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
 
+import quantizers
 from quantizers import FSQ, DDCL, EMAVQ, SimVQ, build_quantizer, nearest_code, straight_through
 
 DIM = 32
@@ -152,14 +153,35 @@ def test_nearest_code(block):
         assert torch.equal(nearest_code(x, codebook, block, exact=exact), torch.cdist(x, codebook).argmin(1))
 
 
-def test_nearest_of_wide_codes_is_that_of_fp32():
-    # searched in bf16, whose rounding alone would find another code for some tokens, and ranked again
-    codebook = F.normalize(torch.randn(2048, 256), dim=-1)
-    x = F.normalize(torch.randn(1000, 256), dim=-1)
-    expected = torch.cdist(x.double(), codebook.double()).argmin(1)
-    rounded = (x.bfloat16() @ codebook.bfloat16().T).argmax(1)
-    assert (rounded != expected).any() and torch.equal(nearest_code(x, codebook, unit=True), expected)
-    assert torch.equal(nearest_code(x * 20, codebook * 20), expected)  # long ones in fp32
+def in_fp64(x, codebook):
+    return torch.cdist(x.double(), codebook.double()).argmin(1)
+
+
+@pytest.mark.parametrize("length, middle", [(None, 0), (20, 0), (20, 100)])
+def test_nearest_of_wide_codes_is_that_of_fp64(length, middle):
+    codebook, x = torch.randn(2048, 256), torch.randn(1000, 256)
+    if length is None:
+        codebook, x = F.normalize(codebook, dim=-1), F.normalize(x, dim=-1)
+    else:
+        codebook, x = codebook * length + middle, x * length + middle
+    expected = in_fp64(x, codebook)
+    rounded = (x.bfloat16() @ codebook.bfloat16().T - codebook.bfloat16().square().sum(1) / 2).argmax(1)
+    assert (rounded != expected).any()  # bf16 alone would find another code for some tokens
+    assert torch.equal(nearest_code(x, codebook), expected)
+
+
+def test_codes_that_bf16_cannot_tell_apart_are_searched_in_fp32(monkeypatch):
+    crowds = torch.randn(20, 1, 256)
+    codebook = (crowds + 0.01 * torch.randn(20, 50, 256)).flatten(0, 1)  # fifty nearly equal codes each
+    x = (crowds + 0.01 * torch.randn(20, 10, 256)).flatten(0, 1)
+    expected = in_fp64(x, codebook)
+    calls = []
+    monkeypatch.setattr(quantizers, "nearest_code", lambda *args, **options: calls.append(len(args[0])) or nearest_code(*args, **options))
+    assert torch.equal(nearest_code(x, codebook), expected)
+    assert calls == [len(x)]  # of all tokens, again
+    x, codebook = torch.randn(500, 256), torch.randn(1000, 256)
+    assert torch.equal(nearest_code(codebook[:500], codebook), torch.arange(500)) and len(calls) == 1  # none was in doubt
+    assert torch.equal(nearest_code(x, codebook, half=False), in_fp64(x, codebook))
 
 
 def test_simvq_keeps_its_codebook_until_the_map_changes():
