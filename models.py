@@ -492,8 +492,9 @@ def check_images(images: Tensor) -> Tensor:
         raise ValueError(f"images have shape {tuple(images.shape)}, allowed is (B, 3, H, W)")
     if not images.dtype.is_floating_point:
         raise ValueError(f"images have type {images.dtype}, allowed are floating-point numbers in [0, 1]")
-    if not (images.min() >= 0 and images.max() <= 1):  # so that NaN fails as well
-        raise ValueError(f"images run from {images.min():.3g} to {images.max():.3g}, allowed is [0, 1]")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):  # so that NaN fails as well
+        raise ValueError(f"images run from {low:.3g} to {high:.3g}, allowed is [0, 1]")
     return images
 
 

@@ -22,7 +22,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
     """The codes, exactly, with the gradient of z. (The usual z + (codes - z) rounds, and would not equal the codes.)"""
-    return codes + (z - z.detach())
+    return codes + (z - z.detach()) if torch.is_grad_enabled() else codes
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ class Quantizer(nn.Module, ABC):
             z = z.permute(0, 2, 3, 1)
         if z.shape[-1] != self.dim:
             raise ValueError(f"{name} has {z.shape[-1]} channels, this quantizer has dim {self.dim}")
-        if not torch.isfinite(z).all():
+        if not torch.stack(z.aminmax()).isfinite().all():  # a tenth of the time of looking at each number
             raise ValueError(f"{name} has a NaN or infinity in it")
         return z.reshape(-1, self.dim), z.shape[:-1]
 
