@@ -65,21 +65,21 @@ PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" 
 PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.05  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_WEIGHT = 0.03  # the frozen features, predicted from z_q: what keeps the tokens' meaning
 PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
-DISTILL_WEIGHT = 1.0  # stage 2: the features themselves, held to the frozen encoder's
+DISTILL_WEIGHT = 0.3  # stage 2: the features themselves, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT
 STAGE1_CHECKPOINT = None  # a path, for STAGES = (2,)
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
 EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
-BATCH_SIZE = 128 if device == "cuda" else 64  # pictures a step, of all processes together
+BATCH_SIZE = 128 if device == "cuda" else 32  # pictures a step, of all processes together
 ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory; EMA-VQ's
 # codebook moves with each part
 PRECISION = "bf16"  # or "fp32", two to three times slower; either way measured in fp32
 OPTIMIZER = "muon"  # for the matrices of transformer and convolution blocks, AdamW for all else; or "adamw" throughout, as in the papers
-LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 3e-4)  # of each stage; warm-up, cosine decay
+LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage; warm-up, cosine decay
 FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
 PICTURES_GB = 8.0  # training pictures up to this size are kept on the device (CIFAR-10: 0.15), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
@@ -329,11 +329,12 @@ class Objective(nn.Module):
             perceptual_loss = distill_loss = predict_loss = torch.zeros_like(l2_loss)
             if self.teacher is not None:
                 distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_PICTURE)
-            if self.lpips is not None:
+            perceptual_weight = PERCEPTUAL_WEIGHT[self.stage - 1]
+            if perceptual_weight and self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
-            elif self.teacher is not None:
+            elif perceptual_weight and self.teacher is not None:
                 perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
-            picture_loss = L2_WEIGHT * l2_loss + PERCEPTUAL_WEIGHT[self.stage - 1] * perceptual_loss
+            picture_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
             loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
             gan_loss = torch.zeros_like(loss)
             if discriminator is not None:

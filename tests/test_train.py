@@ -134,6 +134,13 @@ def test_gan_begins_where_it_should(train, folder):
     assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
 
 
+def test_a_loss_of_weight_0_is_not_computed(train, folder):
+    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "PERCEPTUAL_WEIGHT=(0, 0.1)")
+    outputs, = Path("outputs").iterdir()
+    first, second = rows(outputs / "metrics.csv")
+    assert float(first["perceptual_loss"]) == 0 < float(second["perceptual_loss"])
+
+
 def test_stage_2_from_a_checkpoint(train, folder):
     first_run = [f"DATASET={folder}", *SMALL, "NORMALIZE=True", "KEEP_CHECKPOINTS=1"]
     train(*first_run, "STAGES=(1,)")
