@@ -35,41 +35,51 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     distances in fp32; a token for which rounding could have hidden the nearest code from these eight is searched again
     in fp32. None: from 128 numbers a code on. exact: ranked again in any case, where nearly equal codes have to be told apart.
     """
-    shapes = tuple(x.shape), tuple(codebook.shape)
-    check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1], "x and codebook", shapes, "(N, D) and (K, D)")
+    shapes, types = (tuple(x.shape), tuple(codebook.shape)), (x.dtype, codebook.dtype)
+    check(x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1] and len(codebook) > 0, "x and codebook", shapes, "(N, D) and (K, D)")
+    check(types in [(torch.float32,) * 2, (torch.float64,) * 2], "x and codebook", types, "both float32 or both float64")
     half = x.shape[1] >= 128 if half is None else half
-    block = block or (2**26 if x.is_cuda else 2**22 if half else 2**20)
-    # seen from the middle of all codes: what they share tells none from another, and would cost bf16 its few digits
-    centre = codebook.mean(0)
-    codes = torch.sub(codebook, centre, out=torch.empty_like(codebook, dtype=torch.bfloat16 if half else codebook.dtype))
-    squares = torch.cdist(codebook, centre[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0].square()
-    shift = squares.mean() / 2
+    size = block or (2**26 if x.is_cuda else 2**22 if half else 2**20)
+    # seen from the middle of the tokens: what all share tells no code from another, and costs digits, of which bf16 has few
+    centre = x.mean(0)
+    codes = torch.empty_like(codebook, dtype=torch.bfloat16 if half else x.dtype)
+    squares, lost = x.new_empty(len(codebook)), x.new_empty(len(codebook))  # lengths of codes, and of what rounding takes off
+    for at in range(0, len(codebook), 2048):
+        part = slice(at, at + 2048)
+        centred = codebook[part] - centre
+        codes[part] = centred
+        squares[part] = centred.square().sum(1)
+        lost[part] = (centred - codes[part]).square().sum(1)
+    shift = squares.median() / 2 if half else 0.0
     bias = shift - squares / 2
+    rounded_bias = bias.to(codes.dtype)
     indices, unsure = [], []
-    for chunk in x.split(max(1, block // len(codebook))):
+    for chunk in x.split(max(1, size // len(codebook))):
         tokens = chunk - centre
-        scores = torch.addmm(bias.to(codes.dtype), tokens.to(codes.dtype), codes.T)
+        rounded = tokens.to(codes.dtype)
+        scores = torch.addmm(rounded_bias, rounded, codes.T)
         if not (half or exact):
             indices.append(scores.argmax(1))
             continue
         highest, candidates = scores.topk(min(8, len(codebook)))
         distances = []
-        part = 4096 if x.is_cuda else 64  # so few that the codes looked up stay in a CPU's cache
-        for few, some in zip(candidates.split(part), chunk.split(part)):
-            distances.append((some[:, None] - codebook[few]).square().sum(-1))
+        few = 4096 if x.is_cuda else 64  # so that the codes looked up stay in a CPU's cache
+        for some, near in zip(chunk.split(few), candidates.split(few)):
+            distances.append((some[:, None] - codebook[near]).square().sum(-1))
         distance, best = torch.cat(distances).min(1)
         indices.append(candidates.gather(1, best[:, None])[:, 0])
-        # a code that is no candidate scores no more than the last of them, but for bf16's rounding: 2^-9 of each factor, of
-        # the bias and of the sum
-        length = tokens.square().sum(1)
-        last = highest[:, -1].float()
-        rounding = 2**-8 * (length * squares.max()).sqrt() + 2**-9 * (bias.abs().max() + last.abs())
-        unsure.append(shift + (length - distance) / 2 < last + 1.1 * rounding)
+        if half:
+            # a code that is no candidate scored no more than the last of them did, and rounding took no more from it than:
+            last = highest[:, -1].to(x.dtype)
+            error = ((tokens - rounded).norm(dim=1) * squares.max().sqrt() + rounded.to(x.dtype).norm(dim=1) * lost.max().sqrt()
+                     + (bias - rounded_bias).abs().max() + 2**-8 * last.abs())
+            score = shift + (tokens.square().sum(1) - distance) / 2
+            unsure.append(~(score >= last + 1.1 * error))  # a tenth more for rounding within the product; NaN is unsure
     indices = torch.cat(indices)
     if half:
         again = torch.cat(unsure).nonzero()[:, 0]
         if len(again):
-            indices[again] = nearest_code(x[again], codebook, half=False, exact=True)
+            indices[again] = nearest_code(x[again], codebook, block, half=False, exact=True)
     return indices
 
 
@@ -102,7 +112,7 @@ class Quantizer(nn.Module, ABC):
         """
         tokens, layout = self._to_tokens(z, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances, and codes with them
-            z_q, loss, indices = self.quantize(tokens.float())
+            z_q, loss, indices = self.quantize(tokens)
             if not self.training and self.codebook_size:
                 z_q = straight_through(z_q, self.get_codebook_entry(indices).detach())
         return self._from_tokens(z_q, layout), loss, indices.view(layout)
@@ -124,7 +134,7 @@ class Quantizer(nn.Module, ABC):
         """
         tokens, layout = self._to_tokens(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
-            return self._tokens_to_indices(tokens.float()).view(layout)
+            return self._tokens_to_indices(tokens).view(layout)
 
     def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
         codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device))
@@ -150,7 +160,8 @@ class Quantizer(nn.Module, ABC):
             z = z.permute(0, 2, 3, 1)
         if z.shape[-1] != self.dim:
             raise ValueError(f"{name} has {z.shape[-1]} channels, this quantizer has dim {self.dim}")
-        if not torch.stack(z.aminmax()).isfinite().all():  # a tenth of the time of looking at each number
+        z = z.float()  # numbers that are too large for it are infinite here
+        if not torch.stack(z.aminmax()).isfinite().all():  # two numbers to look at rather than all
             raise ValueError(f"{name} has a NaN or infinity in it")
         return z.reshape(-1, self.dim), z.shape[:-1]
 
@@ -234,12 +245,12 @@ class SimVQ(Quantizer):
         """
         if self.training or torch.is_grad_enabled():
             return F.normalize(self.simvq.codebook, dim=-1)
-        # compared number by number: a fused optimizer changes a weight without counting its version up
         weight, frozen = self.simvq.code_transform.weight, self.simvq.frozen_codebook
-        state = (weight.device, weight.dtype, frozen._version)
-        if self._kept is None or self._kept[0] != state or not torch.equal(self._kept[1], weight):
-            self._kept = state, weight.clone(), F.normalize(self.simvq.codebook, dim=-1)
-        return self._kept[2]
+        version = None if frozen.is_inference() else frozen._version
+        # the map is compared number by number: a fused optimizer changes a weight without counting its version up
+        if self._kept is None or self._kept[0] is not frozen or self._kept[1] != version or not torch.equal(self._kept[2], weight):
+            self._kept = frozen, version, weight.clone(), F.normalize(self.simvq.codebook, dim=-1)
+        return self._kept[3]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's own forward would copy the codebook for each picture; its loss is the one below

@@ -148,7 +148,8 @@ def main():
         model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]])
 
     # the two stages
-    say(" stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
+    say(f"PSNR to perplexity of {len(data.test_images[:EVAL_PICTURES]):,} test pictures:\n"
+        " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
     try:
         for stage in STAGES:
             if stage >= saved["stage"]:

@@ -336,7 +336,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     model.eval()
     device = model.feature_mean.device
     sums, tokens, reconstructions = torch.zeros(2, device=device), [], []
-    for i, batch in enumerate(images.split(batch_size)):
+    for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
         targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
             tokens.append(model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size])

@@ -36,6 +36,8 @@ def test_round_trip(name, shape):
     assert 0 <= indices.min() and indices.max() < quantizer.codebook_size
     assert indices.unique().numel() > 10  # the tokens are told apart
     assert torch.equal(quantizer.indices_to_codes(indices), z_q)
+    with torch.no_grad():
+        assert torch.equal(quantizer(z)[0], z_q)
     back = quantizer.codes_to_indices(z_q)
     assert torch.equal(quantizer.indices_to_codes(back), z_q)
     if name in ("fsq", "ddcl"):
@@ -154,7 +156,7 @@ def test_nearest_code(block):
 
 
 def in_fp64(x, codebook):
-    return torch.cdist(x.double(), codebook.double()).argmin(1)
+    return torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
 
 @pytest.mark.parametrize("length, middle", [(None, 0), (20, 0), (20, 100)])
@@ -170,18 +172,50 @@ def test_nearest_of_wide_codes_is_that_of_fp64(length, middle):
     assert torch.equal(nearest_code(x, codebook), expected)
 
 
-def test_codes_that_bf16_cannot_tell_apart_are_searched_in_fp32(monkeypatch):
+def test_tokens_whose_nearest_code_bf16_could_hide_are_searched_in_fp32(monkeypatch):
     crowds = torch.randn(20, 1, 256)
-    codebook = (crowds + 0.01 * torch.randn(20, 50, 256)).flatten(0, 1)  # fifty nearly equal codes each
-    x = (crowds + 0.01 * torch.randn(20, 10, 256)).flatten(0, 1)
-    expected = in_fp64(x, codebook)
+    codebook = torch.cat([(crowds + 0.01 * torch.randn(20, 50, 256)).flatten(0, 1), torch.randn(200, 256)])  # fifty nearly equal codes each
+    x = torch.cat([codebook[1000:], (crowds + 0.01 * torch.randn(20, 10, 256)).flatten(0, 1)])
+    x = x + 0.001 * torch.randn(x.shape)
     calls = []
-    monkeypatch.setattr(quantizers, "nearest_code", lambda *args, **options: calls.append(len(args[0])) or nearest_code(*args, **options))
-    assert torch.equal(nearest_code(x, codebook), expected)
-    assert calls == [len(x)]  # of all tokens, again
-    x, codebook = torch.randn(500, 256), torch.randn(1000, 256)
-    assert torch.equal(nearest_code(codebook[:500], codebook), torch.arange(500)) and len(calls) == 1  # none was in doubt
-    assert torch.equal(nearest_code(x, codebook, half=False), in_fp64(x, codebook))
+    monkeypatch.setattr(quantizers, "nearest_code", lambda *args, **options: calls.append(args[0]) or nearest_code(*args, **options))
+    assert torch.equal(nearest_code(x, codebook), in_fp64(x, codebook))
+    assert len(calls) == 1 and torch.equal(calls[0], x[200:])  # those in a crowd, and no others
+
+
+def test_rounding_that_hides_the_nearest_code_is_noticed():
+    # what bf16 does at worst: the token's and some codes' numbers all lie just below the middle between two bf16 numbers
+    number = 1 + 2**-8
+    token = torch.zeros(192)
+    token[:128], token[128] = number, 1
+    x = torch.stack([token, -token])
+
+    def code(start, next):
+        c = torch.zeros(192)
+        c[:128], c[128] = start, next
+        c[129] = (133 - c.square().sum()).sqrt()
+        return c
+
+    codes = torch.stack([code(1.0, 0.6953125), *[code(1.0, 0.6953125 - i / 1000) for i in range(1, 9)], code(number, 0.484375)])
+    codebook = torch.cat([codes, -codes])
+    assert torch.equal(nearest_code(x, codebook), in_fp64(x, codebook))
+
+
+@pytest.mark.parametrize("codes, width", [(100, 8), (1024, 64), (1024, 256)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_code_far_from_all_others_hides_none(codes, width, exact):
+    codebook, x = torch.randn(codes, width), torch.randn(300, width)
+    codebook[-1] = 1e5
+    assert torch.equal(nearest_code(x, codebook, exact=exact), in_fp64(x, codebook))
+    assert torch.equal(nearest_code(codebook[:90], codebook, exact=exact), torch.arange(90))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
+def test_what_is_not_finite_is_refused(value):
+    z = torch.zeros(1, 4, DIM, dtype=torch.float64)
+    z[0, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        build("fsq")(z)
 
 
 def test_simvq_keeps_its_codebook_until_the_map_changes():
@@ -209,10 +243,13 @@ def test_simvq_keeps_its_codebook_until_the_map_changes():
             z_q, _, indices = quantizer(torch.randn(2, 9, DIM))
             quantizer.indices_to_codes(indices)
     assert not maps  # the codebook is mapped once, not at each call
-    state = quantizer.state_dict() | {"simvq.frozen_codebook": torch.randn(512, DIM)}
-    quantizer.load_state_dict(state)
-    with torch.no_grad():
-        assert torch.equal(quantizer.codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
+    for assign in (False, True):
+        state = quantizer.state_dict() | {"simvq.frozen_codebook": torch.randn(512, DIM)}
+        quantizer.load_state_dict(state, assign=assign)
+        with torch.no_grad():
+            assert torch.equal(quantizer.codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
+    with torch.inference_mode():
+        assert build("simvq").eval().codebook.shape == (512, DIM)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
