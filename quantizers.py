@@ -53,6 +53,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     shift = squares.median() / 2 if half else 0.0
     bias = shift - squares / 2
     rounded_bias = bias.to(codes.dtype)
+    longest, most_lost, bias_error = squares.max().sqrt(), lost.max().sqrt(), (bias - rounded_bias).abs().max()
     indices, unsure = [], []
     for chunk in x.split(max(1, size // len(codebook))):
         tokens = chunk - centre
@@ -71,8 +72,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
         if half:
             # a code that is no candidate scored no more than the last of them did, and rounding took no more from it than:
             last = highest[:, -1].to(x.dtype)
-            error = ((tokens - rounded).norm(dim=1) * squares.max().sqrt() + rounded.to(x.dtype).norm(dim=1) * lost.max().sqrt()
-                     + (bias - rounded_bias).abs().max() + 2**-8 * last.abs())
+            error = ((tokens - rounded).norm(dim=1) * longest + rounded.to(x.dtype).norm(dim=1) * most_lost
+                     + bias_error + 2**-8 * last.abs())
             score = shift + (tokens.square().sum(1) - distance) / 2
             unsure.append(~(score >= last + 1.1 * error))  # a tenth more for rounding within the product; NaN is unsure
     indices = torch.cat(indices)

@@ -184,7 +184,7 @@ def test_tokens_whose_nearest_code_bf16_could_hide_are_searched_in_fp32(monkeypa
 
 
 def test_rounding_that_hides_the_nearest_code_is_noticed():
-    # what bf16 does at worst: the token's and some codes' numbers all lie just below the middle between two bf16 numbers
+    # what bf16 does at worst: the token's and some codes' numbers all lie in the middle between two bf16 numbers
     number = 1 + 2**-8
     token = torch.zeros(192)
     token[:128], token[128] = number, 1
