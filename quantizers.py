@@ -55,10 +55,12 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     rounded_bias = bias.to(codes.dtype)
     longest, most_lost, bias_error = squares.max().sqrt(), lost.max().sqrt(), (bias - rounded_bias).abs().max()
     indices, unsure = [], []
-    for chunk in x.split(max(1, size // len(codebook))):
+    chunks = x.split(max(1, size // len(codebook)))
+    kept = codes.new_empty(len(chunks[0]), len(codebook))  # one memory for all chunks: to be given new pages takes longer than a narrow product
+    for chunk in chunks:
         tokens = chunk - centre
         rounded = tokens.to(codes.dtype)
-        scores = torch.addmm(rounded_bias, rounded, codes.T)
+        scores = torch.addmm(rounded_bias, rounded, codes.T, out=kept[: len(chunk)])
         if not (half or exact):
             indices.append(scores.argmax(1))
             continue
@@ -268,8 +270,8 @@ class SimVQ(Quantizer):
             indices = nearest_code(x, self.codebook)
             codes = self.codebook[indices]
         # squared distances on the sphere, 2 - 2 cos: the codes come to the tokens, the tokens (less so) to the codes
-        loss = (codes - x.detach()).square().sum(-1).mean()
-        loss = loss + self.simvq.input_to_quantize_commit_loss_weight * (x - codes.detach()).square().sum(-1).mean()
+        commitment = self.simvq.input_to_quantize_commit_loss_weight
+        loss = x.shape[1] * (F.mse_loss(codes, x.detach()) + commitment * F.mse_loss(x, codes.detach()))
         return self.project_out(straight_through(x, codes.detach())), loss, indices
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
