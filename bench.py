@@ -1,7 +1,7 @@
 """Time and memory of what this repository claims to be fast, against the ordinary way to do it.
 
     python bench.py                        everything, some minutes
-    python bench.py "PARTS=('search',)"    of "training", "search", "tokenizing", "start", "scaling"
+    python bench.py "PARTS=('search',)"    of "training", "utilisation", "search", "tokenizing", "start", "scaling"
 
 Each line runs two things in turn, ROUNDS times, and prints their medians and the median and range of their ratios.
 """
@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
@@ -30,7 +32,7 @@ from models import VQRAE
 from quantizers import EMAVQ, SimVQ
 from utils import FeatureCache, draw_shapes, read_constants, to_float
 
-PARTS = ("training", "search", "tokenizing", "start", "scaling")
+PARTS = ("training", "utilisation", "search", "tokenizing", "start", "scaling")
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
@@ -86,6 +88,27 @@ def compare(name: str, first: Callable[[], object], second: Callable[[], object]
     print(line, flush=True)
 
 
+def trainer(stage: int, encoder: str = "cifar", image_size: int = 32, grid: int = 8) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
+    """The frozen encoder, and train.py's step (images, its features) with all of its losses but the GAN's."""
+    import train
+
+    train.ENCODER, train.IMAGE_SIZE, train.GRID = encoder, image_size, grid
+    model = train.build_model(pretrained=encoder == "cifar").set_stage(stage).train()  # others' weights make no difference here
+    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
+    objective = train.Objective(stage, model, teacher, None)
+    optimizers = train.build_optimizers(model, 1e-5)
+
+    def step(images: Tensor, z: Tensor):
+        losses, _ = objective(images, z, None)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return teacher, step
+
+
 def training():
     """Stage 1 of train.py with its losses: ImageFolder, DataLoader, fp32 and the encoder in each step, or as it does it."""
     import train
@@ -93,24 +116,13 @@ def training():
     heading("stage 1 with the shipped encoder", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
     images = draw_shapes(32, train=count, test=10).train_images
-    model = train.build_model().train()
-    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
-    objective = train.Objective(1, model, teacher, None)
-    optimizers = train.build_optimizers(model, 1e-5)
+    teacher, step = trainer(1)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "shapes").mkdir()
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder, "shapes", f"{i}.png"))
         loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
         on_device, features = images.to(device), FeatureCache(teacher, images.to(device), 4.0)
-
-        def step(batch: Tensor, z: Tensor):
-            losses, _ = objective(batch, z, None)
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=True)
 
         def ordinary():
             train.PRECISION = "fp32"
@@ -126,6 +138,34 @@ def training():
                 step(to_float(on_device[index.to(device)]), features[index])
 
         compare(f"{count} pictures", ordinary, ours)
+
+
+def utilisation():
+    """A step of train.py beside one matrix product with as many multiplications and additions in the same precision: the
+    ratio is the share of the machine's arithmetic that the step makes use of. On a GPU, with profiles of what takes its time."""
+    import train
+
+    heading(f"a step of {BATCH_SIZE} pictures", "product", "step")
+    models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
+    for encoder, size, grid in models:
+        for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+            train.PRECISION = precision
+            teacher, step = trainer(stage, encoder, size, grid)
+            images = torch.rand(BATCH_SIZE, 3, size, size, device=device)
+            with torch.no_grad():
+                z = teacher(images)
+            with FlopCounterMode(display=False) as counter:
+                step(images, z)
+            width = 4096
+            rows = counter.get_total_flops() // (2 * width**2)
+            a, b = (torch.randn(n, width, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for n in (rows, width))
+            compare(f"{encoder}, {precision}, stage {stage}, {counter.get_total_flops() / 1e9 / BATCH_SIZE:.2f} GFLOP a picture",
+                    lambda: a @ b, lambda: step(images, z))
+            if device == "cuda":
+                with profile() as profiler:
+                    step(images, z)
+                    torch.cuda.synchronize()
+                print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=60))
 
 
 def search():
@@ -239,4 +279,4 @@ if __name__ == "__main__":
         sys.exit(f"bench.py: {error}")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
     for part in PARTS:
-        {"training": training, "search": search, "tokenizing": tokenizing, "start": start, "scaling": scaling}[part]()
+        {"training": training, "utilisation": utilisation, "search": search, "tokenizing": tokenizing, "start": start, "scaling": scaling}[part]()

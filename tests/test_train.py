@@ -237,5 +237,5 @@ def test_bench_prints_its_tables(tmp_path, folder):
                f"DATASET={folder}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("8 pictures", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step", "64 "):
+    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step", "64 "):
         assert line in done.stdout
