@@ -378,15 +378,16 @@ class VQRAE(nn.Module):
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
         check(kind != "vit" or width % heads == 0, "DECODER_HEADS", heads, f"a divisor of the decoder's width {width}")
 
-        def blocks(number: int) -> nn.Sequential:  # of the encoder's kind
+        def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:
                 return OnGrid(*transformer(dim, number, self.encoder.heads))
-            return nn.Sequential(*(ResidualBlock(dim, dim // 2) for _ in range(number)))
+            return nn.Sequential(*(ResidualBlock(dim, hidden) for _ in range(number)))
 
         self.adapter = blocks((1 if vit else 3) if adapter_depth is None else adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH
-        self.predictor = None if self.from_scratch else blocks(1)
+        # meaning is spread over tokens: two narrow convolution blocks, which see further than one wide block, find more of it
+        self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
         self.register_buffer("feature_std", torch.ones(dim, 1, 1))

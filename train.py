@@ -62,10 +62,10 @@ DECODER_HEADS = None
 # losses, as weights
 L2_WEIGHT = 16.0  # pixels in [0, 1] have a variance of about 1/16: puts all losses on one scale
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
-PERCEPTUAL_WEIGHT = (0.1, 0.02)  # stage 1, stage 2
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more makes pictures less sharp but, to the encoder, more alike, see README
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.03  # the frozen features, predicted from z_q: what keeps the tokens' meaning
+PREDICT_WEIGHT = 0.015  # the frozen features, predicted from z_q: what keeps the tokens' meaning
 PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
 DISTILL_WEIGHT = 0.3  # stage 2: the features themselves, held to the frozen encoder's
 # training

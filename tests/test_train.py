@@ -119,7 +119,7 @@ def test_each_weight_has_one_optimizer(encoder, optimizer, monkeypatch):
         assert len(groups) == (2 if optimizer == "muon" else 1)
         if optimizer == "muon":
             if encoder == "cifar":  # convolutions: residual blocks, and in the decoder at 8, 16 and 32 pixels what is before each
-                blocks = ["adapter.0", "adapter.1", "adapter.2", "predictor.0", "decoder.layers.1", "decoder.layers.4", "decoder.layers.7"]
+                blocks = ["adapter.0", "adapter.1", "adapter.2", "predictor.0", "predictor.1", "decoder.layers.1", "decoder.layers.4", "decoder.layers.7"]
                 expected = {f"{block}.{conv}.weight" for block in blocks for conv in ("conv1", "conv2")}
                 expected |= {f"decoder.layers.{i}.weight" for i in (0, 2, 5)}
             else:
