@@ -142,7 +142,8 @@ def training():
 
 def utilisation():
     """A step of train.py beside one matrix product with as many multiplications and additions in the same precision: the
-    ratio is the share of the machine's arithmetic that the step makes use of. On a GPU, with profiles of what takes its time."""
+    ratio is the share of the product's speed that the step reaches (in fp32 on a CPU, where convolutions have faster kernels than
+    torch's product, more than 1). On a GPU, with profiles of what takes its time."""
     import train
 
     heading(f"a step of {BATCH_SIZE} pictures", "product", "step")
