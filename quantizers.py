@@ -56,7 +56,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     longest, most_lost, bias_error = squares.max().sqrt(), lost.max().sqrt(), (bias - rounded_bias).abs().max()
     indices, unsure = [], []
     chunks = x.split(max(1, size // len(codebook)))
-    kept = codes.new_empty(len(chunks[0]), len(codebook))  # one memory for all chunks: to be given new pages takes longer than a narrow product
+    # one memory for all chunks: to be given new pages can take longer than a narrow product
+    kept = codes.new_empty(len(chunks[0]), len(codebook))
     for chunk in chunks:
         tokens = chunk - centre
         rounded = tokens.to(codes.dtype)
