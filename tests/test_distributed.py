@@ -57,15 +57,20 @@ def table(cwd):
 
 @pytest.mark.parametrize("quantizer, options", [("fsq", []), ("simvq", ["ACCUMULATE=2"]), ("ema_vq", ["EMA_REVIVE=False"])])
 def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folder):
-    # Muon orthogonalizes in bf16, whatever PRECISION says: sums in another order would then show in the third digit
-    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "PRECISION=fp32", "OPTIMIZER=adamw", "GAN_WEIGHT=0", *options]
+    # Muon orthogonalizes in bf16, whatever PRECISION says: sums in another order would then show in the third digit, as they
+    # do where a hardly trained encoder learns at a high rate
+    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "PRECISION=fp32", "OPTIMIZER=adamw",
+                 "LEARNING_RATE=(1e-3, 1e-4)", "GAN_WEIGHT=0", *options]
     for processes in (1, 2):
         done = launch(tmp_path / str(processes), processes, ROOT / "train.py", arguments)
         assert done.returncode == 0, done.stderr
     one, two = table(tmp_path / "1"), table(tmp_path / "2")
     assert len(one) == 3
     for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=5e-3, abs=1e-4)
+        # rounding moves a figure by up to 0.15 %, and "usage" by a whole code; gradients or codes that each process keeps to
+        # itself move SSIM by more than 3 %, or perplexity by more than 60 %
+        del a["usage"], b["usage"]
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-4)
     assert done.stdout.count("2 x cpu") == 1  # one process speaks
 
 
