@@ -129,7 +129,7 @@ def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("fsp", {}, "quantizer"), ("fsq", {"levels": [8, 1]}, "levels"), ("fsq", {"levels": []}, "levels"),
+    ("fsp", {}, "quantizer"), ("fsq", {"levels": [8, 1]}, "levels"), ("fsq", {"levels": []}, "levels"), ("fsq", {"levels": [2**17]}, "levels"),
     ("fsq", {"levels": [64] * 6}, "levels"), ("fsq", {"levels": [3] * 40}, "levels|dim"),
     ("simvq", {"codebook_size": 1}, "codebook_size"), ("simvq", {"code_dim": 0}, "code_dim"),
     ("ema_vq", {"codebook_size": 0}, "codebook_size"), ("ema_vq", {"decay": 1.0}, "decay"),
@@ -146,6 +146,16 @@ def test_straight_through_is_exact():
     assert torch.equal(out, codes)
     out.sum().backward()
     assert torch.equal(z.grad, torch.ones(1000))
+
+
+def test_search_is_in_bf16_where_that_is_fast_alone(monkeypatch):
+    types, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: (types.append(args[1].dtype), addmm(*args, **options))[1])
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("quantizers.fast_bf16", lambda device: fast)
+        types.clear()
+        nearest_code(torch.randn(10, 128), torch.randn(20, 128))
+        assert types[0] == expected
 
 
 @pytest.mark.parametrize("block", [1, 100, None])
@@ -260,6 +270,16 @@ def test_simvq_keeps_its_codebook_until_the_map_changes():
                                           ([8, 5, 5, 5], 1000), ([8, 6, 6, 5], 1440)])
 def test_fsq_sizes(levels, size):
     assert build_quantizer("fsq", 16, levels=levels).codebook_size == size
+
+
+@pytest.mark.parametrize("levels", [[200] * 3, [2**16]])
+def test_fsq_has_exact_indices_however_many_codes_it_has(levels):
+    fsq = FSQ(len(levels), levels=levels)
+    indices = torch.cat([torch.randint(fsq.codebook_size, (1, 20000)), torch.tensor([[0, fsq.codebook_size - 1]])], dim=1)
+    codes = fsq.indices_to_codes(indices)
+    assert torch.equal(fsq.codes_to_indices(codes), indices)
+    inside = codes.mul(1 - 1e-6).double().atanh().float()  # tanh brings each near enough to its level
+    assert levels == [2**16] or torch.equal(fsq(inside)[2], indices)
 
 
 def test_fsq_rounds_to_the_nearest_of_evenly_spaced_symmetric_levels():
