@@ -3,7 +3,8 @@
     python bench.py                        everything, some minutes
     python bench.py "PARTS=('search',)"    of "training", "utilisation", "search", "tokenizing", "start", "scaling"
 
-Each line runs two things in turn, ROUNDS times, and prints their medians and the median and range of their ratios.
+Each line, but for the last two parts', runs two things in turn, ROUNDS times, and prints their medians and the median and range
+of their ratios.
 """
 import copy
 import os
@@ -29,14 +30,14 @@ from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
-from quantizers import EMAVQ, SimVQ
+from quantizers import EMAVQ, SimVQ, check, fast_bf16
 from utils import FeatureCache, draw_shapes, read_constants, to_float
 
 PARTS = ("training", "utilisation", "search", "tokenizing", "start", "scaling")
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
-CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64))  # codes and their width, for the search
+CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # codes and their width, for the search
 TOKENS = 8192  # of the search, as one picture and as 32
 DATASET = "cifar10"  # of the start
 SCALING = (5_000, 15_000, 50_000)  # pictures in an epoch
@@ -113,6 +114,7 @@ def training():
     """Stage 1 of train.py with its losses: ImageFolder, DataLoader, fp32 and the encoder in each step, or as it does it."""
     import train
 
+    precision = "bf16" if fast_bf16(device) else "fp32"
     heading("stage 1 with the shipped encoder", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
     images = draw_shapes(32, train=count, test=10).train_images
@@ -133,7 +135,7 @@ def training():
                 step(batch, z)
 
         def ours():
-            train.PRECISION = "bf16"
+            train.PRECISION = precision
             for index in torch.randperm(count).split(BATCH_SIZE):
                 step(to_float(on_device[index.to(device)]), features[index])
 
@@ -170,7 +172,8 @@ def utilisation():
 
 
 def search():
-    """A training step of quantizer alone, forward and backward, ours and vector-quantize-pytorch's own module."""
+    """A training step of quantizer alone, forward and backward, ours and vector-quantize-pytorch's own module (straight-through,
+    as ours)."""
     heading(f"{TOKENS:,} tokens quantized, forward and backward", "library", "ours", memory=True)
     for codes, width in CODEBOOKS:
         x = torch.randn(1, TOKENS, width, device=device)
@@ -181,10 +184,10 @@ def search():
             def forward(self, x: Tensor) -> Tensor:
                 return F.normalize(x, dim=-1)
 
-        library = LibrarySimVQ(width, codes, nn.Sequential(ours.simvq.code_transform, Normalize())).to(device)
+        library = LibrarySimVQ(width, codes, nn.Sequential(ours.simvq.code_transform, Normalize()), rotation_trick=False).to(device)
         library.frozen_codebook = ours.simvq.frozen_codebook
         ema = EMAVQ(width, codes, revive=False).to(device)
-        library_ema = VectorQuantize(width, codes, decay=0.99).to(device)
+        library_ema = VectorQuantize(width, codes, decay=0.99, rotation_trick=False).to(device)
         for name, theirs, mine in (("SimVQ", lambda z: library(F.normalize(z, dim=-1)), ours), ("EMA-VQ", library_ema, ema)):
             for items in (1, 32):
                 z = x.view(items, -1, width)
@@ -204,15 +207,19 @@ def search():
 
 @torch.no_grad()
 def tokenizing():
-    """What quantizing adds to the encoder, and looking codes up to the decoder."""
+    """What quantizing adds to the encoder (and, where codes are searched, to one product of tokens and codes), and looking
+    codes up to the decoder."""
+    import train
+
     heading(f"{BATCH_SIZE} pictures, no adapter", "tokens", "bare")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
-    for name, options in (("fsq", {}), ("ddcl", {}), ("simvq", {"code_dim": 16}), ("ema_vq", {"code_dim": 16})):
+    for name, options in (("fsq", {}), ("ddcl", {}), ("simvq", {"code_dim": train.SIMVQ_CODE_DIM}), ("ema_vq", {"code_dim": train.EMA_CODE_DIM})):
         model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()
         z_q, _, indices = model.encode(images)
         bare = lambda: model.encoder(images)
         if name in ("simvq", "ema_vq"):
-            codes, x = torch.randn(model.quantizer.codebook_size, 16, device=device), torch.randn(indices.numel(), 16, device=device)
+            width = options["code_dim"]
+            codes, x = torch.randn(model.quantizer.codebook_size, width, device=device), torch.randn(indices.numel(), width, device=device)
             bare = lambda: (model.encoder(images), [part @ codes.T for part in x.split(64)])
         compare(f"encode_to_indices, and encoder{' + product' if name in ('simvq', 'ema_vq') else ''}: {name}",
                 lambda: model.encode_to_indices(images), bare)
@@ -253,9 +260,9 @@ def scaling():
     root = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as folder:
         for count in SCALING:
-            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)", f"SEED={count}",
-                            "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
-                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100", "FEATURE_CACHE_GB=4"], cwd=folder, check=True, capture_output=True)
+            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)",
+                            "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
+                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100"], cwd=folder, check=True, capture_output=True)
             table, = Path(folder, "outputs").glob("*/metrics.csv")
             names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
             taken = float(dict(zip(names, last))["seconds"])
@@ -274,10 +281,12 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
+    parts = {part.__name__: part for part in (training, utilisation, search, tokenizing, start, scaling)}
     try:
         read_constants(globals())
+        check(isinstance(PARTS, (tuple, list)) and set(PARTS) <= parts.keys(), "PARTS", PARTS, f"some of {tuple(parts)}, such as ('search',)")
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
     for part in PARTS:
-        {"training": training, "utilisation": utilisation, "search": search, "tokenizing": tokenizing, "start": start, "scaling": scaling}[part]()
+        parts[part]()

@@ -178,7 +178,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
 
 @pytest.mark.parametrize("argument", [
     "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5", "GRID=0",
-    "QUANTIZER=vq", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
+    "QUANTIZER=vq", "QUANTIZER=['fsq']", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
     "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
@@ -239,3 +239,5 @@ def test_bench_prints_its_tables(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step", "64 "):
         assert line in done.stdout
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "PARTS=search"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("bench.py: PARTS = 'search', allowed: some of")
