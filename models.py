@@ -1,9 +1,10 @@
 """Encoders, decoders, VQRAE and patch discriminator.
 
     images (B, 3, H, W) in [0, 1]
-      -> encoder    features z (B, C, h, w)
-      -> quantizer  z_q (B, C, h, w), loss, indices (B, h, w)      VQRAE.encode ends here
-      -> decoder    images (B, 3, H, W)                            VQRAE.decode
+      -> encoder                      features z (B, C, h, w)
+      -> adapter, quantizer           z_q (B, C, h, w), loss, indices (B, h, w)    VQRAE.encode
+           -> post_quant_conv, decoder    images (B, 3, H, W)                      VQRAE.decode
+           -> predictor                   features (B, C, h, w)                    VQRAE.predict_features
 """
 import difflib
 import math
@@ -168,7 +169,7 @@ class TimmEncoder(nn.Module):
         check(patch is not None, "ENCODER", name, "ViTs with their patch size in their name")
         self.grid = grid
         self.size = grid * int(patch[1])
-        weights = {"pretrained_cfg_overlay": {"file": weights_file(name)}} if pretrained else {}
+        weights = {"pretrained_cfg_overlay": {"file": weights_file(name), "custom_load": False}} if pretrained else {}
         try:
             self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
         except Exception as error:  # a missing or unknown key, another shape, a damaged file
@@ -408,7 +409,7 @@ class VQRAE(nn.Module):
         return self.quantize(self.encoder(check_images(images)))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W); clamped to [0, 1] in eval mode alone, where no gradient is lost"""
+        """z_q (B, C, h, w) -> images (B, 3, H, W); in eval mode clamped to [0, 1], which in training would cost gradients"""
         z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
         images = self.decoder(z)
         return images if self.training else images.clamp(0, 1)
@@ -506,7 +507,7 @@ def check_images(images: Tensor) -> Tensor:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 pictures.
 
-    Two strided layers at 32 pixels, one more each time the size doubles: three would leave 2x2 logits there.
+    Two strided layers at 32 pixels, one more each time the size doubles: three would leave 3x3 logits there.
     """
 
     def __init__(self, image_size: int = 32, width: int = 64):

@@ -126,8 +126,8 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
     name = f"folder-{path.resolve().name}"
     splits, classes = [], None
     for split in ("train", "test"):
-        files = sorted(f for f in (path / split).rglob("*")
-                       if f.suffix.lower() in Image.registered_extensions() and f.is_file())
+        there = (Path(folder, file) for folder, _, names in os.walk(path / split, followlinks=True) for file in names)
+        files = sorted(f for f in there if f.suffix.lower() in Image.registered_extensions() and f.is_file())
         found = sorted({f.relative_to(path / split).parts[0] for f in files if f.parent != path / split})
         check(classes in (None, found), "DATASET", str(path), f"the same class folders in train/ and test/, not {classes} and {found}")
         classes = found
@@ -152,8 +152,8 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
     if not whole.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
         for old in data_dir.glob(f"{name}_*.uint8"):  # of the folder as it was
-            old.unlink()
-        temporary = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")  # another run may be at it, too
+            old.unlink(missing_ok=True)  # another run may be at it, too
+        temporary = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
 
         def read(file: Path) -> bytes | Exception:
             try:
@@ -307,9 +307,10 @@ class FeatureCache:
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture (B,), in dB; both (B, 3, H, W), clamped to [0, 1]."""
+    """Peak signal-to-noise ratio of each picture (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one picture without
+    any error would make all means infinite."""
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
-    return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:

@@ -97,13 +97,17 @@ def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkey
     (path, figure), = drawn
     assert path == tmp_path / "curve.png" and [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5"]
     encoder, line = figure.axes[1].lines
-    assert line.get_label() == "fsq" and len(line.get_xdata()) == 2 and encoder.get_ydata()[0] >= 0.4
+    assert line.get_label() == "fsq" and len(line.get_xdata()) == 1  # the predictor of weight 0 was never trained
+    assert len(figure.axes[0].lines[1].get_xdata()) == 2 and encoder.get_ydata()[0] >= 0.4
     shipped(tmp_path / "scratch.pt")
     assert "no curve" in capsys.readouterr().out and len(drawn) == 1
     with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
         shipped(tmp_path / "0.0.pt", "CURVE=3")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_PICTURES=20")
+    save_checkpoint(tmp_path / "large.pt", VQRAE(image_size=64, grid=16, decoder_width=64, decoder_depth=1).eval())
+    with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*pictures of one size"):
+        shipped(tmp_path / "0.0.pt", tmp_path / "large.pt", "SHIP=False", "CURVE=None")
 
 
 def test_frechet_distance_is_its_formula():

@@ -55,6 +55,14 @@ def test_folder(folder):
     assert torch.equal(load_dataset(str(folder), 32).train_images, data.train_images)
 
 
+def test_folder_of_linked_classes(folder, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for name in ("star", "triangle"):
+            (tmp_path / split / name).symlink_to(folder / split / name)
+    assert load_dataset(str(tmp_path), 32).train_labels.bincount().tolist() == load_dataset(str(folder), 32).train_labels.bincount().tolist()
+
+
 def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
@@ -254,6 +262,7 @@ def test_psnr_and_ssim_agree_with_scikit_image():
         assert psnr(images, targets)[i].item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1), abs=1e-3)
         expected = structural_similarity(b, a, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
         assert ssim(images, targets)[i].item() == pytest.approx(expected, abs=1e-3)
+    assert (psnr(targets, targets) == 100).all()  # not infinite
 
 
 def test_evaluate_is_the_mean_over_pictures():
