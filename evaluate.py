@@ -209,7 +209,7 @@ def plot_curve(path: Path, figures: dict[str, dict]):
     if not figures:
         return print("no curve: no checkpoint here predicts features with a PREDICT_WEIGHT of its own")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, key, title in zip(figure.subplots(1, 2, sharey=True), ("probe_z_q", "probe_predicted"), ("z_q", "features predicted from the tokens")):
+    for axes, key, title in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("probe_z_q", "probe_predicted"), ("z_q", "features predicted from the tokens")):
         axes.set(xlabel="PSNR, dB", ylabel="accuracy of a linear probe", title=title)
         axes.axhline(max(values["probe_z"] for values in figures.values()), color="grey", linestyle=":", label="the encoder's own features")
         for quantizer in dict.fromkeys(values["quantizer"] for values in figures.values()):
