@@ -67,10 +67,10 @@ def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folde
     one, two = table(tmp_path / "1"), table(tmp_path / "2")
     assert len(one) == 3
     for a, b in zip(one, two):
-        # rounding moves a figure by up to 0.15 %, and "usage" by a whole code; gradients or codes that each process keeps to
-        # itself move SSIM by more than 3 %, or perplexity by more than 60 %
-        del a["usage"], b["usage"]
-        assert a == pytest.approx(b, rel=1e-2, abs=1e-4)
+        # rounding moves a figure by up to 0.15 %, and "usage" by a whole code of some twenty or more; gradients or codes that
+        # each process keeps to itself move SSIM by more than 3 %, or usage and perplexity by more than 60 %
+        assert a.pop("usage") == pytest.approx(b.pop("usage"), rel=0.1)
+        assert a == pytest.approx(b, rel=5e-3, abs=1e-4)
     assert done.stdout.count("2 x cpu") == 1  # one process speaks
 
 
