@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import ConvEncoder, ConvNorm
-from quantizers import check
+from quantizers import check, fast_bf16
 from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
@@ -78,8 +78,12 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
 def main():
     try:
         constants = read_constants(globals())
-        check(START is None or Path(START).with_suffix(".json").is_file(), "START", START, "None, or an encoder that this script has written")
+        check(START is None or Path(START).is_file() and Path(START).with_suffix(".json").is_file(), "START", START,
+              "None, or an encoder that this script has written")
         data = load_dataset(DATASET, image_size=32)
+        check(data.train_labels is not None, "DATASET", DATASET, "pictures with classes: a folder with one folder per class in train/ and test/")
+        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "1 to the number of pictures")
+        check(isinstance(EPOCHS, int) and EPOCHS >= 1, "EPOCHS", EPOCHS, "a whole number of 1 or more")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     torch.manual_seed(SEED)
@@ -109,7 +113,7 @@ def main():
         batches = order[: len(images) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
         for index in tqdm(batches, f"epoch {epoch}/{EPOCHS}", leave=False):
             batch = augment(to_float(images[index]), cutout=CUTOUT).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device)):
                 z = encoder(batch)
                 logits, pixels = class_head(z.mean((2, 3))), pixel_head(z)
             class_loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=LABEL_SMOOTHING)

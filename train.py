@@ -9,6 +9,7 @@ what it was. Look at outputs/<run>/ while it runs; checkpoints go to checkpoints
 stopped goes on after its last epoch; a changed constant is a new run.
 """
 import copy
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models import FROM_SCRATCH, VQRAE, PatchDiscriminator
+from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_lpips, load_torch,
                    plot_curves, plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
@@ -69,8 +70,8 @@ PREDICT_WEIGHT = 0.015  # the frozen features, predicted from z_q: what keeps th
 PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
 DISTILL_WEIGHT = 0.3  # stage 2: the features themselves, held to the frozen encoder's
 # training
-STAGES = (1, 2)  # (1,), (1, 2) or (2,), the last from STAGE1_CHECKPOINT
-STAGE1_CHECKPOINT = None  # a path, for STAGES = (2,)
+STAGES = (1, 2)  # (1,), (1, 2) or (2,)
+START_CHECKPOINT = None  # a path: weights to begin with, of a checkpoint of the same model; STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
 EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
@@ -113,20 +114,27 @@ def main():
         constants = read_constants(globals())
         check_constants()
         build_model(pretrained=False)  # each constant meets what it is for, before anything is downloaded
+        dataset = [DATASET]
         if rank > 0:
-            dist.barrier()  # the first process downloads and decodes; the others find it done
+            dist.broadcast_object_list(dataset)  # the first process downloads and decodes; the others find it done
         lpips = load_lpips().to(device) if PERCEPTUAL == "lpips" else None
         seed_everything(SEED)
         model = build_model()
-        data = load_dataset(DATASET, IMAGE_SIZE)
+        teacher = None  # of an encoder from scratch, which has nothing to be true to
+        if not model.from_scratch:  # the encoder as it was before stage 2, for both stages
+            teacher = copy.deepcopy(model.encoder) if model.stage == 1 else build_encoder(ENCODER, GRID).to(device)
+            teacher.eval().requires_grad_(False)
+        data = load_dataset(dataset[0], IMAGE_SIZE)
+        if DATASET == "auto":
+            constants["DATASET"] = dataset[0] = data.name
         if ranks > 1 and rank == 0:
-            dist.barrier()
+            dist.broadcast_object_list(dataset)
         check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
 
-        if DATASET == "auto":
-            constants["DATASET"] = data.name
-        sizes = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may change
-        name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants | sizes)}"
+        content = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may change
+        if START_CHECKPOINT is not None:  # and so may a file
+            content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
+        name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants | content)}"
         run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
         last = run.checkpoints / "last.pt"
         saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
@@ -141,11 +149,10 @@ def main():
 
     if data.train_images.nbytes <= PICTURES_GB * 1e9:
         data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
-    teacher, features = None, None  # of an encoder that has nothing to teach
-    if not model.from_scratch:
-        teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)  # the encoder as it was, for both stages
+    features = None
+    if teacher is not None:
         features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
-    if NORMALIZE and 1 in STAGES:
+    if NORMALIZE and START_CHECKPOINT is None:
         model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]])
 
     # the two stages
@@ -182,20 +189,20 @@ def say(line: str):
 
 
 def build_model(pretrained: bool = True) -> VQRAE:
-    """The model that the constants describe, or that of STAGE1_CHECKPOINT if they fit it."""
+    """The model that the constants describe, or that of START_CHECKPOINT if they fit it."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
                "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM, "revive": EMA_REVIVE},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE,
-                  DECODER, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and STAGE1_CHECKPOINT is None)
-    if STAGE1_CHECKPOINT is not None:
-        loaded = load_checkpoint(STAGE1_CHECKPOINT)
+                  DECODER, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
+    if START_CHECKPOINT is not None:
+        loaded = load_checkpoint(START_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
                   for name, value in model.config.items() if loaded.config[name] != value]
-        check(loaded.stage == 1 and not differ, "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT,
-              "a checkpoint of stage 1 made with these constants" + (": " + "; ".join(differ) if differ else ""))
+        check(not differ, "START_CHECKPOINT", START_CHECKPOINT, "a checkpoint made with these constants: " + "; ".join(differ))
+        check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, "a checkpoint of stage 1, or else STAGES = (2,)")
         model = loaded
     return model.to(device)
 
@@ -221,8 +228,11 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         state[f"optimizer_{i}"], state[f"schedule_{i}"] = parts
     first_epoch, history = 1, saved["history"]
     if saved["stage"] == stage:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(saved.pop(name))
+        except (RuntimeError, KeyError, ValueError):
+            sys.exit(f"train.py: {run.checkpoints / 'last.pt'} is of other code than this: go back to that, or delete it to begin anew")
         first_epoch = saved["epoch"] + 1
 
     def place(step: int) -> str:
@@ -383,7 +393,7 @@ def check_constants():
     for name in ("SIMVQ_CODEBOOK_SIZE", "EMA_CODEBOOK_SIZE"):
         check(whole(globals()[name], 2), name, globals()[name], "a whole number of 2 or more")
     check(real(DDCL_DELTA, 1 / 32, 1) and abs(1 / DDCL_DELTA - round(1 / DDCL_DELTA)) < 1e-2, "DDCL_DELTA", DDCL_DELTA,
-          "1 / n for a whole n from 1 to 32")
+          "1 / n for a whole n from 1 to 32 (on the command line 0.0667 for 1 / 15)")
     check(ADAPTER_DEPTH is None or whole(ADAPTER_DEPTH, 0), "ADAPTER_DEPTH", ADAPTER_DEPTH, "None or a whole number of 0 or more")
     check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
           POST_QUANT_KERNEL, "0 or an odd number")
@@ -403,9 +413,8 @@ def check_constants():
     check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")
     check(real(GAN_START, 0, 1), "GAN_START", GAN_START, "0 to 1")
     check(tuple(STAGES) in ((1,), (1, 2), (2,)) if isinstance(STAGES, (tuple, list)) else False, "STAGES", STAGES, "(1,), (1, 2), (2,)")
-    check(isinstance(STAGE1_CHECKPOINT, str) and STAGE1_CHECKPOINT if tuple(STAGES) == (2,) else STAGE1_CHECKPOINT is None,
-          "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT, "a path in quotes with STAGES = (2,), else None")
-    check(STAGE1_CHECKPOINT is None or Path(STAGE1_CHECKPOINT).is_file(), "STAGE1_CHECKPOINT", STAGE1_CHECKPOINT, "an existing file")
+    check(isinstance(START_CHECKPOINT, str) and Path(START_CHECKPOINT).is_file() or START_CHECKPOINT is None and 1 in STAGES,
+          "START_CHECKPOINT", START_CHECKPOINT, "the path of a file, in quotes, or, with 1 in STAGES, None")
     check(pair(EPOCHS, lambda v: whole(v, 1)), "EPOCHS", EPOCHS, "two whole numbers of 1 or more")
     check(pair(LEARNING_RATE, lambda v: real(v, 1e-12)), "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
     check(whole(KEEP_CHECKPOINTS, 0), "KEEP_CHECKPOINTS", KEEP_CHECKPOINTS, "a whole number of 0 or more")
@@ -417,5 +426,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: the GPU's memory is full: try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or PICTURES_GB")
     except OSError as error:  # a full disk, a folder that must not be written
         sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models import VQRAE, ConvEncoder, build_encoder
-from utils import draw_shapes, load_checkpoint, load_torch
+from models import VQRAE, ConvEncoder, PatchDiscriminator, build_encoder
+from utils import draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
@@ -50,6 +50,9 @@ def test_two_stages(quantizer, train, folder, capsys):
     table = rows(outputs / "metrics.csv")
     assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [("folder-tiny", "1", "1"), ("folder-tiny", "1", "2"), ("folder-tiny", "2", "1")]
     for row in table:
+        parts = {name: float(row[f"{name}_loss"]) for name in ("l2", "perceptual", "quantizer", "predict", "distill")}
+        weighted = 16 * parts["l2"] + 0.02 * parts["perceptual"] + parts["quantizer"] + 0.015 * parts["predict"] + 0.3 * parts["distill"]
+        assert float(row["loss"]) == pytest.approx(weighted, rel=1e-3)
         assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["pictures_per_second"]) > 0
         assert 0 < float(row["usage"]) <= 1 and float(row["perplexity"]) >= 1 and float(row["predict_loss"]) > 0
         assert (float(row["distill_loss"]) > 0) == (row["stage"] == "2")
@@ -132,6 +135,25 @@ def test_gan_begins_where_it_should(train, folder):
     train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "GAN_START=0.5", "GAN_WEIGHT=0.1")
     first, second = rows(next(Path("outputs").iterdir()) / "metrics.csv")
     assert float(first["discriminator_loss"]) == 0 and 0.5 < float(second["discriminator_loss"]) < 2
+    last, = Path("checkpoints").glob("*/last.pt")
+    seed_everything(0, 1)
+    untrained, learned = PatchDiscriminator(32).state_dict(), load_torch(last)["discriminator"]
+    assert not any(torch.equal(untrained[name], learned[name]) for name in untrained)
+
+
+def test_gan_and_pictures_weigh_the_same_at_the_last_layer(monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
+    monkeypatch.setattr(train, "PRECISION", "fp32")
+    torch.manual_seed(0)
+    model = VQRAE(decoder_width=64, decoder_depth=1).train()
+    images = torch.rand(4, 3, 32, 32)
+    losses, _ = train.Objective(1, model, None, None)(images, model.encoder(images).detach(), PatchDiscriminator(32).requires_grad_(False))
+    of_pictures, of_gan, of_both = (torch.autograd.grad(part, model.decoder.head.weight, retain_graph=True)[0]
+                                    for part in (16 * losses["l2_loss"], losses["gan_loss"], losses["loss"]))
+    expected = of_pictures + 0.5 * of_gan * of_pictures.norm() / of_gan.norm()
+    assert of_gan.norm() > 0 and torch.allclose(of_both, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
 
 
 def test_a_loss_of_weight_0_is_not_computed(train, folder):
@@ -141,7 +163,7 @@ def test_a_loss_of_weight_0_is_not_computed(train, folder):
     assert float(first["perceptual_loss"]) == 0 < float(second["perceptual_loss"])
 
 
-def test_stage_2_from_a_checkpoint(train, folder):
+def test_starting_from_a_checkpoint(train, folder):
     first_run = [f"DATASET={folder}", *SMALL, "NORMALIZE=True", "KEEP_CHECKPOINTS=1"]
     train(*first_run, "STAGES=(1,)")
     first, = Path("checkpoints").iterdir()
@@ -149,13 +171,46 @@ def test_stage_2_from_a_checkpoint(train, folder):
     checkpoint = first / "fsq_stage1_best.pt"
     normalization = load_checkpoint(checkpoint).feature_std
     assert not torch.equal(normalization, torch.ones_like(normalization))
-    train(*first_run, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}")
+    train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
     second, = set(Path("checkpoints").iterdir()) - {first}
     stage2 = load_checkpoint(second / "fsq_stage2_best.pt")
     assert stage2.stage == 2 and torch.equal(stage2.feature_std, normalization)
     for wrong in (["POST_QUANT_KERNEL=3"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
-        with pytest.raises(SystemExit, match="STAGE1_CHECKPOINT.*there and.*here"):
-            train(*first_run, "STAGES=(2,)", f"STAGE1_CHECKPOINT={checkpoint}", *wrong)
+        with pytest.raises(SystemExit, match="START_CHECKPOINT.*there and.*here"):
+            train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", *wrong)
+    train(*first_run, "STAGES=(1,)", f"START_CHECKPOINT={checkpoint}", "LEARNING_RATE=(1e-9, 1)", "SEED=1")
+    third, = set(Path("checkpoints").iterdir()) - {first, second}
+    kept, same = (load_checkpoint(path / "fsq_stage1_best.pt").state_dict() for path in (first, third))
+    assert all(torch.allclose(kept[name], same[name], atol=1e-6) for name in kept)  # feature_std, too
+    checkpoint.write_bytes((second / "fsq_stage2_best.pt").read_bytes())  # another file of the same name is another run
+    train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
+    assert len(list(Path("checkpoints").iterdir())) == 4
+
+
+def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
+    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
+    train(*arguments)
+    last, = Path("checkpoints").glob("*/last.pt")
+    saved = load_torch(last)
+    saved["model"]["decoder.head.weight"] = saved["model"]["decoder.head.weight"][:1]
+    save_torch(last, saved)
+    next(Path("outputs").glob("*/results.json")).unlink()
+    with pytest.raises(SystemExit, match=r"last.pt is of other code.*delete it") as error:
+        train(*arguments)
+    assert "\n" not in str(error.value.code)
+
+
+def test_going_on_from_stage_2_holds_the_encoder_to_the_pretrained_one(train, folder):
+    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
+    train(*arguments, "DISTILL_WEIGHT=0", "LEARNING_RATE=(1e-3, 3e-3)")
+    first, = Path("checkpoints").iterdir()
+    start = f"START_CHECKPOINT={first / 'fsq_stage2_best.pt'}"
+    train(*arguments, "STAGES=(2,)", start, "LEARNING_RATE=(1e-3, 1e-9)")
+    second, = set(Path("outputs").iterdir()) - {Path("outputs", first.name)}
+    row, = rows(second / "metrics.csv")
+    assert float(row["distill_loss"]) > 1e-2  # to the encoder that it starts with, it would be 0
+    with pytest.raises(SystemExit, match="START_CHECKPOINT.*of stage 1.*STAGES"):
+        train(*arguments, "STAGES=(1,)", start)
 
 
 def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
@@ -182,7 +237,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
-    "STAGE1_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
+    "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
     "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd", "EMA_REVIVE=1", "PICTURES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
 ])
@@ -223,6 +278,9 @@ def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder):
     subprocess.run([*command[:3], "BATCH_SIZE=32", *again], cwd=tmp_path, check=True, capture_output=True)
     assert json.loads((tmp_path / "second" / "cifar_encoder.json").read_text())["START"] == recipe
     encoder.load_state_dict(torch.load(tmp_path / "second" / "cifar_encoder.pt", weights_only=True))
+    for wrong in ("BATCH_SIZE=1000", "EPOCHS=0", "START=nowhere.pt"):
+        done = subprocess.run([*command, wrong], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"pretrain.py: {wrong.split('=')[0]} = ") and done.stderr.count("\n") == 1
 
 
 def test_command_line(tmp_path, folder):
