@@ -7,10 +7,12 @@
     quantizer.get_codebook_entry(indices)      # (N,) -> (N, C)
     quantizer.codebook_size
 
-This file needs torch and vector-quantize-pytorch alone, so that it can be copied into other projects.
+This file needs torch and vector-quantize-pytorch alone, so that it can be copied into other projects. There: keep quantizers in
+fp32, whatever the model around them is in; add loss to your own; and expect torch.compile to break its graph at the checks.
 """
 import math
 from abc import ABC, abstractmethod
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,8 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bool | None = None, exact: bool = False) -> Tensor:
-    """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D), in fp32.
+    """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D), in fp32 (if
+    torch.set_float32_matmul_precision, which may round to TF32, is left alone).
 
     |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code maximises x.c - |c|^2 / 2: one matrix product, made in
     blocks of `block` numbers (by default what suits a CPU's cache or a GPU's cores), so that the whole N x K matrix
@@ -120,7 +123,7 @@ class Quantizer(nn.Module, ABC):
         Returns z_q (z's shape, fp32), loss (scalar >= 0) and indices (B, H, W) or (B, N), int64. In eval mode z_q equals
         indices_to_codes(indices) exactly; the gradient of z_q reaches z in both modes.
 
-        Raises ValueError for another shape, a wrong number of channels, or a NaN or infinity in z.
+        Raises ValueError for another shape, a wrong number of channels, a NaN or infinity in z, or weights not in fp32.
         """
         tokens, layout = self._to_tokens(z, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances, and codes with them
@@ -129,11 +132,16 @@ class Quantizer(nn.Module, ABC):
                 z_q = straight_through(z_q, self.get_codebook_entry(indices).detach())
         return self._from_tokens(z_q, layout), loss, indices.view(layout)
 
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))  # "none" has neither
+
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """indices (B, H, W) or (B, N) -> codes (B, C, H, W) or (B, N, C). ValueError where one is out of range."""
         check(isinstance(indices, Tensor), "indices", type(indices).__name__, "a tensor")
         if indices.ndim not in (2, 3):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed are (B, N) and (B, H, W)")
+        indices = indices.to(self.device)  # tokens read from a file are on the CPU
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.get_codebook_entry(indices.flatten())
         return self._from_tokens(codes, indices.shape)
@@ -158,9 +166,12 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed is (N,)")
         if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise ValueError(f"indices have type {indices.dtype}, allowed are integers")
-        if indices.numel() and not 0 <= indices.min() <= indices.max() < self.codebook_size:
-            raise ValueError(f"indices run from {indices.min()} to {indices.max()}, allowed are 0 to {self.codebook_size - 1}")
-        return indices.long()
+        indices = indices.long().to(self.device)
+        if indices.numel():
+            low, high = torch.stack(indices.aminmax()).tolist()
+            if not 0 <= low <= high < self.codebook_size:
+                raise ValueError(f"indices run from {low} to {high}, allowed are 0 to {self.codebook_size - 1}")
+        return indices
 
     def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
@@ -168,6 +179,9 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"{name} has shape {tuple(z.shape)}, allowed are (B, {self.dim}, H, W) and (B, N, {self.dim}), none of them 0")
         if not z.dtype.is_floating_point:
             raise ValueError(f"{name} has type {z.dtype}, allowed are floating-point numbers")
+        types = {t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point()} - {torch.float32}
+        if types:
+            raise ValueError(f"this quantizer's weights are {types.pop()}, allowed is torch.float32: call its float()")
         if z.ndim == 4:
             z = z.permute(0, 2, 3, 1)
         if z.shape[-1] != self.dim:
@@ -198,7 +212,8 @@ class FSQ(Quantizer):
     """
 
     def __init__(self, dim: int, levels: list[int] = (8, 8, 8, 5, 5, 5)):
-        check(len(levels) > 0 and all(isinstance(n, int) and 2 <= n <= 2**16 for n in levels), "levels", levels, "whole numbers from 2 to 2**16")
+        check(isinstance(levels, (list, tuple)) and levels and all(isinstance(n, int) and 2 <= n <= 2**16 for n in levels),
+              "levels", levels, "whole numbers from 2 to 2**16")
         check(math.prod(levels) <= 2**24, "levels", levels, "at most 2**24 codes in all")
         check(dim >= len(levels), "dim", dim, f"at least one channel for each of the {len(levels)} levels")
         super().__init__(dim, math.prod(levels))
@@ -244,8 +259,8 @@ class SimVQ(Quantizer):
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = None):
-        check(codebook_size >= 2, "codebook_size", codebook_size, "2 or more")
-        check(code_dim is None or code_dim >= 1, "code_dim", code_dim, "None or 1 or more")
+        check(isinstance(codebook_size, int) and codebook_size >= 2, "codebook_size", codebook_size, "a whole number of 2 or more")
+        check(code_dim is None or isinstance(code_dim, int) and code_dim >= 1, "code_dim", code_dim, "None or a whole number of 1 or more")
         super().__init__(dim, codebook_size)
         code_dim = code_dim or dim
         self.project_in = nn.Linear(dim, code_dim)
@@ -297,25 +312,25 @@ class EMAVQ(Quantizer):
 
     N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of the n_i tokens at code i,  e_i = m_i / N_i
     with N_i smoothed after Laplace. A code that falls below a tenth of the average use is dead and starts again at a
-    random token, with the average use. State, smoothing and revival are the library's; the search and the sums are made
-    here, without its (tokens x codes) distance and one-hot matrices.
+    random token, with the average use. State and smoothing are the library's; the search and the sums are made here,
+    without its (tokens x codes) distance and one-hot matrices, and revival, without the same token for many codes.
+
+    In train mode forward moves the codebook, in all processes alike: keep it out of torch.utils.checkpoint, which would
+    move it twice.
     """
 
     def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
                  commitment_cost: float = 0.25, revive: bool = True):
-        check(codebook_size >= 2, "codebook_size", codebook_size, "2 or more")
-        check(code_dim is None or code_dim >= 1, "code_dim", code_dim, "None or 1 or more")
+        check(isinstance(codebook_size, int) and codebook_size >= 2, "codebook_size", codebook_size, "a whole number of 2 or more")
+        check(code_dim is None or isinstance(code_dim, int) and code_dim >= 1, "code_dim", code_dim, "None or a whole number of 1 or more")
         check(0 < decay < 1, "decay", decay, "between 0 and 1")
         super().__init__(dim, codebook_size)
         code_dim = code_dim or dim
         self.commitment_cost = commitment_cost
         self.revive = revive
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
-        self.vq = VectorQuantize(
-            code_dim, codebook_size=codebook_size, decay=decay, threshold_ema_dead_code=0,
-            sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized())
+        self.vq = VectorQuantize(code_dim, codebook_size=codebook_size, decay=decay, sync_codebook=False)
         if revive:
-            self.vq._codebook.has_dead_code_replacement = True
             self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first tokens that come revive them
             self.vq._codebook.embed_avg.zero_()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
@@ -333,18 +348,32 @@ class EMAVQ(Quantizer):
     def update(self, x: Tensor, indices: Tensor):
         """One EMA step of the codebook, from tokens x (N, code_dim) and their codes' indices (N,)."""
         book = self.vq._codebook
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+        def add_up(values: Tensor):
+            if together:
+                torch.distributed.all_reduce(values)
+
         counts = torch.bincount(indices, minlength=self.codebook_size).to(x)
-        book.all_reduce_fn(counts)
+        add_up(counts)
         book.cluster_size[0].lerp_(counts, 1 - book.decay)
         # each process brings its share of the old averages and its own tokens, so that only the averages are added up
-        ranks = torch.distributed.get_world_size() if book.use_ddp else 1
         book.embed_avg[0].mul_(book.decay / ranks).index_add_(0, indices, x, alpha=1 - book.decay)
-        book.all_reduce_fn(book.embed_avg)
+        add_up(book.embed_avg)
         book.update_ema()
         if self.revive:
-            average = counts.sum().item() / self.codebook_size
-            book.threshold_ema_dead_code, book.reset_cluster_size = 0.1 * average, average
-            book.expire_codes_(x[None])
+            average = counts.sum() / self.codebook_size
+            dead = (book.cluster_size[0] < 0.1 * average).nonzero()[:, 0]
+            if len(dead):
+                # each process has tokens for its share of the dead, no token for two; codes without one wait for the next step
+                share = torch.arange(rank, len(dead), ranks, device=x.device)[: len(x)]
+                new = x.new_zeros(len(dead), x.shape[1] + 1)  # and whether there is one
+                new[share] = F.pad(x[torch.randperm(len(x), device=x.device)[: len(share)]], (0, 1), value=1.0)
+                add_up(new)
+                found = new[:, -1] > 0
+                dead, new = dead[found], new[found, :-1]
+                book.embed[0, dead], book.embed_avg[0, dead], book.cluster_size[0, dead] = new, new * average, average
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         indices = self._check_indices(indices)
@@ -358,7 +387,8 @@ class DDCL(Quantizer):
     delta and takes the noise off again: the result is the number plus a uniform error that does not depend on it, so
     that the gradient passes as it is, unbiased, without a straight-through estimator. Eval mode rounds alone.
 
-    The loss is the expected length of the message, sum of log2(2 |x| / delta + 1) bits a token, times comm_weight.
+    The loss is the length of the message, sum of log2(2 |x| / delta + 1) bits a token, times comm_weight: at least the
+    expected length of what is sent, for the logarithm is concave (Jensen), and equal to it where x is a multiple of delta.
     """
 
     numbers = 4

@@ -42,6 +42,39 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
+REVIVE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+from quantizers import EMAVQ
+
+torch.manual_seed(0)
+quantizer = EMAVQ(6, codebook_size=100)  # before there is a process group
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(1 + rank)
+for _ in range(4):
+    quantizer(torch.randn(1, 30 - 10 * rank, 6))
+torch.save(quantizer.state_dict(), f"rank{{rank}}.pt")
+"""
+
+# train.py where the first process cannot reach CIFAR-10, and the second could
+OFFLINE = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import utils
+
+def load_cifar(*args):
+    if os.environ["RANK"] == "1":
+        raise SystemExit("the second process looked for itself")
+    raise RuntimeError("no network")
+
+draw_shapes = utils.draw_shapes
+utils.load_cifar, utils.draw_shapes = load_cifar, lambda size: draw_shapes(size, train=64, test=40)
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
 def launch(cwd, processes, script, arguments):
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, script] if processes == 1 else \
@@ -84,6 +117,24 @@ def test_all_processes_hold_the_same_model_with_everything_on(quantizer, tmp_pat
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     first, second, _ = table(tmp_path)
     assert first["discriminator_loss"] > 0 and second["loss"] < first["loss"]
+
+
+def test_ema_revives_every_code_at_a_token_of_its_own(tmp_path):
+    (tmp_path / "revive.py").write_text(REVIVE.format(root=str(ROOT)))
+    done = launch(tmp_path, 2, tmp_path / "revive.py", [])
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    codes, = (values for name, values in one.items() if name.endswith("_codebook.embed"))
+    sizes, = (values for name, values in one.items() if name.endswith("cluster_size"))
+    assert codes[0].unique(dim=0).shape[0] == 100 and sizes.min() >= 0.1 * 50 / 100
+
+
+def test_all_processes_learn_from_the_pictures_that_the_first_found(tmp_path):
+    (tmp_path / "offline.py").write_text(OFFLINE.format(root=str(ROOT)))
+    done = launch(tmp_path, 2, tmp_path / "offline.py", ["DATASET=auto", *ARGUMENTS, "GAN_WEIGHT=0", "STAGES=(1,)"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("drawn pictures instead") == 1 and len(table(tmp_path)) == 2
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path, folder):

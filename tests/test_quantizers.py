@@ -133,11 +133,27 @@ def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width
     ("fsq", {"levels": [64] * 6}, "levels"), ("fsq", {"levels": [3] * 40}, "levels|dim"),
     ("simvq", {"codebook_size": 1}, "codebook_size"), ("simvq", {"code_dim": 0}, "code_dim"),
     ("ema_vq", {"codebook_size": 0}, "codebook_size"), ("ema_vq", {"decay": 1.0}, "decay"),
+    ("fsq", {"levels": 512}, "levels"), ("simvq", {"codebook_size": 64.0}, "codebook_size"), ("ema_vq", {"code_dim": 8.0}, "code_dim"),
     ("ddcl", {"delta": 0.3}, "delta"), ("ddcl", {"delta": 0}, "delta"), ("ddcl", {"comm_weight": -1}, "comm_weight"),
 ])
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_quantizer(name, DIM, **options)
+
+
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+def test_indices_of_any_whole_type(name):  # tokens are kept in few bytes
+    quantizer = build(name)
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32):
+        assert torch.equal(quantizer.get_codebook_entry(torch.arange(9).to(dtype)), quantizer.get_codebook_entry(torch.arange(9)))
+    with pytest.raises(ValueError, match="run from -1 to 5"):
+        quantizer.get_codebook_entry(torch.tensor([-1, 5], dtype=torch.int16))
+
+
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+def test_weights_in_another_type_are_refused(name):
+    with pytest.raises(ValueError, match="weights are torch.bfloat16, allowed is torch.float32"):
+        build(name).bfloat16()(torch.randn(2, 9, DIM))
 
 
 def test_straight_through_is_exact():
@@ -179,7 +195,7 @@ def test_nearest_of_wide_codes_is_that_of_fp64(length, middle):
     expected = in_fp64(x, codebook)
     rounded = (x.bfloat16() @ codebook.bfloat16().T - codebook.bfloat16().square().sum(1) / 2).argmax(1)
     assert (rounded != expected).any()  # bf16 alone would find another code for some tokens
-    assert torch.equal(nearest_code(x, codebook), expected)
+    assert torch.equal(nearest_code(x, codebook, half=True), expected)
 
 
 def test_tokens_whose_nearest_code_bf16_could_hide_are_searched_in_fp32(monkeypatch):
@@ -189,7 +205,7 @@ def test_tokens_whose_nearest_code_bf16_could_hide_are_searched_in_fp32(monkeypa
     x = x + 0.001 * torch.randn(x.shape)
     calls = []
     monkeypatch.setattr(quantizers, "nearest_code", lambda *args, **options: calls.append(args[0]) or nearest_code(*args, **options))
-    assert torch.equal(nearest_code(x, codebook), in_fp64(x, codebook))
+    assert torch.equal(nearest_code(x, codebook, half=True), in_fp64(x, codebook))
     assert len(calls) == 1 and torch.equal(calls[0], x[200:])  # those in a crowd, and no others
 
 
@@ -208,16 +224,16 @@ def test_rounding_that_hides_the_nearest_code_is_noticed():
 
     codes = torch.stack([code(1.0, 0.6953125), *[code(1.0, 0.6953125 - i / 1000) for i in range(1, 9)], code(number, 0.484375)])
     codebook = torch.cat([codes, -codes])
-    assert torch.equal(nearest_code(x, codebook), in_fp64(x, codebook))
+    assert torch.equal(nearest_code(x, codebook, half=True), in_fp64(x, codebook))
 
 
 @pytest.mark.parametrize("codes, width", [(100, 8), (1024, 64), (1024, 256)])
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_code_far_from_all_others_hides_none(codes, width, exact):
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"half": True}])
+def test_a_code_far_from_all_others_hides_none(codes, width, options):
     codebook, x = torch.randn(codes, width), torch.randn(300, width)
     codebook[-1] = 1e5
-    assert torch.equal(nearest_code(x, codebook, exact=exact), in_fp64(x, codebook))
-    assert torch.equal(nearest_code(codebook[:90], codebook, exact=exact), torch.arange(90))
+    assert torch.equal(nearest_code(x, codebook, **options), in_fp64(x, codebook))
+    assert torch.equal(nearest_code(codebook[:90], codebook, **options), torch.arange(90))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
@@ -383,6 +399,16 @@ def test_ema_codebook_rests_in_eval_mode():
     assert torch.equal(quantizer.vq.codebook, before)
 
 
+def test_ema_revives_no_two_codes_at_one_token():
+    quantizer = EMAVQ(6, codebook_size=100)
+    for step in range(4):
+        z = torch.randn(1, 30, 6)
+        quantizer(z)
+        is_token = (quantizer.vq.codebook[:, None] == z).all(-1)  # (codes, tokens)
+        assert is_token.sum(0).max() == 1 and (is_token.sum() == 30 or step > 1)
+    assert quantizer.vq._codebook.cluster_size.min() >= 0.1 * 30 / 100  # by now all have had their turn
+
+
 def test_ema_dead_codes_start_again_at_tokens():
     quantizer = EMAVQ(6, codebook_size=10)
     z = torch.randn(1, 200, 6) + 50  # far from every code
@@ -430,7 +456,7 @@ def test_ddcl_gradient_is_that_of_the_expectation():
     assert abs(z.grad.mean().item() - expected) < 2e-3
 
 
-def test_ddcl_loss_is_the_expected_length_in_bits():
+def test_ddcl_loss_is_the_length_of_the_message_in_bits():
     quantizer = ddcl_plain(comm_weight=0.5)
     z = torch.randn(1, 9, 4)
     bits = torch.log2(2 * torch.tanh(z).abs() * 15 + 1).sum(-1).mean()
