@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -43,18 +44,21 @@ TOKEN_COLUMNS = {"tokens": "tokens:d", "bits": "bits:.0f", "used, test": "usage:
 
 
 def main():
+    torch.backends.cudnn.allow_tf32 = False  # fp32 on a GPU, too
     try:
         paths = [Path(argument) for argument in sys.argv[1:] if "=" not in argument]
         read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {"pictures": None, "figures": {}}
         check(isinstance(BATCH_SIZE, int) and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
         check(TRAIN_PICTURES is None or isinstance(TRAIN_PICTURES, int) and TRAIN_PICTURES >= 1, "TRAIN_PICTURES", TRAIN_PICTURES, "None or 1 or more")
-        check(not (SHIP and TRAIN_PICTURES), "SHIP", SHIP, "True with TRAIN_PICTURES = None alone")
+        check(isinstance(SHIP, bool) and not (SHIP and TRAIN_PICTURES), "SHIP", SHIP, "False, or True with TRAIN_PICTURES = None")
         paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
         check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
         # whatever is wrong with one is said before an hour is spent on the others
-        sizes = {str(path): load_checkpoint(path).config["image_size"] for path in paths}
+        configs = {str(path): load_checkpoint(path).config for path in paths}
+        sizes, quantizers = ({path: config[name] for path, config in configs.items()} for name in ("image_size", "quantizer"))
         check(len(set(sizes.values())) == 1, "checkpoints", sizes, "pictures of one size")
+        check(not SHIP or len(set(quantizers.values())) == len(paths), "checkpoints", quantizers, "with SHIP = True, one of each quantizer")
         data = load_dataset(DATASET, sizes[str(paths[0])])
         check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE, "None, or a path where pictures have classes to probe")
     except (ValueError, RuntimeError, OSError) as error:
@@ -64,7 +68,7 @@ def main():
                              train_labels=None if data.train_labels is None else data.train_labels[:TRAIN_PICTURES])
     if SHIP:
         paths = [ship(path) for path in paths]
-    pictures = {split: hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+    pictures = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
                 for split, images in (("training", data.train_images), ("test", data.test_images))}
     judge = build_encoder("cifar", 8).eval().to(device)
 
@@ -216,8 +220,9 @@ def plot_curve(path: Path, figures: dict[str, dict]):
             points = sorted((v["predict_weight"], v["psnr"], v[key]) for v in figures.values() if v["quantizer"] == quantizer and key in v)
             axes.plot([p[1] for p in points], [p[2] for p in points], marker="o", label=quantizer)
             for weight, *place in points:
-                axes.annotate(f"{weight:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.legend()
+                axes.annotate(f"{weight:g}", place, xytext=(5, -11), textcoords="offset points", fontsize=8)  # below the dotted line
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(title="at each point its PREDICT_WEIGHT")
     save_figure(path, figure)
 
 

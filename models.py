@@ -28,7 +28,7 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), LayerNorm without affine over dim
+# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), LayerNorm without affine over dim (but for "cnn")
 
 
 # Short names of timm's encoders. Another pretrained plain ViT goes by its own name in timm.

@@ -88,7 +88,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
         return load_cifar(name, image_size, data_dir)
     if name == "shapes":
         return draw_shapes(image_size)
-    check(Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
+    check(isinstance(name, str) and Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
     return load_folder(Path(name), image_size, data_dir)
 
 
@@ -421,8 +421,8 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     axes = figure.subplots()
     axes.loglog(range(1, len(used) + 1), used)
     axes.axvline(len(counts), color="grey", linestyle=":", label=f"codebook size {len(counts):,}")
-    axes.set(xlabel="code, by rank", ylabel="times used",
-             title=f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}")
+    axes.set(xlabel="code, by rank", ylabel="times used")
+    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", fontsize=9)
     axes.legend()
     save_figure(path, figure)
 
@@ -503,7 +503,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     constants) is in load_torch(path).
     """
     content = load_torch(path)
-    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path), "a checkpoint of train.py's")
+    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path), "a checkpoint of train.py's, fsq_stage2_best.pt or the like")
     try:
         model = VQRAE(**content["config"], pretrained=False)
         model.load_state_dict(content["model"])
