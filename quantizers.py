@@ -141,8 +141,7 @@ class Quantizer(nn.Module, ABC):
         check(isinstance(indices, Tensor), "indices", type(indices).__name__, "a tensor")
         if indices.ndim not in (2, 3):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed are (B, N) and (B, H, W)")
-        indices = indices.to(self.device)  # tokens read from a file are on the CPU
-        with torch.autocast(indices.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             codes = self.get_codebook_entry(indices.flatten())
         return self._from_tokens(codes, indices.shape)
 
@@ -166,7 +165,7 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, allowed is (N,)")
         if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise ValueError(f"indices have type {indices.dtype}, allowed are integers")
-        indices = indices.long().to(self.device)
+        indices = indices.long().to(self.device)  # tokens read from a file are of few bytes, and on the CPU
         if indices.numel():
             low, high = torch.stack(indices.aminmax()).tolist()
             if not 0 <= low <= high < self.codebook_size:

@@ -107,6 +107,8 @@ def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkey
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_PICTURES=20")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
+    with pytest.raises(SystemExit, match="evaluate.py: DATASET = 2024"):
+        shipped(tmp_path / "0.0.pt", "DATASET=2024", "SHIP=False", "TRAIN_PICTURES=None")
     with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*one of each quantizer"):
         shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "SHIP=True", "TRAIN_PICTURES=None")
     save_checkpoint(tmp_path / "large.pt", VQRAE(image_size=64, grid=16, decoder_width=64, decoder_depth=1).eval())

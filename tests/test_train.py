@@ -260,6 +260,16 @@ def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
         train(f"DATASET={folder}", *SMALL)
 
 
+def test_full_gpu_memory_ends_in_one_line(train, folder, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("models.ConvDecoder.forward", full)
+    with pytest.raises(SystemExit, match="memory is full.*ACCUMULATE") as error:
+        train(f"DATASET={folder}", *SMALL)
+    assert "\n" not in str(error.value.code)
+
+
 def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
