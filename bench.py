@@ -148,6 +148,7 @@ def utilisation():
     torch's product, more than 1). On a GPU, with profiles of what takes its time."""
     import train
 
+    torch.backends.cudnn.allow_tf32 = False  # the product is without it, too
     heading(f"a step of {BATCH_SIZE} pictures", "product", "step")
     models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
     for encoder, size, grid in models:
@@ -220,7 +221,8 @@ def tokenizing():
         if name in ("simvq", "ema_vq"):
             width = options["code_dim"]
             codes, x = torch.randn(model.quantizer.codebook_size, width, device=device), torch.randn(indices.numel(), width, device=device)
-            bare = lambda: (model.encoder(images), [part @ codes.T for part in x.split(64)])
+            block = (2**26 if device == "cuda" else 2**20) // len(codes)  # as the search takes them
+            bare = lambda: (model.encoder(images), [part @ codes.T for part in x.split(block)])
         compare(f"encode_to_indices, and encoder{' + product' if name in ('simvq', 'ema_vq') else ''}: {name}",
                 lambda: model.encode_to_indices(images), bare)
         compare(f"decode_from_indices, and decode: {name}", lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
@@ -262,7 +264,7 @@ def scaling():
         for count in SCALING:
             subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)",
                             "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
-                            "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100"], cwd=folder, check=True, capture_output=True)
+                            "FEATURE_CACHE_GB=0", "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100"], cwd=folder, check=True, capture_output=True)
             table, = Path(folder, "outputs").glob("*/metrics.csv")
             names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
             taken = float(dict(zip(names, last))["seconds"])

@@ -60,6 +60,7 @@ def main():
         check(len(set(sizes.values())) == 1, "checkpoints", sizes, "pictures of one size")
         check(not SHIP or len(set(quantizers.values())) == len(paths), "checkpoints", quantizers, "with SHIP = True, one of each quantizer")
         data = load_dataset(DATASET, sizes[str(paths[0])])
+        check(len(data.test_images) >= 2, "DATASET", DATASET, "two test pictures or more, for a Fréchet distance")
         check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE, "None, or a path where pictures have classes to probe")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
@@ -158,11 +159,14 @@ def distances(originals: Tensor, reconstructions: Tensor, judge: nn.Module) -> d
         total = total + F.mse_loss(*z) * len(z[0])
     found = {"frechet": frechet.compute().item(), "feature_distance": total.item() / len(originals)}
     if inception_at_hand():
-        rfid = FrechetInceptionDistance(2048).to(device)
-        for original, reconstruction in pairs:
-            rfid.update(original, real=True)
-            rfid.update(reconstruction, real=False)
-        found["rfid"] = rfid.compute().item()
+        try:
+            rfid = FrechetInceptionDistance(2048).to(device)
+            for original, reconstruction in pairs:
+                rfid.update(original, real=True)
+                rfid.update(reconstruction, real=False)
+            found["rfid"] = rfid.compute().item()
+        except (OSError, RuntimeError) as error:  # a download that breaks off
+            print(f"no rFID: {error}")
     try:
         lpips = load_lpips().to(device)
         sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
@@ -253,4 +257,7 @@ def compare(figures: dict[str, dict], record: dict, pictures: dict):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("evaluate.py: the GPU's memory is full: try less BATCH_SIZE")
