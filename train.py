@@ -29,7 +29,7 @@ from tqdm import tqdm
 from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_lpips, load_torch,
-                   plot_curves, plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
+                   pick, plot_curves, plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
                    write_file)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +39,7 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 # pictures
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
 IMAGE_SIZE = 32
+FLIP = device == "cuda"  # mirror half of the training pictures, at random; of use where each comes many times, as in a GPU's schedule
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see README; as baselines,
 # "scratch" is the same architecture untrained and "cnn" a plain CNN (with GRID = 4): they learn in both stages, from pixels
@@ -82,8 +83,8 @@ PRECISION = "bf16" if fast_bf16(device) else "fp32"  # bf16 is half to a tenth a
 # measured in fp32 (in whose convolutions a GPU rounds to TF32)
 OPTIMIZER = "muon"  # for the matrices of transformer and convolution blocks, AdamW for all else; or "adamw" throughout, as in the papers
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage; warm-up, cosine decay
-FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10: 1.6); 0: none
-PICTURES_GB = 8.0  # training pictures up to this size are kept on the device (CIFAR-10: 0.15), others on the host
+FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10 in bf16: 1.6; FLIP doubles it, fp32 too); 0: none
+PICTURES_GB = 8.0  # pictures up to this size are kept on the device (CIFAR-10: 0.18), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
 SEED = 0
 
@@ -131,8 +132,8 @@ def main():
             dist.broadcast_object_list(dataset)
         check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
 
-        content = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may change
-        if START_CHECKPOINT is not None:  # and so may a file
+        content = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may grow or shrink
+        if START_CHECKPOINT is not None:  # and a file may change
             content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
         name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants | content)}"
         run = Run(name, constants, Path("outputs", name), Path("checkpoints", name))
@@ -147,11 +148,11 @@ def main():
     if saved["stage"]:
         say(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
 
-    if data.train_images.nbytes <= PICTURES_GB * 1e9:
+    if data.train_images.nbytes + data.test_images.nbytes <= PICTURES_GB * 1e9:
         data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
     features = None
     if teacher is not None:
-        features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32)
+        features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, torch.bfloat16 if PRECISION == "bf16" else torch.float32, FLIP)
     if NORMALIZE and START_CHECKPOINT is None:
         model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]])
 
@@ -169,7 +170,7 @@ def main():
     # what came of it: the last stage's best epoch, on all test pictures
     if rank == 0:
         best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
-        metrics, counts, reconstructions = evaluate(best, data.test_images)
+        metrics, counts, reconstructions = evaluate(best, data.test_images, BATCH_SIZE // (ranks * ACCUMULATE))
         save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
         if len(counts):
             plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
@@ -251,7 +252,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         for step, batch in enumerate(progress, (epoch - 1) * steps_per_epoch):
             parts = batch.chunk(ranks * ACCUMULATE)[rank * ACCUMULATE :][:ACCUMULATE]
             for index in parts:
-                images = to_float(data.train_images[index.to(data.train_images.device)].to(device))
+                images = to_float(pick(data.train_images, index).to(device))
                 teacher_z = features[index] if features else None
                 if ranks > 1:  # the last part's backward pass sends the gradients of all
                     objective.require_backward_grad_sync = judge.require_backward_grad_sync = index is parts[-1]
@@ -285,7 +286,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         if rank > 0:
             continue
 
-        metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_PICTURES])
+        metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_PICTURES], BATCH_SIZE // (ranks * ACCUMULATE))
         row = {"dataset": data.name, "stage": stage, "epoch": epoch, **dict(zip(losses, sums.tolist())), **metrics,
                "pictures_per_second": len(batches) * BATCH_SIZE / seconds, "seconds": seconds}
         history.append(row)
@@ -361,10 +362,16 @@ class Objective(nn.Module):
 
 
 def shuffled(n: int, count: int, epoch: int) -> Tensor:
-    """The epoch-th `count` indices (epoch from 0) of an endless stream of shuffled passes over n pictures."""
+    """The epoch-th `count` indices (epoch from 0) of an endless stream of shuffled passes over n pictures, for utils.pick."""
+    def one_pass(number: int) -> Tensor:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + number))
+        if FLIP:  # in each pass a half of them, and in the next the other
+            mirrored = torch.randint(2, (n,), generator=torch.Generator().manual_seed(SEED * 100_003 + number // 2))
+            order += n * (mirrored[order] ^ number % 2)
+        return order
+
     passes = range(epoch * count // n, ((epoch + 1) * count - 1) // n + 1)
-    stream = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + p)) for p in passes])
-    return stream[epoch * count - passes[0] * n :][:count]
+    return torch.cat([one_pass(number) for number in passes])[epoch * count - passes[0] * n :][:count]
 
 
 def check_constants():
@@ -400,7 +407,7 @@ def check_constants():
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE, f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
     check(OPTIMIZER in ("muon", "adamw"), "OPTIMIZER", OPTIMIZER, '"muon", "adamw"')
-    for name in ("NORMALIZE", "EMA_REVIVE"):
+    for name in ("FLIP", "NORMALIZE", "EMA_REVIVE"):
         check(isinstance(globals()[name], bool), name, globals()[name], "True or False")
     check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE, f"False with ENCODER = {ENCODER!r}, whose features change")
     for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",

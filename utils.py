@@ -123,7 +123,8 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
     data_dir that later runs map into memory, so that a set may be larger than that.
     Raises ValueError where a split has no picture that can be read, or the splits' classes differ.
     """
-    name = f"folder-{path.resolve().name}"
+    name, path = f"folder-{path.resolve().name}", path.resolve()
+    place = hashlib.sha256(str(path).encode()).hexdigest()[:6]  # another folder may have the same name
     splits, classes = [], None
     for split in ("train", "test"):
         there = (Path(folder, file) for folder, _, names in os.walk(path / split, followlinks=True) for file in names)
@@ -134,7 +135,7 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
         check(not found or all(f.parent != path / split for f in files), "DATASET", str(path),
               f"pictures of {path / split} all in class folders, or none")
         random.Random(0).shuffle(files)
-        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}")
+        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{place}")
         check(len(images), "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
         labels = torch.tensor([classes.index(f.relative_to(path / split).parts[0]) for f in files])[readable] if classes else None
         splits += [images, labels]
@@ -273,33 +274,47 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+def pick(images: Tensor, index: Tensor) -> Tensor:
+    """images (N, 3, H, W), index (B,) from 0 to 2 N - 1, on the CPU -> pictures (B, 3, H, W): of N and more the mirror images of
+    index - N, left and right exchanged."""
+    mirrored = index >= len(images)
+    picked = images[(index % len(images)).to(images.device)]
+    if not mirrored.any():
+        return picked
+    return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), picked.flip(3), picked)
+
+
 class FeatureCache:
-    """A frozen encoder's features of the training pictures, computed when first asked for.
+    """A frozen encoder's features of the training pictures and, with `flip`, of their mirror images, computed when first asked for.
 
     Computed and kept in `dtype`: bf16, under autocast, or fp32, as the training around it. Above `limit_gb` nothing is kept.
     """
 
-    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype = torch.bfloat16, flip: bool = False):
         self.encoder, self.images, self.dtype = encoder, images, dtype
         self.device = next(encoder.parameters()).device
         self.features = None
-        if len(images) * encoder.dim * encoder.grid**2 * dtype.itemsize <= limit_gb * 1e9:
-            shape = (len(images), encoder.grid, encoder.grid, encoder.dim)
-            self.features = torch.empty(shape, dtype=dtype, device=self.device)
-            self.missing = torch.ones(len(images), dtype=torch.bool)
+        count = len(images) * (2 if flip else 1)
+        if count * encoder.dim * encoder.grid**2 * dtype.itemsize <= limit_gb * 1e9:
+            self.features = torch.empty((count, encoder.grid, encoder.grid, encoder.dim), dtype=dtype, device=self.device)
+            self.missing = torch.ones(count, dtype=torch.bool)
 
     @torch.no_grad()
     def __getitem__(self, index: Tensor) -> Tensor:
-        """index (B,), on the CPU -> features (B, C, h, w) of those pictures, fp32"""
-        if self.features is not None and not self.missing[index].any():
-            return self.features[index.to(self.device)].float().permute(0, 3, 1, 2)
-        # the whole batch, not what is missing of it: a run that goes on meets the very arithmetic of one that went through
+        """index (B,), on the CPU, as for pick -> features (B, C, h, w) of those pictures, fp32"""
+        if self.features is None:
+            return self.compute(index).float()
+        new = index[self.missing[index]]
+        if len(new):
+            if self.device.type == "cpu":  # the whole batch: a run that goes on meets the very arithmetic of one that went through
+                new = index
+            self.features[new.to(self.device)] = self.compute(new).permute(0, 2, 3, 1)
+            self.missing[new] = False
+        return self.features[index.to(self.device)].float().permute(0, 3, 1, 2)
+
+    def compute(self, index: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            z = self.encoder(to_float(self.images[index.to(self.images.device)].to(self.device))).to(self.dtype)
-        if self.features is not None:
-            self.features[index.to(self.device)] = z.permute(0, 2, 3, 1)
-            self.missing[index] = False
-        return z.float()
+            return self.encoder(to_float(pick(self.images, index).to(self.device))).to(self.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,6 +475,8 @@ def write_file(path: Path, content: bytes):
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say which file it had no room for
         raise OSError(error.errno, f"{error.strerror or error}", str(path)) from None
+    finally:  # what a full disk or Ctrl-C leaves may be large
+        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: list[dict]):

@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+ENVIRONMENT = dict(os.environ)  # as test_gpu.py has it
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is compared bit for bit, or between processes, is so on a CPU
 
 import numpy as np

@@ -99,13 +99,36 @@ def test_larger_pictures(size, grid, train, tmp_path):
     assert model.encode_to_indices(torch.rand(1, 3, size, size)).shape == (1, grid, grid)
 
 
-def test_a_set_larger_than_the_device_stays_on_the_host(train, folder):
-    train(f"DATASET={folder}", *SMALL, "PICTURES_GB=0", "FEATURE_CACHE_GB=0")
-    small, = Path("outputs").iterdir()
-    train(f"DATASET={folder}", *SMALL)
-    large, = set(Path("outputs").iterdir()) - {small}
-    psnr = [[float(row["psnr"]) for row in rows(path / "metrics.csv")] for path in (small, large)]
+def test_features_that_are_not_kept_make_no_difference(train, folder):
+    train(f"DATASET={folder}", *SMALL, "FEATURE_CACHE_GB=0", "FLIP=True")
+    first, = Path("outputs").iterdir()
+    train(f"DATASET={folder}", *SMALL, "FLIP=True")
+    second, = set(Path("outputs").iterdir()) - {first}
+    psnr = [[float(row["psnr"]) for row in rows(path / "metrics.csv")] for path in (first, second)]
     assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_pass_shows_each_picture_once(flip, monkeypatch):
+    import train as script
+
+    monkeypatch.setattr(script, "FLIP", flip)
+    epochs = [script.shuffled(1000, 250, epoch) for epoch in range(8)]
+    for order in (torch.cat(epochs[:4]), torch.cat(epochs[4:])):
+        assert sorted((order % 1000).tolist()) == list(range(1000))
+        assert 400 < (order >= 1000).sum() < 600 if flip else (order < 1000).all()
+    assert len(torch.cat(epochs).unique()) == (2000 if flip else 1000)  # and two passes each way round
+    assert torch.equal(script.shuffled(1000, 1000, 1), torch.cat(epochs[4:])) and not torch.equal(torch.cat(epochs[4:]), torch.cat(epochs[:4]))
+
+
+def test_mirrored_pictures_have_features_of_their_own(train, folder):
+    tables = {}
+    for flip in (False, True):
+        train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "LEARNING_RATE=(1e-9, 1e-9)", f"FLIP={flip}")
+        outputs, = set(Path("outputs").iterdir()) - {path for path, _ in tables.values()}
+        tables[flip] = outputs, rows(outputs / "metrics.csv")[-1]
+    l2, distill = ([float(tables[flip][1][name]) for flip in (False, True)] for name in ("l2_loss", "distill_loss"))
+    assert l2[0] != l2[1] and max(distill) < 1e-3  # features of the other way round would be 0.1 or more away
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -234,7 +257,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
 @pytest.mark.parametrize("argument", [
     "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5", "GRID=0",
     "QUANTIZER=vq", "QUANTIZER=['fsq']", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
-    "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
+    "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "FLIP=2", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
     "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
@@ -305,7 +328,8 @@ def test_bench_prints_its_tables(tmp_path, folder):
                f"DATASET={folder}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step", "64 "):
+    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step"):
         assert line in done.stdout
+    assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", done.stdout, re.MULTILINE)
     done = subprocess.run([sys.executable, ROOT / "bench.py", "PARTS=search"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("bench.py: PARTS = 'search', allowed: some of")

@@ -1,6 +1,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import re
 import shutil
@@ -19,7 +20,7 @@ from torchvision import datasets
 
 import utils
 from models import VQRAE
-from utils import (FeatureCache, digest, draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr,
+from utils import (FeatureCache, digest, draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, pick, psnr,
                    read_constants, save_checkpoint, save_grid, ssim, to_float, write_file)
 
 
@@ -84,13 +85,16 @@ def test_folder_is_decoded_once_and_again_when_it_changed(folder, tmp_path, monk
     shutil.copytree(folder, path)
     first = load_dataset(str(path), 16)
     files = set(Path("data").iterdir())
-    assert {f.name.rpartition("_")[0] for f in files} == {"folder-pictures_train_16", "folder-pictures_test_16"}
+    assert {f.name.rsplit("_", 2)[0] for f in files} == {"folder-pictures_train_16", "folder-pictures_test_16"}
     with monkeypatch.context() as patch:
         patch.setattr(utils.Image, "open", lambda file: pytest.fail("decoded again"))
-        again = load_dataset(str(path), 16)
+        again = load_dataset(os.path.relpath(path), 16)  # spelled in another way
     assert all(torch.equal(a, b) for a, b in zip(first[1:5], again[1:5]))
     load_dataset(str(path), 24)
-    assert len(set(Path("data").iterdir()) - files) == 2  # each size has its own
+    shutil.copytree(folder, tmp_path / "other" / "pictures")
+    load_dataset(str(tmp_path / "other" / "pictures"), 16)
+    assert len(set(Path("data").iterdir()) - files) == 4 and files < set(Path("data").iterdir())  # each size and place has its own
+    shutil.rmtree(tmp_path / "other")
 
     picture = next((path / "train" / "star").iterdir())
     Image.new("RGB", (32, 32), "red").save(picture)
@@ -98,7 +102,7 @@ def test_folder_is_decoded_once_and_again_when_it_changed(folder, tmp_path, monk
     assert sum(not torch.equal(a, b) for a, b in zip(first.train_images, changed.train_images)) == 1
     picture.unlink()
     assert len(load_dataset(str(path), 16).train_images) == len(first.train_images) - 1
-    assert len(list(Path("data").glob("folder-pictures_train_16_*"))) == 1  # the old ones are gone
+    assert len(list(Path("data").glob("folder-pictures_train_16_*"))) == 2  # that of the other place; the old ones are gone
 
 
 def test_a_folder_half_decoded_is_not_used(folder, monkeypatch):
@@ -240,6 +244,7 @@ def test_features_are_computed_once():
             return images[:, :1, :2, :2].repeat(1, 4, 1, 1)
 
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    both = torch.cat([images, images.flip(3)])
     for limit, dtype, seen in ((1.0, torch.bfloat16, 10), (1.0, torch.float32, 10), (0.0, torch.bfloat16, 18)):
         encoder = Encoder()
         features = FeatureCache(encoder, images, limit, dtype)
@@ -247,6 +252,19 @@ def test_features_are_computed_once():
             expected = Encoder()(to_float(images[index]))
             assert torch.allclose(features[torch.tensor(index)], expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
         assert encoder.seen == seen
+    encoder = Encoder()
+    features = FeatureCache(encoder, images, 1.0, torch.float32, flip=True)
+    for index in ([1, 13, 5], [11, 3, 15], [13, 5, 1, 3]):  # a picture's mirror image is another
+        assert torch.equal(features[torch.tensor(index)], Encoder()(to_float(both[index])))
+    assert encoder.seen == 6
+
+
+def test_picking_pictures_and_their_mirror_images():
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    both = torch.cat([images, images.flip(3)])
+    index = torch.randperm(20)
+    assert torch.equal(pick(images, index), both[index])
+    assert torch.equal(pick(images, torch.arange(10)), images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,4 +384,4 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     monkeypatch.setattr(utils.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError):
         write_file(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"old"
+    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,35 @@
+"""On a GPU, where there is one, in processes of their own: all other tests hide it."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "simvq", "ema_vq", "ddcl"])
+def test_both_stages_and_their_measurement(quantizer, folder, tmp_path):
+    def script(name, *arguments):
+        done = subprocess.run([sys.executable, ROOT / name, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    psnr = []
+    for gigabytes in (0, 8):  # pictures on the host, and on the device
+        arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", "EPOCHS=(2, 1)", "BATCH_SIZE=32", "GAN_WEIGHT=0.1", "FLIP=True", f"PICTURES_GB={gigabytes}"]
+        assert "1 x cuda" in script("train.py", *arguments)
+        assert "this run is finished" in script("train.py", *arguments)
+        newest = max((tmp_path / "outputs").iterdir(), key=lambda path: path.stat().st_mtime)
+        rows = list(csv.DictReader(open(newest / "metrics.csv")))
+        assert len(rows) == 3
+        psnr.append(float(rows[-1]["psnr"]))
+        best = tmp_path / "checkpoints" / newest.name / f"{quantizer}_stage2_best.pt"
+        measured = json.loads((newest / "results.json").read_text())["psnr"]
+        assert f"{measured:.2f}"[:-1] in script("evaluate.py", best, f"DATASET={folder}", "BATCH_SIZE=16")
+    assert psnr[0] == pytest.approx(psnr[1], abs=0.5)
