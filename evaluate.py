@@ -160,13 +160,15 @@ def distances(originals: Tensor, reconstructions: Tensor, judge: nn.Module) -> d
     found = {"frechet": frechet.compute().item(), "feature_distance": total.item() / len(originals)}
     if inception_at_hand():
         try:
-            rfid = FrechetInceptionDistance(2048).to(device)
+            rfid = FrechetInceptionDistance(2048)
+        except (OSError, RuntimeError) as error:  # a download that breaks off, or a file that is not what it should be
+            print(f"no rFID: {error}")
+        else:
+            rfid = rfid.to(device)
             for original, reconstruction in pairs:
                 rfid.update(original, real=True)
                 rfid.update(reconstruction, real=False)
             found["rfid"] = rfid.compute().item()
-        except (OSError, RuntimeError) as error:  # a download that breaks off
-            print(f"no rFID: {error}")
     try:
         lpips = load_lpips().to(device)
         sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]

@@ -123,7 +123,8 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
     data_dir that later runs map into memory, so that a set may be larger than that.
     Raises ValueError where a split has no picture that can be read, or the splits' classes differ.
     """
-    name, path = f"folder-{path.resolve().name}", path.resolve()
+    path = path.resolve()
+    name = f"folder-{path.name}"
     place = hashlib.sha256(str(path).encode()).hexdigest()[:6]  # another folder may have the same name
     splits, classes = [], None
     for split in ("train", "test"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 import evaluate
 from models import VQRAE, build_encoder
@@ -131,6 +132,18 @@ def test_frechet_distance_is_its_formula():
     assert found["frechet"] == pytest.approx(frechet, rel=1e-3) and found["frechet"] > 0.1
     assert found["feature_distance"] == pytest.approx(expected, rel=1e-4)
     assert evaluate.distances(images, images, judge)["frechet"] == pytest.approx(0, abs=1e-3)
+
+
+def test_rfid_whose_download_breaks_off_is_left_out(monkeypatch, capsys):
+    def either(feature):
+        return FrechetInceptionDistance(feature) if isinstance(feature, torch.nn.Module) else (_ for _ in ()).throw(OSError("connection reset"))
+
+    monkeypatch.setattr("utils.reachable", lambda url: False)
+    monkeypatch.setattr(evaluate, "inception_at_hand", lambda: True)
+    monkeypatch.setattr(evaluate, "FrechetInceptionDistance", either)
+    images = draw_shapes(32, train=4, test=4).train_images
+    found = evaluate.distances(images, images, build_encoder("cifar", 8).eval())
+    assert "frechet" in found and "rfid" not in found and "no rFID: connection reset" in capsys.readouterr().out
 
 
 def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):
