@@ -236,18 +236,20 @@ class FSQ(Quantizer):
 
 
 class MappedCodes(torch.autograd.Function):
-    """Codes (N, D) that a map's weight has already made of frozen ones (N, C), with the gradient of the map: in wide
-    codebooks, mapping them anew for it would cost a tenth of the whole step."""
+    """Rows (N, D) of a codebook c = W f / |W f| that is already there, with the gradient of its map W: to compute them anew for
+    it would cost a tenth of the whole step where codes are wide, and to keep the whole way to c several codebooks of memory."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, frozen: Tensor, mapped: Tensor) -> Tensor:
-        ctx.save_for_backward(frozen)
-        return mapped
+    def forward(ctx, weight: Tensor, frozen: Tensor, codebook: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
+        codes = codebook[indices]
+        ctx.save_for_backward(frozen, codes, lengths[indices], indices)
+        return codes
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        frozen, = ctx.saved_tensors
-        return gradient.T @ frozen, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        frozen, codes, lengths, indices = ctx.saved_tensors
+        along = (gradient * codes).sum(1, keepdim=True)  # what would change the length, and not the code
+        return ((gradient - along * codes) / lengths).T @ frozen[indices], None, None, None, None
 
 
 class SimVQ(Quantizer):
@@ -287,12 +289,12 @@ class SimVQ(Quantizer):
         x = F.normalize(self.project_in(x), dim=-1)
         if self.training or torch.is_grad_enabled():
             with torch.no_grad():
-                mapped = self.simvq.codebook
-                indices = nearest_code(x, F.normalize(mapped, dim=-1))
-            used, places = indices.unique(return_inverse=True)  # the gradient goes through the codes in use alone
-            codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook[used], mapped[used])
-            codes = F.normalize(codes, dim=-1)
-            codes = F.embedding(places, codes)  # codes[places], with a gradient that is the same in every run
+                codebook = self.simvq.codebook
+                lengths = codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                codebook.div_(lengths)  # in place: of wide codes, each copy is 100 MB
+                indices = nearest_code(x, codebook)
+            codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook, codebook, lengths, indices)
+            del codebook
         else:
             indices = nearest_code(x, self.codebook)
             codes = self.codebook[indices]

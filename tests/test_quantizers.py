@@ -347,10 +347,18 @@ def test_simvq_finds_what_the_library_finds():
 
 
 def test_simvq_learns_its_map_and_not_its_codebook():
-    simvq = SimVQ(DIM, codebook_size=40)
-    z_q, loss, _ = simvq(torch.randn(2, 9, DIM))
-    (z_q.sum() + loss).backward()
-    assert simvq.simvq.code_transform.weight.grad.abs().sum() > 0
+    simvq = SimVQ(DIM, codebook_size=40, code_dim=6)
+    z = torch.randn(2, 9, DIM)
+    learned = simvq.simvq.code_transform.weight, simvq.project_in.weight
+    z_q, loss, indices = simvq(z)
+    gradients = torch.autograd.grad(z_q.square().sum() + loss, learned)
+
+    codes = F.normalize(simvq.simvq.frozen_codebook @ learned[0].T, dim=-1)[indices]
+    x = F.normalize(simvq.project_in(z), dim=-1)
+    z_q = simvq.project_out(codes.detach() + x - x.detach())
+    loss = (codes - x.detach()).square().sum(-1).mean() + 0.25 * (x - codes.detach()).square().sum(-1).mean()
+    for gradient, defined in zip(gradients, torch.autograd.grad(z_q.square().sum() + loss, learned)):
+        assert gradient.abs().sum() > 0 and torch.allclose(gradient, defined, rtol=1e-4, atol=1e-6)
     assert "simvq.frozen_codebook" in dict(simvq.named_buffers())
     assert not simvq.simvq.frozen_codebook.requires_grad
 
