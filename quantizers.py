@@ -34,6 +34,17 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
     return codes + (z - z.detach()) if torch.is_grad_enabled() else codes
 
 
+def argmax(scores: Tensor) -> Tensor:
+    """scores.argmax(1) of scores (N, K): first the group of entries, then the place in it. A CPU finds largest values with vector
+    instructions, but not their places: where K is a multiple of 128, this takes a fifth of the time."""
+    size = math.gcd(scores.shape[1], 128)
+    if size < 32:
+        return scores.argmax(1)
+    groups = scores.unflatten(1, (-1, size))
+    best = groups.amax(2).argmax(1)
+    return best * size + groups[torch.arange(len(scores), device=scores.device), best].argmax(1)
+
+
 @torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bool | None = None, exact: bool = False) -> Tensor:
     """Index (N,) of the code of codebook (K, D) with the smallest Euclidean distance to each row of x (N, D), in fp32 (if
@@ -74,7 +85,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
         rounded = tokens.to(codes.dtype)
         scores = torch.addmm(rounded_bias, rounded, codes.T, out=kept[: len(chunk)])
         if not (half or exact):
-            indices.append(scores.argmax(1))
+            indices.append(argmax(scores))
             continue
         highest, candidates = scores.topk(min(8, len(codebook)))
         distances = []

@@ -174,9 +174,10 @@ def test_search_is_in_bf16_where_that_is_fast_alone(monkeypatch):
         assert types[0] == expected
 
 
-@pytest.mark.parametrize("block", [1, 100, None])
-def test_nearest_code(block):
-    x, codebook = torch.randn(50, 8), torch.randn(30, 8) * torch.rand(30, 1)
+@pytest.mark.parametrize("count", [30, 96, 256])  # of codes: searched one by one, in groups of 32, and of 128
+@pytest.mark.parametrize("block", [1, 1000, None])
+def test_nearest_code(block, count):
+    x, codebook = torch.randn(50, 8), torch.randn(count, 8) * torch.rand(count, 1)
     for exact in (False, True):
         assert torch.equal(nearest_code(x, codebook, block, exact=exact), torch.cdist(x, codebook).argmin(1))
 
