@@ -1,10 +1,10 @@
 """Time and memory of what this repository claims to be fast, against the ordinary way to do it.
 
     python bench.py                        everything, some minutes
-    python bench.py "PARTS=('search',)"    of "training", "utilisation", "search", "tokenizing", "start", "scaling"
+    python bench.py "PARTS=('search',)"    of "training", "utilisation", "search", "tokenizing", "start", "scaling", "run"
 
-Each line, but for the last two parts', runs two things in turn, ROUNDS times, and prints their medians and the median and range
-of their ratios.
+Each line of the first four parts runs two things in turn, ROUNDS times, and prints their medians and the median and range of their
+ratios. On a GPU, pretrained ViTs (from random weights: it makes no difference here) are measured, too.
 """
 import copy
 import os
@@ -15,13 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler tells of its own doings
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
@@ -33,13 +36,13 @@ from models import VQRAE
 from quantizers import EMAVQ, SimVQ, check, fast_bf16
 from utils import FeatureCache, draw_shapes, read_constants, to_float
 
-PARTS = ("training", "utilisation", "search", "tokenizing", "start", "scaling")
+PARTS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
 CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # codes and their width, for the search
 TOKENS = 8192  # of the search, as one picture and as 32
-DATASET = "cifar10"  # of the start
+DATASET = "cifar10"  # of the start and the run
 SCALING = (5_000, 15_000, 50_000)  # pictures in an epoch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,23 +58,16 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """MB by which the run's peak is above what the process has taken before it, warm: 0 where that is enough for it. NaN where
-    the system does not tell."""
+    """MB of tensors that the run, warm, holds at its worst moment beyond what was there before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-
-    def status(name: str) -> float:
-        return next(float(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is now in use
-    before = status("VmRSS")
-    run()
-    return max(0.0, status("VmHWM") - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))) / 1e6
 
 
 def heading(title: str, first: str, second: str, memory: bool = False):
@@ -115,31 +111,33 @@ def training():
     import train
 
     precision = "bf16" if fast_bf16(device) else "fp32"
-    heading("stage 1 with the shipped encoder", "ordinary", "ours")
+    heading("stage 1", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
     images = draw_shapes(32, train=count, test=10).train_images
-    teacher, step = trainer(1)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "shapes").mkdir()
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder, "shapes", f"{i}.png"))
         loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
-        on_device, features = images.to(device), FeatureCache(teacher, images.to(device), 4.0)
+        on_device = images.to(device)
+        for encoder in ("cifar", "dinov2_s") if device == "cuda" else ("cifar",):
+            teacher, step = trainer(1, encoder)
+            features = FeatureCache(teacher, on_device, 4.0)
 
-        def ordinary():
-            train.PRECISION = "fp32"
-            for batch, _ in loader:
-                batch = batch.to(device)
-                with torch.no_grad():
-                    z = teacher(batch)
-                step(batch, z)
+            def ordinary():
+                train.PRECISION = "fp32"
+                for batch, _ in loader:
+                    batch = batch.to(device)
+                    with torch.no_grad():
+                        z = teacher(batch)
+                    step(batch, z)
 
-        def ours():
-            train.PRECISION = precision
-            for index in torch.randperm(count).split(BATCH_SIZE):
-                step(to_float(on_device[index.to(device)]), features[index])
+            def ours():
+                train.PRECISION = precision
+                for index in torch.randperm(count).split(BATCH_SIZE):
+                    step(to_float(on_device[index.to(device)]), features[index])
 
-        compare(f"{count} pictures", ordinary, ours)
+            compare(f"{count} pictures, {encoder}", ordinary, ours)
 
 
 def utilisation():
@@ -221,8 +219,9 @@ def tokenizing():
         if name in ("simvq", "ema_vq"):
             width = options["code_dim"]
             codes, x = torch.randn(model.quantizer.codebook_size, width, device=device), torch.randn(indices.numel(), width, device=device)
-            block = (2**26 if device == "cuda" else 2**20) // len(codes)  # as the search takes them
-            bare = lambda: (model.encoder(images), [part @ codes.T for part in x.split(block)])
+            parts = x.split((2**26 if device == "cuda" else 2**20) // len(codes))  # as the search takes them
+            kept = x.new_empty(len(parts[0]), len(codes))
+            bare = lambda: (model.encoder(images), [torch.mm(part, codes.T, out=kept[: len(part)]) for part in parts])
         compare(f"encode_to_indices, and encoder{' + product' if name in ('simvq', 'ema_vq') else ''}: {name}",
                 lambda: model.encode_to_indices(images), bare)
         compare(f"decode_from_indices, and decode: {name}", lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
@@ -274,6 +273,21 @@ def scaling():
             table.parent.rmdir()
 
 
+def run():
+    """Seconds of `python train.py`, all constants as they are, from start to end. On a GPU alone: a CPU's takes long, and prints them."""
+    if device != "cuda":
+        return
+    root = Path(__file__).resolve().parent
+    with tempfile.TemporaryDirectory() as folder:
+        (root / "data").mkdir(exist_ok=True)
+        Path(folder, "data").symlink_to(root / "data")
+        dataset = Path(DATASET).resolve() if Path(DATASET).is_dir() else DATASET
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, root / "train.py", f"DATASET={dataset}"], cwd=folder, capture_output=True, text=True)
+        taken = time.perf_counter() - begun
+    print(f"\npython train.py: " + (done.stderr.strip().splitlines()[-1] if done.returncode else f"{taken:.0f} s"))
+
+
 def machine() -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -283,7 +297,7 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (training, utilisation, search, tokenizing, start, scaling)}
+    parts = {part.__name__: part for part in (training, utilisation, search, tokenizing, start, scaling, run)}
     try:
         read_constants(globals())
         check(isinstance(PARTS, (tuple, list)) and set(PARTS) <= parts.keys(), "PARTS", PARTS, f"some of {tuple(parts)}, such as ('search',)")

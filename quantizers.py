@@ -66,8 +66,9 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     centre = x.mean(0)
     codes = torch.empty_like(codebook, dtype=torch.bfloat16 if half else x.dtype)
     squares, lost = x.new_empty(len(codebook)), x.new_empty(len(codebook))  # lengths of codes, and of what rounding takes off
-    for at in range(0, len(codebook), 2048):
-        part = slice(at, at + 2048)
+    rows = max(1, 2**19 // x.shape[1])
+    for at in range(0, len(codebook), rows):
+        part = slice(at, at + rows)
         centred = codebook[part] - centre
         codes[part] = centred
         squares[part] = centred.square().sum(1)
@@ -104,6 +105,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     indices = torch.cat(indices)
     if half:
         again = torch.cat(unsure).nonzero()[:, 0]
+        del codes, kept, scores  # their memory is needed again
         if len(again):
             indices[again] = nearest_code(x[again], codebook, block, half=False, exact=True)
     return indices
@@ -259,8 +261,9 @@ class MappedCodes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         frozen, codes, lengths, indices = ctx.saved_tensors
-        along = (gradient * codes).sum(1, keepdim=True)  # what would change the length, and not the code
-        return ((gradient - along * codes) / lengths).T @ frozen[indices], None, None, None, None
+        along = torch.linalg.vecdot(gradient, codes)[:, None]  # what would change the length, and not the code
+        gradient = torch.addcmul(gradient, along, codes, value=-1).div_(lengths)
+        return gradient.T @ frozen[indices], None, None, None, None
 
 
 class SimVQ(Quantizer):
