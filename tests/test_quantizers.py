@@ -174,12 +174,18 @@ def test_search_is_in_bf16_where_that_is_fast_alone(monkeypatch):
         assert types[0] == expected
 
 
-@pytest.mark.parametrize("count", [30, 96, 256])  # of codes: searched one by one, in groups of 32, and of 128
-@pytest.mark.parametrize("block", [1, 1000, None])
+@pytest.mark.parametrize("count", [30, 544, 1024])  # of codes: searched one by one, in groups of 32, and of 128
+@pytest.mark.parametrize("block", [1, 2000, None])
 def test_nearest_code(block, count):
     x, codebook = torch.randn(50, 8), torch.randn(count, 8) * torch.rand(count, 1)
     for exact in (False, True):
         assert torch.equal(nearest_code(x, codebook, block, exact=exact), torch.cdist(x, codebook).argmin(1))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_nearest_of_more_codes_than_are_prepared_at_once(half):
+    codebook = torch.randn(1100, 1024)
+    assert torch.equal(nearest_code(codebook, codebook, half=half), torch.arange(1100))
 
 
 def in_fp64(x, codebook):
@@ -360,6 +366,9 @@ def test_simvq_learns_its_map_and_not_its_codebook():
     loss = (codes - x.detach()).square().sum(-1).mean() + 0.25 * (x - codes.detach()).square().sum(-1).mean()
     for gradient, defined in zip(gradients, torch.autograd.grad(z_q.square().sum() + loss, learned)):
         assert gradient.abs().sum() > 0 and torch.allclose(gradient, defined, rtol=1e-4, atol=1e-6)
+    gradient, = torch.autograd.grad(simvq(z)[1], learned[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):  # its own gradient is not there, and must not seem to be
+        gradient.sum().backward()
     assert "simvq.frozen_codebook" in dict(simvq.named_buffers())
     assert not simvq.simvq.frozen_codebook.requires_grad
 

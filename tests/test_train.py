@@ -328,7 +328,8 @@ def test_bench_prints_its_tables(tmp_path, folder):
                f"DATASET={folder}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step"):
+    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step",
+                 "python train.py: not timed"):
         assert line in done.stdout
     assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", done.stdout, re.MULTILINE)
     done = subprocess.run([sys.executable, ROOT / "bench.py", "PARTS=search"], cwd=tmp_path, capture_output=True, text=True)
