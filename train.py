@@ -178,9 +178,6 @@ def main():
             f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
         results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
         write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def say(line: str):
@@ -431,6 +428,9 @@ def check_constants():
 if __name__ == "__main__":
     try:
         main()
+        if ranks > 1:
+            dist.barrier()
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped")
     except torch.OutOfMemoryError:

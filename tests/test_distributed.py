@@ -56,6 +56,8 @@ torch.manual_seed(1 + rank)
 for _ in range(4):
     quantizer(torch.randn(1, 30 - 10 * rank, 6))
 torch.save(quantizer.state_dict(), f"rank{{rank}}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # its threads, still there at the end, now and then abort the process
 """
 
 # train.py where the first process cannot reach CIFAR-10, and the second could
