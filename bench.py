@@ -245,13 +245,18 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
+def last_line(done: subprocess.CompletedProcess) -> str:
+    """What a script that failed said last"""
+    return done.stderr.strip().rpartition("\n")[2]
+
+
 def start():
     """From `python train.py` to its first step with the pictures on disk, beyond importing torch."""
     root = str(Path(__file__).resolve().parent)
     done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), f"DATASET={DATASET}", "SEED=31415"], capture_output=True, text=True)
             for _ in range(ROUNDS)]
     if any("seconds" not in run.stderr for run in done):
-        return print(f"\nstart: {done[0].stderr.strip().rpartition(chr(10))[2]}")
+        return print(f"\nstart: {last_line(done[0])}")
     times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
     print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s ({min(times):.1f}-{max(times):.1f})")
 
@@ -287,7 +292,7 @@ def run():
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, root / "train.py", f"DATASET={dataset}"], cwd=folder, capture_output=True, text=True)
         taken = time.perf_counter() - begun
-    print("\npython train.py: " + (done.stderr.strip().rpartition("\n")[2] if done.returncode else f"{taken:.0f} s, with the download if there was one"))
+    print("\npython train.py: " + (last_line(done) if done.returncode else f"{taken:.0f} s, with the download if there was one"))
 
 
 def machine() -> str:

@@ -65,7 +65,7 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int | None = None, half: bo
     # seen from the middle of the tokens: what all share tells no code from another, and costs digits, of which bf16 has few
     centre = x.mean(0)
     codes = torch.empty_like(codebook, dtype=torch.bfloat16 if half else x.dtype)
-    squares, lost = x.new_empty(len(codebook)), x.new_empty(len(codebook))  # lengths of codes, and of what rounding takes off
+    squares, lost = x.new_empty(len(codebook)), x.new_empty(len(codebook))  # squared lengths of codes, and of what rounding takes off
     rows = max(1, 2**19 // x.shape[1])
     for at in range(0, len(codebook), rows):
         part = slice(at, at + rows)
@@ -311,7 +311,7 @@ class SimVQ(Quantizer):
                 codebook.div_(lengths)  # in place: of wide codes, each copy is 100 MB
                 indices = nearest_code(x, codebook)
             codes = MappedCodes.apply(self.simvq.code_transform.weight, self.simvq.frozen_codebook, codebook, lengths, indices)
-            del codebook
+            del codebook  # or it would be there beside all that follows
         else:
             indices = nearest_code(x, self.codebook)
             codes = self.codebook[indices]
