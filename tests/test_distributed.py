@@ -33,8 +33,9 @@ torch.nn.utils.clip_grad_norm_ = clip_or_die
 destroy = torch.distributed.destroy_process_group
 
 def save_and_destroy():
-    model = [m for m in seen if m.stage == 2 and m.training][-1]
-    torch.save(model.state_dict(), f"rank{{rank}}.pt")
+    for model in [m for m in seen if m.stage == 2 and m.training][-1:]:
+        torch.save(model.state_dict(), f"rank{{rank}}.pt")
+    print("the group is left")
     destroy()
 
 torch.distributed.destroy_process_group = save_and_destroy
@@ -119,6 +120,8 @@ def test_all_processes_hold_the_same_model_with_everything_on(quantizer, tmp_pat
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     first, second, _ = table(tmp_path)
     assert first["discriminator_loss"] > 0 and second["loss"] < first["loss"]
+    done = launch(tmp_path, 2, tmp_path / "watched.py", arguments)
+    assert done.returncode == 0 and "this run is finished" in done.stdout and done.stdout.count("the group is left") == 2
 
 
 def test_ema_revives_every_code_at_a_token_of_its_own(tmp_path):
