@@ -41,9 +41,9 @@ ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
 CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # codes and their width, for the search
-TOKENS = 8192  # of the search, as one picture and as 32
+TOKENS = 8192  # of the search, as one image and as 32
 DATASET = "cifar10"  # of the start and the run
-SCALING = (5_000, 15_000, 50_000)  # pictures in an epoch
+SCALING = (5_000, 15_000, 50_000)  # images in an epoch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -137,7 +137,7 @@ def training():
                 for index in torch.randperm(count).split(BATCH_SIZE):
                     step(to_float(on_device[index.to(device)]), features[index])
 
-            compare(f"{count} pictures, {encoder}", ordinary, ours)
+            compare(f"{count} images, {encoder}", ordinary, ours)
 
 
 def utilisation():
@@ -147,7 +147,7 @@ def utilisation():
     import train
 
     torch.backends.cudnn.allow_tf32 = False  # the product is without it, too
-    heading(f"a step of {BATCH_SIZE} pictures", "product", "step")
+    heading(f"a step of {BATCH_SIZE} images", "product", "step")
     models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
     for encoder, size, grid in models:
         for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
@@ -161,7 +161,7 @@ def utilisation():
             width = 4096
             rows = counter.get_total_flops() // (2 * width**2)
             a, b = (torch.randn(n, width, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for n in (rows, width))
-            compare(f"{encoder}, {precision}, stage {stage}, {counter.get_total_flops() / 1e9 / BATCH_SIZE:.2f} GFLOP a picture",
+            compare(f"{encoder}, {precision}, stage {stage}, {counter.get_total_flops() / 1e9 / BATCH_SIZE:.2f} GFLOP an image",
                     lambda: a @ b, lambda: step(images, z))
             if device == "cuda":
                 with profile() as profiler:
@@ -211,7 +211,7 @@ def tokenizing():
     codes up to the decoder."""
     import train
 
-    heading(f"{BATCH_SIZE} pictures, no adapter", "tokens", "bare")
+    heading(f"{BATCH_SIZE} images, no adapter", "tokens", "bare")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
     for name, options in (("fsq", {}), ("ddcl", {}), ("simvq", {"code_dim": train.SIMVQ_CODE_DIM}), ("ema_vq", {"code_dim": train.EMA_CODE_DIM})):
         model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()
@@ -251,7 +251,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 
 def start():
-    """From `python train.py` to its first step with the pictures on disk, beyond importing torch."""
+    """From `python train.py` to its first step with the images on disk, beyond importing torch."""
     root = str(Path(__file__).resolve().parent)
     done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), f"DATASET={DATASET}", "SEED=31415"], capture_output=True, text=True)
             for _ in range(ROUNDS)]
@@ -262,18 +262,18 @@ def start():
 
 
 def scaling():
-    """Seconds of an epoch over its pictures, from runs of train.py with a small decoder."""
-    print("\npictures in an epoch, and seconds of the second epoch")
+    """Seconds of an epoch over its images, from runs of train.py with a small decoder."""
+    print("\nimages in an epoch, and seconds of the second epoch")
     root = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as folder:
         for count in SCALING:
-            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_PICTURES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)",
+            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)",
                             "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
-                            "FEATURE_CACHE_GB=0", "KEEP_CHECKPOINTS=0", "EVAL_PICTURES=100"], cwd=folder, check=True, capture_output=True)
+                            "FEATURE_CACHE_GB=0", "KEEP_CHECKPOINTS=0", "EVAL_IMAGES=100"], cwd=folder, check=True, capture_output=True)
             table, = Path(folder, "outputs").glob("*/metrics.csv")
             names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
             taken = float(dict(zip(names, last))["seconds"])
-            print(f"{count:10,} {taken:8.1f} s {taken / count * 1e6:8.0f} microseconds a picture", flush=True)
+            print(f"{count:10,} {taken:8.1f} s {taken / count * 1e6:8.0f} microseconds an image", flush=True)
             for file in table.parent.iterdir():
                 file.unlink()
             table.parent.rmdir()

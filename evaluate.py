@@ -1,4 +1,4 @@
-"""Measure checkpoints: what their tokens keep of the picture, and of its meaning.
+"""Measure checkpoints: what their tokens keep of the image, and of its meaning.
 
     python evaluate.py                                          the shipped ones, against the figures they were shipped with
     python evaluate.py checkpoints/<run>/fsq_stage*_best.pt     your own; with NAME=value for the constants below
@@ -23,11 +23,23 @@ from tqdm import tqdm
 
 from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
 from quantizers import check
-from utils import (Pictures, evaluate, linear_probe, load_checkpoint, load_dataset, load_lpips, load_torch, read_constants,
-                   save_figure, save_torch, to_float, write_file)
+from utils import (
+    Dataset,
+    evaluate,
+    linear_probe,
+    load_checkpoint,
+    load_dataset,
+    load_lpips,
+    load_torch,
+    read_constants,
+    save_figure,
+    save_torch,
+    to_float,
+    write_file,
+)
 
 DATASET = "cifar10"  # as in train.py
-TRAIN_PICTURES = None  # training pictures that probes learn from and usage is counted over; None: all
+TRAIN_IMAGES = None  # training images that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record their figures there
@@ -35,12 +47,12 @@ SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record t
 device = "cuda" if torch.cuda.is_available() else "cpu"
 RECORD = PRETRAINED_DIR / "results.json"
 TOLERANCE = {"psnr": 0.01, "ssim": 0.001, "usage": 0.001, "train_usage": 0.001, "probe_z": 0.001, "probe_z_q": 0.001, "probe_predicted": 0.001}
-PICTURE_COLUMNS = {"PSNR": "psnr:.2f", "SSIM": "ssim:.4f", "LPIPS": "lpips:.4f", "rFID": "rfid:.2f",
+IMAGE_COLUMNS = {"PSNR": "psnr:.2f", "SSIM": "ssim:.4f", "LPIPS": "lpips:.4f", "rFID": "rfid:.2f",
                    "Fréchet distance, encoder": "frechet:.3f", "feature distance": "feature_distance:.4f"}
 TOKEN_COLUMNS = {"tokens": "tokens:d", "bits": "bits:.0f", "used, test": "usage:.1%", "perplexity, test": "perplexity:,.0f",
                  "used, training": "train_usage:.1%", "perplexity, training": "train_perplexity:,.0f", "probe z": "probe_z:.1%",
                  "probe z_q": "probe_z_q:.1%", "probe predicted": "probe_predicted:.1%", "quantizer": "quantizer_kb:,.0f kB",
-                 "pictures/s": "pictures_per_second:,.0f"}
+                 "images/s": "images_per_second:,.0f"}
 
 
 def main():
@@ -48,43 +60,43 @@ def main():
     try:
         paths = [Path(argument) for argument in sys.argv[1:] if "=" not in argument]
         read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else {"pictures": None, "figures": {}}
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {"images": None, "figures": {}}
         check(isinstance(BATCH_SIZE, int) and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
-        check(TRAIN_PICTURES is None or isinstance(TRAIN_PICTURES, int) and TRAIN_PICTURES >= 1, "TRAIN_PICTURES", TRAIN_PICTURES, "None or 1 or more")
-        check(isinstance(SHIP, bool) and not (SHIP and TRAIN_PICTURES), "SHIP", SHIP, "False, or True with TRAIN_PICTURES = None")
+        check(TRAIN_IMAGES is None or isinstance(TRAIN_IMAGES, int) and TRAIN_IMAGES >= 1, "TRAIN_IMAGES", TRAIN_IMAGES, "None or 1 or more")
+        check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP, "False, or True with TRAIN_IMAGES = None")
         paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
         check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
         # whatever is wrong with one is said before an hour is spent on the others
         configs = {str(path): load_checkpoint(path).config for path in paths}
         sizes, quantizers = ({path: config[name] for path, config in configs.items()} for name in ("image_size", "quantizer"))
-        check(len(set(sizes.values())) == 1, "checkpoints", sizes, "pictures of one size")
+        check(len(set(sizes.values())) == 1, "checkpoints", sizes, "images of one size")
         check(not SHIP or len(set(quantizers.values())) == len(paths), "checkpoints", quantizers, "with SHIP = True, one of each quantizer")
         data = load_dataset(DATASET, sizes[str(paths[0])])
-        check(len(data.test_images) >= 2, "DATASET", DATASET, "two test pictures or more, for a Fréchet distance")
-        check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE, "None, or a path where pictures have classes to probe")
+        check(len(data.test_images) >= 2, "DATASET", DATASET, "two test images or more, for a Fréchet distance")
+        check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE, "None, or a path where images have classes to probe")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
-    if TRAIN_PICTURES:
-        data = data._replace(train_images=data.train_images[:TRAIN_PICTURES],
-                             train_labels=None if data.train_labels is None else data.train_labels[:TRAIN_PICTURES])
+    if TRAIN_IMAGES:
+        data = data._replace(train_images=data.train_images[:TRAIN_IMAGES],
+                             train_labels=None if data.train_labels is None else data.train_labels[:TRAIN_IMAGES])
     if SHIP:
         paths = [ship(path) for path in paths]
-    pictures = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
+    hashes = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
                 for split, images in (("training", data.train_images), ("test", data.test_images))}
     judge = build_encoder("cifar", 8).eval().to(device)
 
     figures = {name: measure(path, data, judge) for name, path in named(paths).items()}
-    for columns in (PICTURE_COLUMNS, TOKEN_COLUMNS):
+    for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS):
         print_table(figures, columns)
-    print(f"{data.name}: {len(data.train_images):,} training pictures (sha256 {pictures['training']}...) and "
-          f"{len(data.test_images):,} test pictures ({pictures['test']}...)")
+    print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
+          f"{len(data.test_images):,} test images ({hashes['test']}...)")
     if SHIP:
-        others = record["figures"] if record["pictures"] == pictures else {}
-        write_file(RECORD, json.dumps({"pictures": pictures, "figures": others | figures}, indent=2).encode())
+        others = record["figures"] if record["images"] == hashes else {}
+        write_file(RECORD, json.dumps({"images": hashes, "figures": others | figures}, indent=2).encode())
     if CURVE:
         plot_curve(Path(CURVE), figures)
     if not SHIP:
-        compare(figures, record, pictures)
+        compare(figures, record, hashes)
 
 
 def named(paths: list[Path]) -> dict[str, Path]:
@@ -101,7 +113,7 @@ def named(paths: list[Path]) -> dict[str, Path]:
     return names
 
 
-def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
+def measure(path: Path, data: Dataset, judge: nn.Module) -> dict:
     """All figures of one checkpoint. judge: the shipped encoder, in whose features two distances are measured."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
     train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
@@ -113,7 +125,8 @@ def measure(path: Path, data: Pictures, judge: nn.Module) -> dict:
         del figures["usage"], figures["perplexity"]
     figures["quantizer_kb"] = sum(t.nbytes for t in [*model.quantizer.parameters(), *model.quantizer.buffers()]) / 1e3
     if "metrics" in content:
-        figures["pictures_per_second"] = content["metrics"]["pictures_per_second"]
+        speed = content["metrics"]  # older checkpoints, the shipped ones among them, have another name for it
+        figures["images_per_second"] = speed.get("images_per_second", speed.get("pictures_per_second"))
     figures["quantizer"] = model.config["quantizer"]
     if "constants" in content and not model.from_scratch:
         figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
@@ -146,10 +159,10 @@ def tokenize(model: VQRAE, images: Tensor, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def distances(originals: Tensor, reconstructions: Tensor, judge: nn.Module) -> dict[str, float]:
-    """Between uint8 pictures (N, 3, H, W): LPIPS and rFID where they can be had; in the judge's features, the Fréchet
-    distance of their means over a picture and the mean squared distance of the features themselves."""
+    """Between uint8 images (N, 3, H, W): LPIPS and rFID where they can be had; in the judge's features, the Fréchet
+    distance of their means over an image and the mean squared distance of the features themselves."""
     pairs = list(zip(originals.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE)))
-    means = nn.Identity()  # torchmetrics is given features in place of pictures
+    means = nn.Identity()  # torchmetrics is given features in place of images
     means.num_features = judge.dim
     frechet, total = FrechetInceptionDistance(means).to(device), 0
     for pair in pairs:
@@ -243,11 +256,11 @@ def ship(path: Path) -> Path:
     return copy
 
 
-def compare(figures: dict[str, dict], record: dict, pictures: dict):
+def compare(figures: dict[str, dict], record: dict, hashes: dict):
     """Say where figures are not those that were recorded when the checkpoints were shipped."""
     shipped = sorted(figures.keys() & record["figures"].keys())
-    if shipped and record["pictures"] != pictures:
-        return print(f"not compared with recorded figures, which are of other pictures: {record['pictures']}")
+    if shipped and record["images"] != hashes:
+        return print(f"not compared with recorded figures, which are of other images: {record['images']}")
     failed = False
     for name in shipped:
         differ = [f"{key} is {figures[name].get(key, math.nan):.4f} and was {was:.4f}" for key, was in record["figures"][name].items()

@@ -102,10 +102,10 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The encoder that ships: 32x32 pictures to an 8x8 grid, made by pretrain.py.
+    """The encoder that ships: 32x32 images to an 8x8 grid, made by pretrain.py.
 
     Its features are deep and shallow ones side by side (as in 2606.11096): 192 channels of a residual network that
-    see the whole picture and tell what is in it, and 64 of a linear patch embedding that tell what it looks like.
+    see the whole image and tell what is in it, and 64 of a linear patch embedding that tell what it looks like.
     """
 
     patch = 4
@@ -138,7 +138,7 @@ class ConvEncoder(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Three strided convolutions and no more: 32x32 pictures to a 4x4 grid."""
+    """Three strided convolutions and no more: 32x32 images to a 4x4 grid."""
 
     patch = 8
     dim = 256
@@ -297,7 +297,7 @@ class ConvDecoder(nn.Module):
         self.head = Conv(width, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # a picture's mean and spread, near enough, to start with
+        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # an image's mean and spread, near enough, to start with
 
 
 class ViTDecoder(nn.Module):
@@ -434,19 +434,19 @@ class VQRAE(nn.Module):
         return self.predictor(self._check_features(z_q, "z_q"))
 
     def features_from_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) -> what the tokens say about the picture: features (B, C, h, w)"""
+        """indices (B, h, w) -> what the tokens say about the image: features (B, C, h, w)"""
         return self.predict_features(self.quantizer.indices_to_codes(indices))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, picture_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, image_weight: float = 0.0) -> tuple[Tensor, Tensor]:
         """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
         of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q; to the
-        latter, with picture_weight, that of each picture's mean features is added."""
+        latter, with image_weight, that of each image's mean features is added."""
         if not z.shape == z_q.shape == teacher_z.shape:
             shapes = ", ".join(str(tuple(part.shape)) for part in (z, z_q, teacher_z))
             raise ValueError(f"z, z_q and teacher_z have shapes {shapes}, allowed is one for all")
         predicted = self.predict_features(z_q).float()
         means = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
-        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + picture_weight * means
+        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + image_weight * means
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
@@ -505,7 +505,7 @@ def check_images(images: Tensor) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 pictures.
+    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images.
 
     Two strided layers at 32 pixels, one more each time the size doubles: three would leave 3x3 logits there.
     """

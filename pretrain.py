@@ -22,13 +22,13 @@ from quantizers import check, fast_bf16
 from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
-DATASET = "cifar10"  # or a folder of the same pictures, with train/<class>/ and test/<class>/
+DATASET = "cifar10"  # or a folder of the same images, with train/<class>/ and test/<class>/
 # training: 14 epochs keep a 2-core CPU busy for 40 minutes
 START = None  # an encoder to go on from; None: start anew
 EPOCHS = 14
 BATCH_SIZE = 256
 LEARNING_RATE = 0.2  # SGD's peak, reached after a fifth of the steps, then down to 0
-CUTOUT = 0  # side of the square that is greyed out in each picture, in pixels
+CUTOUT = 0  # side of the square that is greyed out in each image, in pixels
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
 PIXEL_WEIGHT = 1.0  # of the pixels' squared error, read off each token by one linear layer; 0: classes alone
@@ -37,7 +37,7 @@ OUT = "checkpoints/pretrained"  # where cifar_encoder.pt and cifar_encoder.json 
 
 
 def augment(images: Tensor, pad: int = 4, cutout: int = 0) -> Tensor:
-    """Shift each picture by up to `pad` pixels (borders reflected), mirror every other one, grey out a square of `cutout` pixels."""
+    """Shift each image by up to `pad` pixels (borders reflected), mirror every other one, grey out a square of `cutout` pixels."""
     b, _, h, w = images.shape
     padded = F.pad(images, (pad,) * 4, mode="reflect")
     y = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(h, device=images.device)
@@ -81,8 +81,8 @@ def main():
         check(START is None or Path(START).is_file() and Path(START).with_suffix(".json").is_file(), "START", START,
               "None, or an encoder that this script has written")
         data = load_dataset(DATASET, image_size=32)
-        check(data.train_labels is not None, "DATASET", DATASET, "pictures with classes: a folder with one folder per class in train/ and test/")
-        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "1 to the number of pictures")
+        check(data.train_labels is not None, "DATASET", DATASET, "images with classes: a folder with one folder per class in train/ and test/")
+        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "1 to the number of images")
         check(isinstance(EPOCHS, int) and EPOCHS >= 1, "EPOCHS", EPOCHS, "a whole number of 1 or more")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")

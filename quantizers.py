@@ -302,7 +302,7 @@ class SimVQ(Quantizer):
         return self._kept[3]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # the library's own forward would copy the codebook for each picture; its loss is the one below
+        # the library's own forward would copy the codebook for each image; its loss is the one below
         x = F.normalize(self.project_in(x), dim=-1)
         if self.training or torch.is_grad_enabled():
             with torch.no_grad():

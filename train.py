@@ -1,4 +1,4 @@
-"""Train a VQRAE (2511.23386): pictures to discrete tokens in a pretrained encoder's feature space, and back.
+"""Train a VQRAE (2511.23386): images to discrete tokens in a pretrained encoder's feature space, and back.
 
     python train.py                                    with the constants below
     python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
@@ -28,22 +28,41 @@ from tqdm import tqdm
 
 from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
 from quantizers import QUANTIZERS, check, fast_bf16
-from utils import (DATASETS, FeatureCache, Pictures, digest, evaluate, load_checkpoint, load_dataset, load_lpips, load_torch,
-                   pick, plot_curves, plot_usage, read_constants, save_checkpoint, save_grid, save_torch, seed_everything, to_float, write_csv,
-                   write_file)
+from utils import (
+    DATASETS,
+    Dataset,
+    FeatureCache,
+    digest,
+    evaluate,
+    load_checkpoint,
+    load_dataset,
+    load_lpips,
+    load_torch,
+    pick,
+    plot_curves,
+    plot_usage,
+    read_constants,
+    save_checkpoint,
+    save_grid,
+    save_torch,
+    seed_everything,
+    to_float,
+    write_csv,
+    write_file,
+)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
 ranks = int(os.environ.get("WORLD_SIZE", 1))
 
-# pictures
+# images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
 IMAGE_SIZE = 32
-FLIP = device == "cuda"  # mirror half of the training pictures, at random; of use where each comes many times, as in a GPU's schedule
+FLIP = device == "cuda"  # mirror half of the training images, at random; of use where each comes many times, as in a GPU's schedule
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see README; as baselines,
 # "scratch" is the same architecture untrained and "cnn" a plain CNN (with GRID = 4): they learn in both stages, from pixels
-GRID = 8  # tokens a side: 8 x 8 = 64 tokens a picture
+GRID = 8  # tokens a side: 8 x 8 = 64 tokens an image
 QUANTIZER = "fsq"  # "fsq", "simvq", "ema_vq", "ddcl"; "none" is the ceiling for them all
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 SIMVQ_CODEBOOK_SIZE = 16384
@@ -64,27 +83,27 @@ DECODER_HEADS = None
 # losses, as weights
 L2_WEIGHT = 16.0  # pixels in [0, 1] have a variance of about 1/16: puts all losses on one scale
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
-PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more makes pictures less sharp but, to the encoder, more alike, see README
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more makes images less sharp but, to the encoder, more alike, see README
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; in so short a run as a CPU's it only costs, see README
 GAN_START = 0.5  # after this share of stage 1
 PREDICT_WEIGHT = 0.015  # the frozen features, predicted from z_q: what keeps the tokens' meaning
-PREDICT_PICTURE = 10.0  # within it, how much a picture's mean features count beside each token's own
+PREDICT_IMAGE = 10.0  # within it, how much an image's mean features count beside each token's own
 DISTILL_WEIGHT = 0.3  # stage 2: the features themselves, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: weights to begin with, of a checkpoint of the same model; STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
-EPOCH_PICTURES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
-EVAL_PICTURES = None if device == "cuda" else 1_000  # test pictures measured after each epoch (None, and at the end: all)
-BATCH_SIZE = 128 if device == "cuda" else 32  # pictures a step, of all processes together
+EPOCH_IMAGES = None if device == "cuda" else 6_250  # how many make an epoch; None: all
+EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
+BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together
 ACCUMULATE = 1  # parts in which each process takes its share of a batch, where that is too large for its memory; EMA-VQ's
 # codebook moves with each part
 PRECISION = "bf16" if fast_bf16(device) else "fp32"  # bf16 is half to a tenth as fast where a CPU only emulates it; either way
 # measured in fp32 (in whose convolutions a GPU rounds to TF32)
 OPTIMIZER = "muon"  # for the matrices of transformer and convolution blocks, AdamW for all else; or "adamw" throughout, as in the papers
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage; warm-up, cosine decay
-FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training pictures (CIFAR-10 in bf16: 1.6; FLIP doubles it, fp32 too); 0: none
-PICTURES_GB = 8.0  # pictures up to this size are kept on the device (CIFAR-10: 0.18), others on the host
+FEATURE_CACHE_GB = 4.0  # device memory for the frozen features of the training images (CIFAR-10 in bf16: 1.6; FLIP doubles it, fp32 too); 0: none
+IMAGES_GB = 8.0  # images up to this size are kept on the device (CIFAR-10: 0.18), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
 SEED = 0
 
@@ -107,7 +126,7 @@ def main():
         torch.use_deterministic_algorithms(True)  # costs nothing here
         torch.utils.deterministic.fill_uninitialized_memory = False
     if ranks > 1:
-        # while the first process decodes pictures or measures, the others wait: ten minutes, the default, may be too few
+        # while the first process decodes images or measures, the others wait: ten minutes, the default, may be too few
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
 
     # what there is to learn from, and the model
@@ -130,9 +149,9 @@ def main():
             constants["DATASET"] = dataset[0] = data.name
         if ranks > 1 and rank == 0:
             dist.broadcast_object_list(dataset)
-        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training pictures")
+        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {len(data.train_images)} training images")
 
-        content = {"training pictures": len(data.train_images), "test pictures": len(data.test_images)}  # a folder may grow or shrink
+        content = {"training images": len(data.train_images), "test images": len(data.test_images)}  # a folder may grow or shrink
         if START_CHECKPOINT is not None:  # and a file may change
             content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
         name = f"{data.name}_{ENCODER}_{QUANTIZER}_{digest(constants | content)}"
@@ -141,14 +160,14 @@ def main():
         saved = load_torch(last) if last.exists() else {"stage": 0, "epoch": 0, "history": []}
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(1 if rank > 0 and isinstance(error, ValueError) else f"train.py: {error}")  # a wrong constant, once for all
-    say(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test pictures, "
+    say(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if (run.outputs / "results.json").exists():
         return say(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
     if saved["stage"]:
         say(f"going on after stage {saved['stage']}, epoch {saved['epoch']}")
 
-    if data.train_images.nbytes + data.test_images.nbytes <= PICTURES_GB * 1e9:
+    if data.train_images.nbytes + data.test_images.nbytes <= IMAGES_GB * 1e9:
         data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
     features = None
     if teacher is not None:
@@ -157,8 +176,8 @@ def main():
         model.set_normalization(features[shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]])
 
     # the two stages
-    say(f"PSNR to perplexity of {len(data.test_images[:EVAL_PICTURES]):,} test pictures:\n"
-        " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  pictures/s  seconds")
+    say(f"PSNR to perplexity of {len(data.test_images[:EVAL_IMAGES]):,} test images:\n"
+        " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
         for stage in STAGES:
             if stage >= saved["stage"]:
@@ -167,16 +186,16 @@ def main():
         sys.exit("\ntrain.py: stopped; " + (f"{last} has all up to the last line above, and the same command goes on from there"
                                             if last.exists() else "no epoch was finished, so nothing is saved"))
 
-    # what came of it: the last stage's best epoch, on all test pictures
+    # what came of it: the last stage's best epoch, on all test images
     if rank == 0:
         best = load_checkpoint(run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
         metrics, counts, reconstructions = evaluate(best, data.test_images, BATCH_SIZE // (ranks * ACCUMULATE))
         save_grid(run.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
         if len(counts):
-            plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test pictures")
-        say(f"all {len(data.test_images):,} test pictures: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
+            plot_usage(run.outputs / "usage.png", counts, metrics, f"{name}, {len(data.test_images):,} test images")
+        say(f"all {len(data.test_images):,} test images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
             f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\nsee {run.outputs}/ and {run.checkpoints}/")
-        results = {"run": name, "stage": STAGES[-1], "test_pictures": len(data.test_images), **metrics}
+        results = {"run": name, "stage": STAGES[-1], "test_images": len(data.test_images), **metrics}
         write_file(run.outputs / "results.json", json.dumps(results, indent=2).encode())
 
 
@@ -206,10 +225,10 @@ def build_model(pretrained: bool = True) -> VQRAE:
 
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, features: FeatureCache | None,
-                data: Pictures, run: Run, saved: dict):
+                data: Dataset, run: Run, saved: dict):
     """Train one stage and leave its grids, curves and checkpoints; `saved` is where an earlier run of it stopped."""
     model.set_stage(stage).train()
-    count = min(EPOCH_PICTURES or len(data.train_images), len(data.train_images))
+    count = min(EPOCH_IMAGES or len(data.train_images), len(data.train_images))
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
@@ -283,12 +302,12 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         if rank > 0:
             continue
 
-        metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_PICTURES], BATCH_SIZE // (ranks * ACCUMULATE))
+        metrics, _, reconstructions = evaluate(model, data.test_images[:EVAL_IMAGES], BATCH_SIZE // (ranks * ACCUMULATE))
         row = {"dataset": data.name, "stage": stage, "epoch": epoch, **dict(zip(losses, sums.tolist())), **metrics,
-               "pictures_per_second": len(batches) * BATCH_SIZE / seconds, "seconds": seconds}
+               "images_per_second": len(batches) * BATCH_SIZE / seconds, "seconds": seconds}
         history.append(row)
         say(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
-            f"{row['perplexity']:11,.0f} {row['pictures_per_second']:11,.0f} {seconds:8.0f}")
+            f"{row['perplexity']:11,.0f} {row['images_per_second']:11,.0f} {seconds:8.0f}")
         save_grid(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", data.test_images[:8], reconstructions[:8], columns=4)
         write_csv(run.outputs / "metrics.csv", history)
         plot_curves(run.outputs / "curves.png", history, [*losses, "psnr", "ssim"], run.name)
@@ -338,20 +357,20 @@ class Objective(nn.Module):
             l2_loss = F.mse_loss(output, images)
             perceptual_loss = distill_loss = predict_loss = torch.zeros_like(l2_loss)
             if self.teacher is not None:
-                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_PICTURE)
+                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_IMAGE)
             perceptual_weight = PERCEPTUAL_WEIGHT[self.stage - 1]
             if perceptual_weight and self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
             elif perceptual_weight and self.teacher is not None:
                 perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
-            picture_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
-            loss = picture_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
+            image_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
+            loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
             gan_loss = torch.zeros_like(loss)
             if discriminator is not None:
                 gan_loss = -discriminator(output).float().mean()
                 # both losses weigh the same at the decoder's last layer (VQGAN, 2012.09841, equation 7)
                 sizes = [torch.autograd.grad(part, self.model.decoder.head.weight, retain_graph=True)[0].norm()
-                         for part in (picture_loss, gan_loss)]
+                         for part in (image_loss, gan_loss)]
                 loss = loss + GAN_WEIGHT * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=1e4) * gan_loss
         return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
                 "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
@@ -359,7 +378,7 @@ class Objective(nn.Module):
 
 
 def shuffled(n: int, count: int, epoch: int) -> Tensor:
-    """The epoch-th `count` indices (epoch from 0) of an endless stream of shuffled passes over n pictures, for utils.pick."""
+    """The epoch-th `count` indices (epoch from 0) of an endless stream of shuffled passes over n images, for utils.pick."""
     def one_pass(number: int) -> Tensor:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + number))
         if FLIP:  # in each pass a half of them, and in the next the other
@@ -408,10 +427,10 @@ def check_constants():
         check(isinstance(globals()[name], bool), name, globals()[name], "True or False")
     check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE, f"False with ENCODER = {ENCODER!r}, whose features change")
     for name in ("DECODER_WIDTH", "DECODER_DEPTH", "DECODER_HEADS", "SIMVQ_CODE_DIM", "EMA_CODE_DIM",
-                 "EPOCH_PICTURES", "EVAL_PICTURES"):
+                 "EPOCH_IMAGES", "EVAL_IMAGES"):
         check(globals()[name] is None or whole(globals()[name], 1), name, globals()[name], "None or a whole number of 1 or more")
-    check(EPOCH_PICTURES is None or EPOCH_PICTURES >= BATCH_SIZE, "EPOCH_PICTURES", EPOCH_PICTURES, f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
-    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "PREDICT_PICTURE", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "PICTURES_GB"):
+    check(EPOCH_IMAGES is None or EPOCH_IMAGES >= BATCH_SIZE, "EPOCH_IMAGES", EPOCH_IMAGES, f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
+    for name in ("L2_WEIGHT", "GAN_WEIGHT", "PREDICT_WEIGHT", "PREDICT_IMAGE", "DISTILL_WEIGHT", "DDCL_COMM_WEIGHT", "FEATURE_CACHE_GB", "IMAGES_GB"):
         check(real(globals()[name], 0), name, globals()[name], "a number of 0 or more")
     check(PERCEPTUAL in ("encoder", "lpips"), "PERCEPTUAL", PERCEPTUAL, '"encoder", "lpips"')
     check(pair(PERCEPTUAL_WEIGHT, lambda v: real(v, 0)), "PERCEPTUAL_WEIGHT", PERCEPTUAL_WEIGHT, "two numbers of 0 or more")
@@ -434,6 +453,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped")
     except torch.OutOfMemoryError:
-        sys.exit("train.py: the GPU's memory is full: try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or PICTURES_GB")
+        sys.exit("train.py: the GPU's memory is full: try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or IMAGES_GB")
     except OSError as error:  # a full disk, a folder that must not be written
         sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")

@@ -57,10 +57,10 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
 # Data: one uint8 tensor a split, batched by indexing
 
 
-class Pictures(NamedTuple):
-    """A data set in memory. Labels are None where a folder has no classes."""
+class Dataset(NamedTuple):
+    """A dataset in memory. Labels are None where a folder has no classes."""
 
-    name: str  # stands in every output's path, so that no run is taken for one on other pictures
+    name: str  # stands in every output's path, so that no run is taken for one on other images
     train_images: Tensor  # (N, 3, H, W) uint8
     train_labels: Tensor | None  # (N,) int64
     test_images: Tensor
@@ -71,8 +71,8 @@ class Pictures(NamedTuple):
 DATASETS = {"auto": "CIFAR-10, or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn by draw_shapes"}
 
 
-def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures:
-    """Pictures of "cifar10", "cifar100", "shapes" or a folder, image_size pixels a side.
+def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
+    """Images of "cifar10", "cifar100", "shapes" or a folder, image_size pixels a side.
 
     "auto" is CIFAR-10 where it is on disk or can be downloaded, else "shapes", after a line that says so.
     Raises ValueError for an unknown name, RuntimeError where the data cannot be had.
@@ -82,7 +82,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
         try:
             return load_cifar("cifar10", image_size, data_dir)
         except RuntimeError as error:
-            print(f'DATASET = "auto": {error}; training on drawn pictures instead, "shapes"')
+            print(f'DATASET = "auto": {error}; training on drawn images instead, "shapes"')
             return draw_shapes(image_size)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, image_size, data_dir)
@@ -92,7 +92,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Pictures
     return load_folder(Path(name), image_size, data_dir)
 
 
-def load_cifar(name: str, image_size: int, data_dir: str) -> Pictures:
+def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         train = source(data_dir, train=True)  # verifies the files' checksums
@@ -112,16 +112,16 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Pictures:
     if image_size != 32:
         images = [torch.cat([F.interpolate(b.float(), image_size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
                              for b in x.split(1000)]) for x in images]
-    return Pictures(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+    return Dataset(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
-def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
-    """Read path/train and path/test, each with a folder a class or pictures alone.
+def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
+    """Read path/train and path/test, each with a folder a class or images alone.
 
-    Pictures are converted to RGB, resized and cropped at the centre, and shuffled, always alike: the first thousand are
+    Images are converted to RGB, resized and cropped at the centre, and shuffled, always alike: the first thousand are
     then a fair sample. Files that cannot be read are named and skipped. Each split is decoded once, into a file in
     data_dir that later runs map into memory, so that a set may be larger than that.
-    Raises ValueError where a split has no picture that can be read, or the splits' classes differ.
+    Raises ValueError where a split has no image that can be read, or the splits' classes differ.
     """
     path = path.resolve()
     name = f"folder-{path.name}"
@@ -134,19 +134,19 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Pictures:
         check(classes in (None, found), "DATASET", str(path), f"the same class folders in train/ and test/, not {classes} and {found}")
         classes = found
         check(not found or all(f.parent != path / split for f in files), "DATASET", str(path),
-              f"pictures of {path / split} all in class folders, or none")
+              f"images of {path / split} all in class folders, or none")
         random.Random(0).shuffle(files)
         images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{place}")
-        check(len(images), "DATASET", str(path), f"pictures in {path / split}, but none there can be read")
+        check(len(images), "DATASET", str(path), f"images in {path / split}, but none there can be read")
         labels = torch.tensor([classes.index(f.relative_to(path / split).parts[0]) for f in files])[readable] if classes else None
         splits += [images, labels]
-    return Pictures(name, *splits, classes)
+    return Dataset(name, *splits, classes)
 
 
 def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, image_size, image_size) uint8, mapped from a file in data_dir, and which of `files` they are (N,) bool.
+    """Images (n, 3, image_size, image_size) uint8, mapped from a file in data_dir, and which of `files` they are (N,) bool.
 
-    The file is made where there is none for just these files, their sizes and times: the pictures one after the other, then a
+    The file is made where there is none for just these files, their sizes and times: the images one after the other, then a
     byte for each of `files` that says whether it could be read. It gets its name when it is whole.
     """
     state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -184,22 +184,22 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
         finally:  # what a full disk or Ctrl-C leaves may be large
             temporary.unlink(missing_ok=True)
     mapped = torch.from_file(str(whole), shared=True, size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
-    pictures, readable = mapped.split([len(mapped) - len(files), len(files)])
+    images, readable = mapped.split([len(mapped) - len(files), len(files)])
     if not readable.all():
         print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
-    return pictures.view(-1, 3, image_size, image_size), readable.bool()
+    return images.view(-1, 3, image_size, image_size), readable.bool()
 
 
 SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
 
 
-def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Pictures:
+def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
     """Ten kinds of shapes, anti-aliased, of any colour, place, size, rotation and texture, on any background."""
     check(image_size >= 1, "image_size", image_size, "1 or more")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
     images = torch.cat([_draw(batch, image_size, generator) for batch in labels.split(1000)])
-    return Pictures("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES)
+    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES)
 
 
 def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -276,7 +276,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def pick(images: Tensor, index: Tensor) -> Tensor:
-    """images (N, 3, H, W), index (B,) from 0 to 2 N - 1, on the CPU -> pictures (B, 3, H, W): of N and more the mirror images of
+    """images (N, 3, H, W), index (B,) from 0 to 2 N - 1, on the CPU -> images (B, 3, H, W): of N and more the mirror images of
     index - N, left and right exchanged."""
     mirrored = index >= len(images)
     picked = images[(index % len(images)).to(images.device)]
@@ -286,7 +286,7 @@ def pick(images: Tensor, index: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """A frozen encoder's features of the training pictures and, with `flip`, of their mirror images, computed when first asked for.
+    """A frozen encoder's features of the training images and, with `flip`, of their mirror images, computed when first asked for.
 
     Computed and kept in `dtype`: bf16, under autocast, or fp32, as the training around it. Above `limit_gb` nothing is kept.
     """
@@ -302,7 +302,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def __getitem__(self, index: Tensor) -> Tensor:
-        """index (B,), on the CPU, as for pick -> features (B, C, h, w) of those pictures, fp32"""
+        """index (B,), on the CPU, as for pick -> features (B, C, h, w) of those images, fp32"""
         if self.features is None:
             return self.compute(index).float()
         new = index[self.missing[index]]
@@ -323,19 +323,19 @@ class FeatureCache:
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one picture without
+    """Peak signal-to-noise ratio of each image (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one image without
     any error would make all means infinite."""
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
     return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity of each picture (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
+    """Structural similarity of each image (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
 
     Over whole 11x11 windows alone, as defined and as in scikit-image; torchmetrics' own mean has padded ones in it.
     """
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
-    check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "pictures of 11x11 pixels or more")
+    check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
     _, full = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,
                                                   reduction="none", return_full_image=True)
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
@@ -348,7 +348,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often each
     code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
     """
-    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one picture, uint8")
+    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one image, uint8")
     was_training = model.training
     model.eval()
     device = model.feature_mean.device
@@ -405,20 +405,20 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: int):
-    """Write a grid of uint8 pictures (N, 3, H, W): originals in the upper half, their reconstructions below.
+    """Write a grid of uint8 images (N, 3, H, W): originals in the upper half, their reconstructions below.
 
-    Pictures under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
+    Images under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
     """
     shown = min(len(originals), len(reconstructions))
     check(shown > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
-          (tuple(originals.shape), tuple(reconstructions.shape)), "pictures of one size, at least one")
+          (tuple(originals.shape), tuple(reconstructions.shape)), "images of one size, at least one")
     columns = min(columns, shown)
     whole_rows = shown // columns * columns
     originals, reconstructions = originals[:whole_rows], reconstructions[:whole_rows]
     zoom = max(1, 128 // originals.shape[-1])
-    pictures = torch.cat([originals, reconstructions]).cpu()
-    pictures = pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = make_grid(pictures, nrow=columns, padding=2, pad_value=255)
+    images = torch.cat([originals, reconstructions]).cpu()
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
     with io.BytesIO() as png:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, "PNG")
         write_file(path, png.getvalue())

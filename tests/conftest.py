@@ -22,10 +22,10 @@ def alike(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A small folder of drawn pictures: 2 classes, 96 to train on and 32 to test on."""
+    """A small folder of drawn images: 2 classes, 96 to train on and 32 to test on."""
     from utils import draw_shapes
 
-    path = tmp_path_factory.mktemp("pictures") / "tiny"
+    path = tmp_path_factory.mktemp("images") / "tiny"
     data = draw_shapes(32, train=480, test=160)
     for split, images, labels in (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)):
         for label in (3, 6):

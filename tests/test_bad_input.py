@@ -10,7 +10,18 @@ from PIL import Image
 
 from models import VQRAE, PatchDiscriminator, build_encoder
 from quantizers import build_quantizer, nearest_code
-from utils import (draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr, read_constants, save_grid, ssim)
+from utils import (
+    draw_shapes,
+    evaluate,
+    linear_probe,
+    load_checkpoint,
+    load_dataset,
+    load_torch,
+    psnr,
+    read_constants,
+    save_grid,
+    ssim,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +29,16 @@ def model():
     return VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2).eval()
 
 
-pictures, features, tokens = torch.rand(1, 3, 32, 32), torch.randn(1, 256, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
+images, features, tokens = torch.rand(1, 3, 32, 32), torch.randn(1, 256, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
 MODEL = {
-    "images of another rank": (lambda m: m(pictures[0]), "images"),
-    "grey images": (lambda m: m.encode(pictures[:, :1]), "images"),
-    "no images": (lambda m: m.encode_to_indices(pictures[:0]), "images"),
-    "images from 0 to 255": (lambda m: m.encode_to_indices(pictures * 255), "images"),
-    "images below 0": (lambda m: m(pictures - 0.5), "images"),
-    "images with NaN": (lambda m: m(pictures * torch.nan), "images"),
-    "uint8 images": (lambda m: m((pictures * 255).byte()), "images"),
-    "a list of images": (lambda m: m(pictures.tolist()), "images"),
+    "images of another rank": (lambda m: m(images[0]), "images"),
+    "grey images": (lambda m: m.encode(images[:, :1]), "images"),
+    "no images": (lambda m: m.encode_to_indices(images[:0]), "images"),
+    "images from 0 to 255": (lambda m: m.encode_to_indices(images * 255), "images"),
+    "images below 0": (lambda m: m(images - 0.5), "images"),
+    "images with NaN": (lambda m: m(images * torch.nan), "images"),
+    "uint8 images": (lambda m: m((images * 255).byte()), "images"),
+    "a list of images": (lambda m: m(images.tolist()), "images"),
     "z_q with another width": (lambda m: m.decode(features[:, 1:]), "z_q"),
     "z_q of another grid": (lambda m: m.decode(features[:, :, :4, :4]), "z_q"),
     "z_q without a batch": (lambda m: m.decode(features[0]), "z_q"),
@@ -48,8 +59,8 @@ MODEL = {
     "usage of floats": (lambda m: m.get_codebook_usage(features), "indices"),
     "stage 3": (lambda m: m.set_stage(3), "stage"),
     "normalization": (lambda m: m.set_normalization(features[:, 0]), "z"),
-    "evaluating floats": (lambda m: evaluate(m, pictures), "images"),
-    "evaluating nothing": (lambda m: evaluate(m, pictures[:0].byte()), "images"),
+    "evaluating floats": (lambda m: evaluate(m, images), "images"),
+    "evaluating nothing": (lambda m: evaluate(m, images[:0].byte()), "images"),
     "a size that the grid does not divide": (lambda m: VQRAE(image_size=30), "GRID"),
     "a grid of 0": (lambda m: VQRAE(grid=0), "GRID"),
     "an even kernel": (lambda m: VQRAE(post_quant_kernel=2), "POST_QUANT_KERNEL"),
@@ -92,23 +103,23 @@ def test_quantizer(name, call, names):
 one = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 OTHERS = {
     "a search among codes of another width": (lambda: nearest_code(torch.rand(3, 4), torch.rand(5, 6)), "codebook"),
-    "grids of different pictures": (lambda: save_grid(Path("a.png"), one, one[..., :16], columns=2), "originals"),
+    "grids of different images": (lambda: save_grid(Path("a.png"), one, one[..., :16], columns=2), "originals"),
     "a grid of nothing": (lambda: save_grid(Path("a.png"), one[:0], one[:0], columns=2), "originals"),
-    "PSNR of different sizes": (lambda: psnr(pictures, pictures[..., :16]), "images"),
-    "SSIM of different sizes": (lambda: ssim(pictures, pictures[..., :16]), "images"),
-    "SSIM of tiny pictures": (lambda: ssim(pictures[..., :8], pictures[..., :8]), "11x11"),
+    "PSNR of different sizes": (lambda: psnr(images, images[..., :16]), "images"),
+    "SSIM of different sizes": (lambda: ssim(images, images[..., :16]), "images"),
+    "SSIM of tiny images": (lambda: ssim(images[..., :8], images[..., :8]), "11x11"),
     "a probe without labels": (lambda: linear_probe(torch.rand(4, 2), torch.zeros(3).long(), torch.rand(4, 2), torch.zeros(4).long()), "train_x"),
     "a probe on nothing": (lambda: linear_probe(torch.rand(4, 2), torch.zeros(4).long(), torch.rand(0, 2), torch.zeros(0).long()), "test_x"),
-    "an unknown data set": (lambda: load_dataset("cifar", 32), "DATASET"),
-    "pictures of size 0": (lambda: load_dataset("shapes", 0), "image_size"),
+    "an unknown dataset": (lambda: load_dataset("cifar", 32), "DATASET"),
+    "images of size 0": (lambda: load_dataset("shapes", 0), "image_size"),
     "a checkpoint that is not there": (lambda: load_checkpoint("nowhere.pt"), "nowhere.pt"),
     "a folder for a file": (lambda: load_torch("."), "checkpoint"),
     "an unknown quantizer": (lambda: build_quantizer("vq", 8), "quantizer"),
     "a width of 0": (lambda: build_quantizer("fsq", 0), "dim"),
-    "a discriminator of tiny pictures": (lambda: PatchDiscriminator(4), "image_size"),
+    "a discriminator of tiny images": (lambda: PatchDiscriminator(4), "image_size"),
     "drawing nothing": (lambda: draw_shapes(0), "image_size"),
     "an empty folder": (lambda: load_dataset(folder_of(0), 32), "DATASET"),
-    "a folder of broken pictures": (lambda: load_dataset(folder_of(3, broken=True), 32), "DATASET"),
+    "a folder of broken images": (lambda: load_dataset(folder_of(3, broken=True), 32), "DATASET"),
     "a constant without a value": (lambda: read_constants({"SEED": 0}), "NAME=value"),
 }
 
@@ -132,6 +143,6 @@ def test_others(call, names, monkeypatch):
     assert "\n" not in str(error.value) and "allowed" in str(error.value)
 
 
-def test_a_folder_of_one_picture():
+def test_a_folder_of_one_image():
     data = load_dataset(folder_of(1), 32)
     assert len(data.train_images) == len(data.test_images) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256",
+ARGUMENTS = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256",
              "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
 
 # train.py with each process's model written to a file of its own at the end, or with one process killed
@@ -88,7 +88,7 @@ def launch(cwd, processes, script, arguments):
 def table(cwd):
     path, = cwd.glob("outputs/*/metrics.csv")
     with open(path) as file:
-        return [{k: float(v) for k, v in row.items() if k not in ("dataset", "seconds", "pictures_per_second")} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if k not in ("dataset", "seconds", "images_per_second")} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("quantizer, options", [("fsq", []), ("simvq", ["ACCUMULATE=2"]), ("ema_vq", ["EMA_REVIVE=False"])])
@@ -135,11 +135,11 @@ def test_ema_revives_every_code_at_a_token_of_its_own(tmp_path):
     assert codes[0].unique(dim=0).shape[0] == 100 and sizes.min() >= 0.1 * 50 / 100
 
 
-def test_all_processes_learn_from_the_pictures_that_the_first_found(tmp_path):
+def test_all_processes_learn_from_the_images_that_the_first_found(tmp_path):
     (tmp_path / "offline.py").write_text(OFFLINE.format(root=str(ROOT)))
     done = launch(tmp_path, 2, tmp_path / "offline.py", ["DATASET=auto", *ARGUMENTS, "GAN_WEIGHT=0", "STAGES=(1,)"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("drawn pictures instead") == 1 and len(table(tmp_path)) == 2
+    assert done.stdout.count("drawn images instead") == 1 and len(table(tmp_path)) == 2
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path, folder):

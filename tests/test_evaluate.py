@@ -1,4 +1,4 @@
-"""evaluate.py on small checkpoints and pictures."""
+"""evaluate.py on small checkpoints and images."""
 import json
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def shipped(tmp_path, monkeypatch, folder):
 def small_checkpoint(path, **facts):
     torch.manual_seed(0)
     model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2)
-    save_checkpoint(path, model.eval(), metrics={"pictures_per_second": 123.0}, **facts)
+    save_checkpoint(path, model.eval(), metrics={"images_per_second": 123.0}, **facts)
 
 
 def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys):
@@ -54,7 +54,7 @@ def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsy
         indices = model.encode_to_indices(images)
         assert figures["psnr"] == pytest.approx(psnr(model.decode_from_indices(indices), images).mean().item(), abs=1e-3)
         assert figures["usage"] == pytest.approx(len(indices.unique()) / 240)
-    assert figures["tokens"] == 64 and figures["bits"] == pytest.approx(64 * np.log2(240)) and figures["pictures_per_second"] == 123
+    assert figures["tokens"] == 64 and figures["bits"] == pytest.approx(64 * np.log2(240)) and figures["images_per_second"] == 123
     assert 0 < figures["probe_z"] <= 1 and 0 < figures["probe_z_q"] <= 1 and 0 < figures["probe_predicted"] <= 1
     assert "| -    " in second and "LPIPS" in second  # not to be had, and so not given
 
@@ -64,10 +64,10 @@ def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsy
     with pytest.raises(SystemExit):
         shipped()
     assert "psnr is" in capsys.readouterr().out
-    tampered["pictures"]["test"] = "0" * 12
+    tampered["images"]["test"] = "0" * 12
     record.write_text(json.dumps(tampered))
     shipped()
-    assert "of other pictures" in capsys.readouterr().out
+    assert "of other images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"quantizer": "none"}, {"encoder": "scratch"}])
@@ -75,24 +75,24 @@ def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shippe
     model = VQRAE(**options, decoder_width=64, decoder_depth=1, decoder_heads=2)
     save_checkpoint(tmp_path / "baseline.pt", model.eval())
     shipped(tmp_path / "baseline.pt")
-    pictures, tokens = [line.split("|") for line in capsys.readouterr().out.splitlines() if ", stage 1" in line]
+    images, tokens = [line.split("|") for line in capsys.readouterr().out.splitlines() if ", stage 1" in line]
     if "quantizer" in options:  # bits, use and perplexity of no codes
         assert all(cell.strip() == "-" for cell in tokens[3:8]) and "%" in tokens[8]
     else:  # no pretrained features to predict
         assert tokens[10].strip() == "-" and "%" in tokens[9]
 
 
-def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkeypatch):
+def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypatch):
     for weight in (0.0, 0.5):
         small_checkpoint(tmp_path / f"{weight}.pt", constants={"PREDICT_WEIGHT": weight})
-    monkeypatch.setattr(evaluate, "TRAIN_PICTURES", None)
+    monkeypatch.setattr(evaluate, "TRAIN_IMAGES", None)
     monkeypatch.setattr(evaluate, "CURVE", None)
     drawn = []
     monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
     save_checkpoint(tmp_path / "scratch.pt", VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval(), constants={"PREDICT_WEIGHT": 0.1})
-    shipped(tmp_path / "0.0.pt", tmp_path / "scratch.pt", tmp_path / "0.5.pt", "TRAIN_PICTURES=20", f"CURVE={tmp_path}/curve.png")
+    shipped(tmp_path / "0.0.pt", tmp_path / "scratch.pt", tmp_path / "0.5.pt", "TRAIN_IMAGES=20", f"CURVE={tmp_path}/curve.png")
     printed = capsys.readouterr().out
-    assert ": 20 training pictures" in printed
+    assert ": 20 training images" in printed
     for name in ("cifar fsq, stage 1 ", "scratch fsq, stage 1 ", "cifar fsq, stage 1, PREDICT_WEIGHT=0.5 "):
         assert printed.count(f"| {name}") == 2
     (path, figure), = drawn
@@ -105,15 +105,15 @@ def test_fewer_training_pictures_and_the_curve(shipped, tmp_path, capsys, monkey
     with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
         shipped(tmp_path / "0.0.pt", "CURVE=3")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
-        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_PICTURES=20")
+        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
     with pytest.raises(SystemExit, match="evaluate.py: DATASET = 2024"):
-        shipped(tmp_path / "0.0.pt", "DATASET=2024", "SHIP=False", "TRAIN_PICTURES=None")
+        shipped(tmp_path / "0.0.pt", "DATASET=2024", "SHIP=False", "TRAIN_IMAGES=None")
     with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*one of each quantizer"):
-        shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "SHIP=True", "TRAIN_PICTURES=None")
+        shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "SHIP=True", "TRAIN_IMAGES=None")
     save_checkpoint(tmp_path / "large.pt", VQRAE(image_size=64, grid=16, decoder_width=64, decoder_depth=1).eval())
-    with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*pictures of one size"):
+    with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*images of one size"):
         shipped(tmp_path / "0.0.pt", tmp_path / "large.pt", "SHIP=False", "CURVE=None")
 
 

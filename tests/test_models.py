@@ -192,7 +192,7 @@ def test_decoder_follows_a_vit_encoder():
 @pytest.mark.slow
 def test_a_step_in_the_papers_setting():
     """SigLIP-L at 256 pixels, SimVQ 16,384 x 1,536 behind an adapter, a decoder as large as the encoder: 12 GB for a
-    step of two pictures, nearly all of it weights, gradients and AdamW's averages."""
+    step of two images, nearly all of it weights, gradients and AdamW's averages."""
     model = VQRAE("siglip_l", "simvq", {"codebook_size": 16384, "code_dim": 1536}, image_size=256, grid=16, pretrained=False)
     one_step_of_each_stage(model, torch.rand(2, 3, 256, 256))
 
@@ -339,8 +339,8 @@ def test_distillation_loss():
     kept, predicted = model.compute_distillation_loss(z, z_q, teacher_z.detach())
     assert torch.allclose(kept, (z - teacher_z).square().mean())  # the features before the quantizer
     assert torch.allclose(predicted, (model.predict_features(z_q) - teacher_z).square().mean())
-    pictures = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
-    assert torch.allclose(model.compute_distillation_loss(z, z_q, teacher_z, 10.0)[1], predicted + 10 * pictures)
+    images = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
+    assert torch.allclose(model.compute_distillation_loss(z, z_q, teacher_z, 10.0)[1], predicted + 10 * images)
     kept.backward()
     assert torch.allclose(z.grad, 2 * (z - teacher_z).detach() / z.numel()) and z_q.grad is None
     predicted.backward()

@@ -11,11 +11,11 @@ from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
 
 import quantizers
-from quantizers import FSQ, DDCL, EMAVQ, SimVQ, build_quantizer, nearest_code, straight_through
+from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, nearest_code, straight_through
 
 DIM = 32
 OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
-LAYOUTS = {"pictures": (3, DIM, 4, 5), "sequences": (3, 7, DIM)}
+LAYOUTS = {"images": (3, DIM, 4, 5), "sequences": (3, 7, DIM)}
 
 
 def build(name, **options):
@@ -116,7 +116,7 @@ def test_what_holds_for_all_shapes_levels_and_types(levels, batch, height, width
     codes = quantizer.indices_to_codes(indices)
     assert torch.equal(z_q, codes)
     order = torch.randperm(batch)
-    back, alone = quantizer.codes_to_indices(codes), quantizer(z[order])[2]  # one picture's tokens are no other's matter
+    back, alone = quantizer.codes_to_indices(codes), quantizer(z[order])[2]  # one image's tokens are no other's matter
     if name in ("fsq", "ddcl"):
         assert torch.equal(back, indices) and torch.equal(alone, indices[order])
     else:  # nearest among codes that are equal, or nearer to each other than the squares of fp32 can tell

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 processes = multiprocessing.get_context("forkserver")  # imports torch and the rest once for all of them
 processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
 
-ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256", "DECODER_WIDTH=64",
+ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256", "DECODER_WIDTH=64",
              "DECODER_DEPTH=1", "DECODER_HEADS=2", "GAN_WEIGHT=0.1", "FLIP=True"]
 
 
@@ -99,7 +99,7 @@ def outcome(folder):
     last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
     table = list(csv.DictReader(open(outputs / "metrics.csv")))
     for row in [*table, *last["history"]]:
-        del row["seconds"], row["pictures_per_second"]
+        del row["seconds"], row["images_per_second"]
     return last, table, json.loads((outputs / "results.json").read_text())
 
 
@@ -121,7 +121,7 @@ def finish_and_compare(path, reference):
     assert len([name for name in names if name.endswith(".pt")]) == 7 and not any(name.endswith(".tmp") for name in names)
 
 
-# 2 steps an epoch, and files: two of decoded pictures, then each epoch grid, table, two plots, best, epoch_k, last.pt
+# 2 steps an epoch, and files: two of decoded images, then each epoch grid, table, two plots, best, epoch_k, last.pt
 @pytest.mark.parametrize("reference", ["ddcl"], indirect=True)  # its dither draws random numbers
 @pytest.mark.parametrize("where, calls, epoch", [("write", 1, 0), ("step", 4, 1), ("evaluation", 2, 1), ("write", 14, 1), ("write", 16, 1),
                                                  ("rename", 16, 1), ("stage 2", 4, 2)])

@@ -1,4 +1,4 @@
-"""train.py itself, on a few pictures."""
+"""train.py itself, on a few images."""
 import csv
 import json
 import re
@@ -15,7 +15,7 @@ from models import VQRAE, ConvEncoder, PatchDiscriminator, build_encoder
 from utils import draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_PICTURES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
+SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256", "EMA_CODEBOOK_SIZE=256",
          "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
 
 
@@ -53,7 +53,7 @@ def test_two_stages(quantizer, train, folder, capsys):
         parts = {name: float(row[f"{name}_loss"]) for name in ("l2", "perceptual", "quantizer", "predict", "distill")}
         weighted = 16 * parts["l2"] + 0.02 * parts["perceptual"] + parts["quantizer"] + 0.015 * parts["predict"] + 0.3 * parts["distill"]
         assert float(row["loss"]) == pytest.approx(weighted, rel=1e-3)
-        assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["pictures_per_second"]) > 0
+        assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["images_per_second"]) > 0
         assert 0 < float(row["usage"]) <= 1 and float(row["perplexity"]) >= 1 and float(row["predict_loss"]) > 0
         assert (float(row["distill_loss"]) > 0) == (row["stage"] == "2")
     assert float(table[1]["loss"]) < float(table[0]["loss"])
@@ -86,7 +86,7 @@ def test_baselines(arguments, train, folder):
 
 
 @pytest.mark.parametrize("size, grid", [(64, 16), (256, 16)])
-def test_larger_pictures(size, grid, train, tmp_path):
+def test_larger_images(size, grid, train, tmp_path):
     data = draw_shapes(size, train=12, test=4)
     for split, images in (("train", data.train_images), ("test", data.test_images)):
         (tmp_path / "large" / split).mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_features_that_are_not_kept_make_no_difference(train, folder):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_pass_shows_each_picture_once(flip, monkeypatch):
+def test_a_pass_shows_each_image_once(flip, monkeypatch):
     import train as script
 
     monkeypatch.setattr(script, "FLIP", flip)
@@ -121,7 +121,7 @@ def test_a_pass_shows_each_picture_once(flip, monkeypatch):
     assert torch.equal(script.shuffled(1000, 1000, 1), torch.cat(epochs[4:])) and not torch.equal(torch.cat(epochs[4:]), torch.cat(epochs[:4]))
 
 
-def test_mirrored_pictures_have_features_of_their_own(train, folder):
+def test_mirrored_images_have_features_of_their_own(train, folder):
     tables = {}
     for flip in (False, True):
         train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "LEARNING_RATE=(1e-9, 1e-9)", f"FLIP={flip}")
@@ -164,7 +164,7 @@ def test_gan_begins_where_it_should(train, folder):
     assert not any(torch.equal(untrained[name], learned[name]) for name in untrained)
 
 
-def test_gan_and_pictures_weigh_the_same_at_the_last_layer(monkeypatch):
+def test_gan_and_images_weigh_the_same_at_the_last_layer(monkeypatch):
     import train
 
     monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
@@ -173,9 +173,9 @@ def test_gan_and_pictures_weigh_the_same_at_the_last_layer(monkeypatch):
     model = VQRAE(decoder_width=64, decoder_depth=1).train()
     images = torch.rand(4, 3, 32, 32)
     losses, _ = train.Objective(1, model, None, None)(images, model.encoder(images).detach(), PatchDiscriminator(32).requires_grad_(False))
-    of_pictures, of_gan, of_both = (torch.autograd.grad(part, model.decoder.head.weight, retain_graph=True)[0]
+    of_images, of_gan, of_both = (torch.autograd.grad(part, model.decoder.head.weight, retain_graph=True)[0]
                                     for part in (16 * losses["l2_loss"], losses["gan_loss"], losses["loss"]))
-    expected = of_pictures + 0.5 * of_gan * of_pictures.norm() / of_gan.norm()
+    expected = of_images + 0.5 * of_gan * of_images.norm() / of_gan.norm()
     assert of_gan.norm() > 0 and torch.allclose(of_both, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
 
 
@@ -259,10 +259,10 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "QUANTIZER=vq", "QUANTIZER=['fsq']", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1", "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "EMA_CODE_DIM=0.5",
     "DDCL_DELTA=0", "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "NORMALIZE=1", "FLIP=2", "NORMALIZE=True ENCODER=scratch", "GRID=8 ENCODER=cnn",
     "DECODER_WIDTH=0", "DECODER_DEPTH=0", "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48", "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1",
-    "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_PICTURE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
-    "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_PICTURES=0", "EPOCH_PICTURES=10", "EVAL_PICTURES=0", "BATCH_SIZE=0",
+    "GAN_WEIGHT=-0.1", "GAN_START=1.5", "PREDICT_WEIGHT=no", "PREDICT_IMAGE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
+    "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_IMAGES=0", "EPOCH_IMAGES=10", "EVAL_IMAGES=0", "BATCH_SIZE=0",
     "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1",
-    "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd", "EMA_REVIVE=1", "PICTURES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
+    "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd", "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000", "FSQ_LEVELS=(64, 64, 64, 64, 64)",
 ])
 def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
     if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
@@ -328,7 +328,7 @@ def test_bench_prints_its_tables(tmp_path, folder):
                f"DATASET={folder}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("8 pictures", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step",
+    for line in ("8 images", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step",
                  "python train.py: not timed"):
         assert line in done.stdout
     assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", done.stdout, re.MULTILINE)

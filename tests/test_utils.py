@@ -20,9 +20,24 @@ from torchvision import datasets
 
 import utils
 from models import VQRAE
-from utils import (FeatureCache, digest, draw_shapes, evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, pick, psnr,
-                   read_constants, save_checkpoint, save_grid, ssim, to_float, write_file)
-
+from utils import (
+    FeatureCache,
+    digest,
+    draw_shapes,
+    evaluate,
+    linear_probe,
+    load_checkpoint,
+    load_dataset,
+    load_torch,
+    pick,
+    psnr,
+    read_constants,
+    save_checkpoint,
+    save_grid,
+    ssim,
+    to_float,
+    write_file,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -69,10 +84,10 @@ def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
         (tmp_path / split).mkdir()
         for i, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK", "1"]):
             Image.new(mode, (50 + i, 40)).save(tmp_path / split / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
-    (tmp_path / "train" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "broken.png").write_bytes(b"no image")
     whole = (tmp_path / "train" / "0.png").read_bytes()
     (tmp_path / "train" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "train" / "notes.txt").write_text("not a picture's name")
+    (tmp_path / "train" / "notes.txt").write_text("not an image's name")
     data = load_dataset(str(tmp_path), 24)
     assert data.train_images.shape == (6, 3, 24, 24) and data.train_labels is None and data.classes == []
     out = capsys.readouterr()
@@ -81,28 +96,28 @@ def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
 
 
 def test_folder_is_decoded_once_and_again_when_it_changed(folder, tmp_path, monkeypatch):
-    path = tmp_path / "pictures"
+    path = tmp_path / "images"
     shutil.copytree(folder, path)
     first = load_dataset(str(path), 16)
     files = set(Path("data").iterdir())
-    assert {f.name.rsplit("_", 2)[0] for f in files} == {"folder-pictures_train_16", "folder-pictures_test_16"}
+    assert {f.name.rsplit("_", 2)[0] for f in files} == {"folder-images_train_16", "folder-images_test_16"}
     with monkeypatch.context() as patch:
         patch.setattr(utils.Image, "open", lambda file: pytest.fail("decoded again"))
         again = load_dataset(os.path.relpath(path), 16)  # spelled in another way
     assert all(torch.equal(a, b) for a, b in zip(first[1:5], again[1:5]))
     load_dataset(str(path), 24)
-    shutil.copytree(folder, tmp_path / "other" / "pictures")
-    load_dataset(str(tmp_path / "other" / "pictures"), 16)
+    shutil.copytree(folder, tmp_path / "other" / "images")
+    load_dataset(str(tmp_path / "other" / "images"), 16)
     assert len(set(Path("data").iterdir()) - files) == 4 and files < set(Path("data").iterdir())  # each size and place has its own
     shutil.rmtree(tmp_path / "other")
 
-    picture = next((path / "train" / "star").iterdir())
-    Image.new("RGB", (32, 32), "red").save(picture)
+    image = next((path / "train" / "star").iterdir())
+    Image.new("RGB", (32, 32), "red").save(image)
     changed = load_dataset(str(path), 16)
     assert sum(not torch.equal(a, b) for a, b in zip(first.train_images, changed.train_images)) == 1
-    picture.unlink()
+    image.unlink()
     assert len(load_dataset(str(path), 16).train_images) == len(first.train_images) - 1
-    assert len(list(Path("data").glob("folder-pictures_train_16_*"))) == 2  # that of the other place; the old ones are gone
+    assert len(list(Path("data").glob("folder-images_train_16_*"))) == 2  # that of the other place; the old ones are gone
 
 
 def test_a_folder_half_decoded_is_not_used(folder, monkeypatch):
@@ -142,23 +157,23 @@ def cifar_on_disk(tmp_path, monkeypatch):
         (base / name).write_bytes(pickle.dumps(content))
         return hashlib.md5((base / name).read_bytes()).hexdigest()
 
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 3072), dtype=np.uint8)
-    lists = [[[name, write(name, {"data": pictures[i], "labels": list(range(8))})]] for i, name in enumerate(["data_batch_1", "test_batch"])]
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 3072), dtype=np.uint8)
+    lists = [[[name, write(name, {"data": images[i], "labels": list(range(8))})]] for i, name in enumerate(["data_batch_1", "test_batch"])]
     monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[0])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[1])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", {"label_names": list("abcdefghij")})}
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    return tmp_path, pictures
+    return tmp_path, images
 
 
 @pytest.mark.parametrize("name", ["auto", "cifar10"])
 def test_cifar_from_disk(name, cifar_on_disk, monkeypatch):
-    path, pictures = cifar_on_disk
+    path, images = cifar_on_disk
     monkeypatch.setattr(utils, "reachable", lambda url: pytest.fail("the network was asked"))
     data = load_dataset(name, 32, str(path))
     assert data.name == "cifar10" and data.classes == list("abcdefghij")
-    assert np.array_equal(data.train_images.numpy(), pictures[0].reshape(8, 3, 32, 32))
-    assert np.array_equal(data.test_images.numpy(), pictures[1].reshape(8, 3, 32, 32))
+    assert np.array_equal(data.train_images.numpy(), images[0].reshape(8, 3, 32, 32))
+    assert np.array_equal(data.test_images.numpy(), images[1].reshape(8, 3, 32, 32))
     assert data.train_labels.tolist() == list(range(8))
     assert load_dataset(name, 48, str(path)).train_images.shape == (8, 3, 48, 48)
 
@@ -177,7 +192,7 @@ def test_cifar_out_of_reach(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def broken_off(cifar_on_disk, tmp_path_factory, monkeypatch):
     """CIFAR-10's archive on a server of this machine that breaks off in the midst of it at first."""
-    path, pictures = cifar_on_disk
+    path, images = cifar_on_disk
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         tar.add(path / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
@@ -199,16 +214,16 @@ def broken_off(cifar_on_disk, tmp_path_factory, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
-    yield tmp_path_factory.mktemp("data"), pictures
+    yield tmp_path_factory.mktemp("data"), images
     server.shutdown()
 
 
 def test_a_download_that_breaks_off_is_not_trusted(broken_off):
-    path, pictures = broken_off
+    path, images = broken_off
     with pytest.raises(RuntimeError, match="could not be downloaded"):
         load_dataset("cifar10", 32, str(path))
     data = load_dataset("cifar10", 32, str(path))  # asks again, and verifies
-    assert np.array_equal(data.train_images.numpy(), pictures[0].reshape(8, 3, 32, 32))
+    assert np.array_equal(data.train_images.numpy(), images[0].reshape(8, 3, 32, 32))
 
 
 def test_a_damaged_data_set_is_not_trusted(cifar_on_disk, monkeypatch):
@@ -254,12 +269,12 @@ def test_features_are_computed_once():
         assert encoder.seen == seen
     encoder = Encoder()
     features = FeatureCache(encoder, images, 1.0, torch.float32, flip=True)
-    for index in ([1, 13, 5], [11, 3, 15], [13, 5, 1, 3]):  # a picture's mirror image is another
+    for index in ([1, 13, 5], [11, 3, 15], [13, 5, 1, 3]):  # an image's mirror image is another
         assert torch.equal(features[torch.tensor(index)], Encoder()(to_float(both[index])))
     assert encoder.seen == 6
 
 
-def test_picking_pictures_and_their_mirror_images():
+def test_picking_images_and_their_mirror_images():
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
     both = torch.cat([images, images.flip(3)])
     index = torch.randperm(20)
@@ -283,7 +298,7 @@ def test_psnr_and_ssim_agree_with_scikit_image():
     assert (psnr(targets, targets) == 100).all()  # not infinite
 
 
-def test_evaluate_is_the_mean_over_pictures():
+def test_evaluate_is_the_mean_over_images():
     model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2).train()
     images = draw_shapes(32, train=30, test=1).train_images
     metrics, counts, reconstructions = evaluate(model, images, batch_size=7)
@@ -310,7 +325,7 @@ def test_grid_has_originals_above(tmp_path):
     assert (grid[2:130, 2:130] == 0).all() and (grid[132:260, 2:130] == 0).all() and (grid[262:390, 2:130] == 200).all()
 
 
-def test_grid_of_few_pictures(tmp_path):
+def test_grid_of_few_images(tmp_path):
     for n, size in ((3, (3 * 130 + 2, 2 * 130 + 2)), (7, (4 * 130 + 2, 2 * 130 + 2))):
         save_grid(tmp_path / "grid.png", *torch.zeros(2, n, 3, 32, 32, dtype=torch.uint8), columns=4)
         assert Image.open(tmp_path / "grid.png").size == size
