@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import zipfile
+from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +28,8 @@ from torchvision.models import VGG16_Weights
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from models import VQRAE, reachable
-from quantizers import check
+from models import VQRAE, Conv, reachable
+from quantizers import Quantizer, check
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -275,47 +276,150 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def pick(images: Tensor, index: Tensor) -> Tensor:
-    """images (N, 3, H, W), index (B,) from 0 to 2 N - 1, on the CPU -> images (B, 3, H, W): of N and more the mirror images of
-    index - N, left and right exchanged."""
-    mirrored = index >= len(images)
-    picked = images[(index % len(images)).to(images.device)]
-    if not mirrored.any():
-        return picked
-    return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), picked.flip(3), picked)
+def select_images(images: Tensor, index: Tensor) -> Tensor:
+    """images (N, 3, H, W) and index (B,) on their device, from 0 to 2 N - 1 -> images (B, 3, H, W): an index i of N or
+    more stands for the mirrored image i - N, left and right exchanged."""
+    selected = images[index % len(images)]
+    return torch.where((index >= len(images)).view(-1, 1, 1, 1), selected.flip(3), selected)
 
 
 class FeatureCache:
-    """A frozen encoder's features of the training images and, with `flip`, of their mirror images, computed when first asked for.
+    """A frozen encoder's features of the training images, and of mirrored ones as in select_images, on its device.
 
-    Computed and kept in `dtype`: bf16, under autocast, or fp32, as the training around it. Above `limit_gb` nothing is kept.
+    fill() computes an epoch's features, if they are not kept from an earlier one; [] looks a batch up. In bf16 under
+    autocast or in fp32, as the training around it. Above limit_gb nothing is kept, and [] computes each batch.
     """
 
-    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype = torch.bfloat16, flip: bool = False):
+    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype, flip: bool = False):
         self.encoder, self.images, self.dtype = encoder, images, dtype
         self.device = next(encoder.parameters()).device
-        self.features = None
         count = len(images) * (2 if flip else 1)
-        if count * encoder.dim * encoder.grid**2 * dtype.itemsize <= limit_gb * 1e9:
-            self.features = torch.empty((count, encoder.grid, encoder.grid, encoder.dim), dtype=dtype, device=self.device)
-            self.missing = torch.ones(count, dtype=torch.bool)
+        self.gigabytes = count * encoder.dim * encoder.grid**2 * dtype.itemsize / 1e9
+        self.kept = None
+        if self.gigabytes <= limit_gb:
+            self.kept = torch.empty((count, encoder.grid, encoder.grid, encoder.dim), dtype=dtype, device=self.device)
+            self.missing = torch.ones(count, dtype=torch.bool)  # on the host, where looking at it costs nothing
+
+    def fill(self, batches: Tensor):
+        """batches (n, B), on the CPU: compute the features of each batch that has a missing image.
+
+        A whole batch at a time: a run that was resumed, and has none of them, then repeats the very arithmetic.
+        """
+        if self.kept is None:
+            return
+        for index in tqdm([index for index in batches if self.missing[index].any()], "encoding", leave=False):
+            features = self.compute(index.to(self.images.device))
+            self.kept[index.to(self.device)] = features.permute(0, 2, 3, 1)
+            self.missing[index] = False
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """index (B,), on the images' device -> features (B, C, h, w), fp32"""
+        if self.kept is None:
+            return self.compute(index).float()
+        return self.kept[index.to(self.device)].float().permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """index (B,), on the CPU, as for pick -> features (B, C, h, w) of those images, fp32"""
-        if self.features is None:
-            return self.compute(index).float()
-        new = index[self.missing[index]]
-        if len(new):
-            if self.device.type == "cpu":  # the whole batch: a run that goes on meets the very arithmetic of one that went through
-                new = index
-            self.features[new.to(self.device)] = self.compute(new).permute(0, 2, 3, 1)
-            self.missing[new] = False
-        return self.features[index.to(self.device)].float().permute(0, 3, 1, 2)
-
     def compute(self, index: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.encoder(to_float(pick(self.images, index).to(self.device))).to(self.dtype)
+            return self.encoder(to_float(select_images(self.images, index).to(self.device))).to(self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024): momentum, made orthogonal, is the update, in AdamW's size of steps (2502.16982).
+
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but for many matrices in one kernel launch, which is
+    what a step of small matrices takes its time for on a GPU.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in matrices]
+            for p in matrices:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            orthogonalize(updates)
+            torch._foreach_mul_(updates, [-group["lr"] * 0.2 * math.sqrt(max(p.shape)) for p in matrices])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, updates)
+
+
+def orthogonalize(matrices: list[Tensor]):
+    """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
+
+    Matrices of one shape are stacked; on a GPU those of similar ones, too, padded with zeros, which stay zeros.
+    """
+    stacks = {}
+    for matrix in matrices:
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+        rows = 1 << (wide.shape[0] - 1).bit_length()  # the next power of two
+        stacks.setdefault(rows if wide.is_cuda else wide.shape, []).append(wide)
+    for stack in stacks.values():
+        rows, columns = (max(matrix.shape[side] for matrix in stack) for side in (0, 1))
+        x = torch.zeros(len(stack), rows, columns, dtype=torch.bfloat16, device=stack[0].device)
+        torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        torch._foreach_copy_(stack, [padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)])
+
+
+class ToBF16(torch.autograd.Function):
+    """fp32 tensors to bf16, all in one kernel launch, and their gradients back in another."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in tensors]
+        torch._foreach_copy_(copies, tensors)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+        torch._foreach_copy_(copies, given)
+        copies = iter(copies)
+        return tuple(None if gradient is None else next(copies) for gradient in gradients)
+
+
+def autocast_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a module, by name, whose weights autocast casts to bf16: all convolutions and linear layers but
+    the quantizer's own."""
+    quantizers = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Quantizer))
+    return {name: part for name, part in module.named_modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Conv)) and not name.startswith(quantizers)}
+
+
+class BF16Weights(nn.Module):
+    """A module called with its layers' weights in bf16, cast all at once: autocast casts each by itself, two kernel
+    launches for each weight and step. The results are the same, and gradients arrive at the fp32 weights.
+
+    Layers named `head` are left to autocast: one node of autograd's graph casts all others, so that the gradient of one
+    of them alone, as the adaptive weight of a GAN asks for the head's, would go through the whole network.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.names = [f"{name}.{kind}" for name, layer in autocast_layers(module).items() if not name.endswith(".head")
+                      for kind, weight in layer.named_parameters() if weight.requires_grad]
+
+    def forward(self, *arguments):
+        weights = ToBF16.apply(*map(self.module.get_parameter, self.names))
+        return torch.func.functional_call(self.module, dict(zip(self.names, weights)), arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

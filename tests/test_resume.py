@@ -129,7 +129,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference
     assert exit_code(start(tmp_path, reference[0], where, calls)) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not list(tmp_path.rglob("results.json"))
     finish_and_compare(tmp_path, reference)
-    assert (f"going on after stage 1, epoch {epoch}" in (tmp_path / "log").read_text()) == (epoch > 0)
+    assert (f"resuming after stage 1, epoch {epoch}" in (tmp_path / "log").read_text()) == (epoch > 0)
 
 
 @pytest.mark.slow
