@@ -63,6 +63,8 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # fp32 on a GPU, too
     try:
         paths, data, records = set_up()
+    except torch.OutOfMemoryError:  # a RuntimeError, but no mistake in the arguments
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     if SHIP:
@@ -206,12 +208,14 @@ def measure_distances(originals: Tensor, reconstructions: Tensor, reference_enco
                 rfid.update(reconstruction, real=False)
             figures["rfid"] = rfid.compute().item()
     try:
-        lpips = load_lpips().to(device)
-        sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
-        figures["lpips"] = sum(sums).item() / len(originals)
+        lpips = load_lpips()
     except RuntimeError as error:
         reason, *_ = str(error).split(";")  # what follows is how to train without it
         print(f"no LPIPS: {reason}")
+    else:  # outside of `try`: a full GPU memory is a RuntimeError, too
+        lpips = lpips.to(device)
+        sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
+        figures["lpips"] = sum(sums).item() / len(originals)
     return figures
 
 

@@ -1,5 +1,6 @@
 """evaluate.py on small checkpoints and images."""
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def test_rfid_whose_download_breaks_off_is_left_out(monkeypatch, capsys):
     figures = evaluate.measure_distances(images, images, build_encoder("cifar", 8).eval())
     assert "frechet" in figures and "rfid" not in figures
     assert "no rFID: connection reset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["load_dataset", "load_lpips"])
+def test_a_full_gpu_memory_is_no_missing_network_or_dataset(where, folder, tmp_path, monkeypatch):
+    class Full(torch.nn.Module):
+        def forward(self, *args, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small_checkpoint(tmp_path / "small.pt")
+    monkeypatch.setattr("models.reachable", lambda url: False)
+    monkeypatch.setattr(f"utils.{where}", Full() if where == "load_dataset" else Full)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "small.pt"), f"DATASET={folder}"])
+    with pytest.raises(SystemExit, match="evaluate.py: the GPU's memory is full"):
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
 
 
 def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):
