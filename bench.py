@@ -249,18 +249,14 @@ def tokenizing():
 
 
 FIRST_STEP = """
-import sys, time
+import os, runpy, sys, time
 import torch
 imported = time.time()
-sys.path.insert(0, {root!r})
 def first_step(*args):
-    print("seconds", time.time() - imported, file=sys.stderr)
-    sys.stderr.flush()
-    import os
+    os.write(2, b"seconds %f" % (time.time() - imported))
     os._exit(0)
 torch.nn.utils.clip_grad_norm_ = first_step
-sys.argv = ["train.py", *sys.argv[1:]]
-import runpy
+sys.path.insert(0, {root!r})
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
@@ -292,8 +288,8 @@ def scaling():
         with tempfile.TemporaryDirectory() as folder:
             done = run_python(
                 ROOT / "train.py", f"DATASET={SCALING_DATASET}", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)",
-                "STAGES=(1,)", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "FEATURE_CACHE_GB=0",
-                "PERCEPTUAL_WEIGHT=(0, 0)", "KEEP_CHECKPOINTS=0", "EVAL_IMAGES=100", folder=folder)
+                "STAGES=(1,)", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0",
+                "PERCEPTUAL_WEIGHT=(0, 0)", "FEATURE_CACHE_GB=0", "EVAL_IMAGES=100", folder=folder)
             if done.returncode:
                 return print(f"scaling: {last_line(done)}")
             table, = Path(folder, "outputs").glob("*/metrics.csv")
