@@ -1,14 +1,16 @@
 """Time and memory of what this repository claims to be fast, against the ordinary way to do it.
 
-    python bench.py                        everything, ten minutes on two cores; on a GPU, with a whole run of train.py
-    python bench.py "PARTS=('search',)"    of "training", "utilisation", "search", "tokenizing", "start", "scaling", "run"
+    python bench.py                             everything, ten minutes on two cores; on a GPU, with a run of train.py
+    python bench.py "BENCHMARKS=('search',)"    one or some of them
 
-Each line of the first four parts runs two things in turn, ROUNDS times, and prints their medians and the median and range of their
-ratios. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
+Each line of the first four runs two things in turn, ROUNDS times, and prints the medians of their times and of their
+ratio, with its range. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
 """
 import copy
+import csv
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler tells of its own doings
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler logs that it starts and stops
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +38,17 @@ from models import VQRAE
 from quantizers import EMAVQ, SimVQ, check, fast_bf16
 from utils import FeatureCache, draw_shapes, read_constants, to_float
 
-PARTS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")
+BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # functions below
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
-CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # codes and their width, for the search
+CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # size and code dim, for the search
 TOKENS = 8192  # of the search, as one image and as 32
-DATASET = "cifar10"  # of the start and the run
+DATASET = "cifar10"  # of start and run
+SCALING_DATASET = "shapes"  # of scaling: has as many training images as the largest of SCALING
 SCALING = (5_000, 15_000, 50_000)  # images in an epoch
 device = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).resolve().parent
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -58,7 +62,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """MB of tensors that the run, warm, holds at its worst moment beyond what was there before it, of which it must free nothing."""
+    """MB of tensors that a warm run allocates at its peak. It must free nothing that was there before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -66,31 +70,34 @@ def peak_memory(run: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate((event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())), initial=0)) / 1e6
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative where memory is freed
+    return max(accumulate(changes, initial=0)) / 1e6
 
 
-def heading(title: str, first: str, second: str, memory: bool = False):
-    print(f"\n{title:52} {first:>10} {second:>10} {'ratio':>6} {'range':>12}" + ("     peak memory" if memory else ""))
+def print_heading(title: str, first: str, second: str, memory: bool = False):
+    print(f"\n{title:52} {first:>10} {second:>10} {'ratio':>6} {'range':>12}" + "     peak memory" * memory)
 
 
 def compare(name: str, first: Callable[[], object], second: Callable[[], object], memory: bool = False):
     first(), second()  # warm-up
     times = [(seconds(first), seconds(second)) for _ in range(ROUNDS)]
     ratios = [a / b for a, b in times]
-    medians = [statistics.median(column) * 1000 for column in zip(*times)]
-    line = f"{name:52} {medians[0]:7.1f} ms {medians[1]:7.1f} ms {statistics.median(ratios):6.2f} {f'{min(ratios):.2f}-{max(ratios):.2f}':>12}"
+    milliseconds = [f"{statistics.median(column) * 1000:7.1f} ms" for column in zip(*times)]
+    ratio_range = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    line = f"{name:52} {' '.join(milliseconds)} {statistics.median(ratios):6.2f} {ratio_range:>12}"
     if memory:
         line += f"  {peak_memory(first):5.0f} to {peak_memory(second):.0f} MB"
     print(line, flush=True)
 
 
-def trainer(stage: int, encoder: str = "cifar", image_size: int = 32, grid: int = 8) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
-    """The frozen encoder, and train.py's step (images, its features) with all of its losses but the GAN's."""
+def build_training(stage: int, encoder: str = "cifar", image_size: int = 32,
+                   grid: int = 8) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
+    """The frozen encoder, and train.py's step(images, features) with all of its losses but the GAN's."""
     import train
 
     train.ENCODER, train.IMAGE_SIZE, train.GRID = encoder, image_size, grid
-    model = train.build_model(pretrained=encoder == "cifar").set_stage(stage).train()  # others' weights make no difference here
+    model = train.build_model(pretrained=encoder == "cifar").set_stage(stage).train()  # others' weights stay random
     teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
     objective = train.Objective(stage, model, teacher, None)
     optimizers = train.build_optimizers(model, 1e-5)
@@ -107,22 +114,22 @@ def trainer(stage: int, encoder: str = "cifar", image_size: int = 32, grid: int 
 
 
 def training():
-    """Stage 1 of train.py with its losses: ImageFolder, DataLoader, fp32 and the encoder in each step, or as it does it."""
+    """Stage 1 with ImageFolder, DataLoader, fp32 and the encoder in each step, against train.py's way."""
     import train
 
     precision = "bf16" if fast_bf16(device) else "fp32"
-    heading("stage 1", "ordinary", "ours")
+    print_heading("stage 1", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
     images = draw_shapes(32, train=count, test=10).train_images
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "shapes").mkdir()
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder, "shapes", f"{i}.png"))
-        loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, shuffle=True, num_workers=2, persistent_workers=True)
-        on_device = images.to(device)
+        loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, True, num_workers=2, persistent_workers=True)
+        images = images.to(device)
         for encoder in ("cifar", "dinov2_s") if device == "cuda" else ("cifar",):
-            teacher, step = trainer(1, encoder)
-            features = FeatureCache(teacher, on_device, 4.0)
+            teacher, step = build_training(1, encoder)
+            features = FeatureCache(teacher, images, 4.0)
 
             def ordinary():
                 train.PRECISION = "fp32"
@@ -135,24 +142,26 @@ def training():
             def ours():
                 train.PRECISION = precision
                 for index in torch.randperm(count).split(BATCH_SIZE):
-                    step(to_float(on_device[index.to(device)]), features[index])
+                    step(to_float(images[index.to(device)]), features[index])
 
             compare(f"{count} images, {encoder}", ordinary, ours)
 
 
 def utilisation():
-    """A step of train.py beside one matrix product with as many multiplications and additions in the same precision: the
-    ratio is the share of the product's speed that the step reaches (in fp32 on a CPU, where convolutions have faster kernels than
-    torch's product, more than 1). On a GPU, with profiles of what takes its time."""
+    """A step of train.py, against one matrix product of as many operations in the same precision.
+
+    The ratio is the share of the product's speed that the step reaches; in fp32 on a CPU it is more than 1, as
+    convolutions have faster kernels there than torch's product. On a GPU, with a profile of the step.
+    """
     import train
 
     torch.backends.cudnn.allow_tf32 = False  # the product is without it, too
-    heading(f"a step of {BATCH_SIZE} images", "product", "step")
+    print_heading(f"a step of {BATCH_SIZE} images", "product", "step")
     models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
     for encoder, size, grid in models:
         for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
             train.PRECISION = precision
-            teacher, step = trainer(stage, encoder, size, grid)
+            teacher, step = build_training(stage, encoder, size, grid)
             images = torch.rand(BATCH_SIZE, 3, size, size, device=device)
             with torch.no_grad():
                 z = teacher(images)
@@ -160,157 +169,168 @@ def utilisation():
                 step(images, z)
             width = 4096
             rows = counter.get_total_flops() // (2 * width**2)
-            a, b = (torch.randn(n, width, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for n in (rows, width))
-            compare(f"{encoder}, {precision}, stage {stage}, {counter.get_total_flops() / 1e9 / BATCH_SIZE:.2f} GFLOP an image",
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            a, b = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width))
+            gflop = counter.get_total_flops() / 1e9 / BATCH_SIZE
+            compare(f"{encoder}, {precision}, stage {stage}, {gflop:.2f} GFLOP an image",
                     lambda: a @ b, lambda: step(images, z))
             if device == "cuda":
                 with profile() as profiler:
                     step(images, z)
                     torch.cuda.synchronize()
-                print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=60))
-    torch.backends.cudnn.allow_tf32 = True  # as it was, and as train.py has it
+                averages = profiler.key_averages()
+                print(averages.table(sort_by="self_device_time_total", row_limit=8, max_name_column_width=60))
+    torch.backends.cudnn.allow_tf32 = True  # as in train.py
 
 
 def search():
-    """A training step of quantizer alone, forward and backward, ours and vector-quantize-pytorch's own module (straight-through,
-    as ours)."""
-    heading(f"{TOKENS:,} tokens quantized, forward and backward", "library", "ours", memory=True)
+    """A quantizer's forward and backward pass, ours against vector-quantize-pytorch's; all are straight-through."""
+    print_heading(f"{TOKENS:,} tokens quantized, forward and backward", "library", "ours", memory=True)
+
+    class Normalize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.normalize(x, dim=-1)
+
+    def quantize(quantizer: Callable, z: Tensor, loss_at: int):
+        leaf = z.clone().requires_grad_()
+        outputs = quantizer(leaf)
+        (outputs[0].sum() + outputs[loss_at].sum()).backward()
+
     for codes, width in CODEBOOKS:
         x = torch.randn(1, TOKENS, width, device=device)
-        ours = SimVQ(width, codes).to(device)
-        ours.project_in, ours.project_out = nn.Identity(), nn.Identity()
-
-        class Normalize(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return F.normalize(x, dim=-1)
-
-        library = LibrarySimVQ(width, codes, nn.Sequential(ours.simvq.code_transform, Normalize()), rotation_trick=False).to(device)
-        library.frozen_codebook = ours.simvq.frozen_codebook
-        ema = EMAVQ(width, codes, revive=False).to(device)
-        library_ema = VectorQuantize(width, codes, decay=0.99, rotation_trick=False).to(device)
-        for name, theirs, mine in (("SimVQ", lambda z: library(F.normalize(z, dim=-1)), ours), ("EMA-VQ", library_ema, ema)):
+        simvq = SimVQ(width, codes).to(device)
+        simvq.project_in, simvq.project_out = nn.Identity(), nn.Identity()
+        code_transform = nn.Sequential(simvq.simvq.code_transform, Normalize())
+        library_simvq = LibrarySimVQ(width, codes, code_transform, rotation_trick=False).to(device)
+        library_simvq.frozen_codebook = simvq.simvq.frozen_codebook
+        ema_vq = EMAVQ(width, codes, revive=False).to(device)
+        library_ema_vq = VectorQuantize(width, codes, decay=0.99, rotation_trick=False).to(device)
+        for name, library, ours in (("SimVQ", lambda z: library_simvq(F.normalize(z, dim=-1)), simvq),
+                                    ("EMA-VQ", library_ema_vq, ema_vq)):
             for items in (1, 32):
                 z = x.view(items, -1, width)
-
-                def run(quantize: Callable, loss_at: int):
-                    leaf = z.clone().requires_grad_()
-                    out = quantize(leaf)
-                    (out[0].sum() + out[loss_at].sum()).backward()
-
-                same = ""
-                if name == "SimVQ":  # EMA-VQ's two have other codebooks, for each makes its own
+                equal = ""
+                if name == "SimVQ":  # EMA-VQ's two have codebooks of their own
                     with torch.no_grad():
-                        same = f", {(theirs(z)[1] == mine(z)[2]).float().mean().item():.2%} equal"
-                compare(f"{name} {codes:,} x {width:,}, {items} x {TOKENS // items:,}{same}",
-                        lambda: run(theirs, 2), lambda: run(mine, 1), memory=True)
+                        equal = f", {(library(z)[1] == ours(z)[2]).float().mean().item():.2%} equal"
+                compare(f"{name} {codes:,} x {width:,}, {items} x {TOKENS // items:,}{equal}",
+                        lambda: quantize(library, z, 2), lambda: quantize(ours, z, 1), memory=True)
 
 
 @torch.no_grad()
 def tokenizing():
-    """What quantizing adds to the encoder (and, where codes are searched, to one product of tokens and codes), and looking
-    codes up to the decoder."""
+    """What quantizing adds to the encoder (and, where codes are searched, to a product of tokens and codes), and what
+    looking up codes adds to the decoder."""
     import train
 
-    heading(f"{BATCH_SIZE} images, no adapter", "tokens", "bare")
+    print_heading(f"{BATCH_SIZE} images, no adapter", "tokens", "bare")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
-    for name, options in (("fsq", {}), ("ddcl", {}), ("simvq", {"code_dim": train.SIMVQ_CODE_DIM}), ("ema_vq", {"code_dim": train.EMA_CODE_DIM})):
-        model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()
+    code_dims = {"fsq": None, "ddcl": None, "simvq": train.SIMVQ_CODE_DIM, "ema_vq": train.EMA_CODE_DIM}
+    for name, width in code_dims.items():
+        model = VQRAE(quantizer=name, quantizer_options={"code_dim": width} if width else {}, adapter_depth=0)
+        model = model.to(device).eval()
         z_q, _, indices = model.encode(images)
-        bare = lambda: model.encoder(images)
-        if name in ("simvq", "ema_vq"):
-            width = options["code_dim"]
-            codes, x = torch.randn(model.quantizer.codebook_size, width, device=device), torch.randn(indices.numel(), width, device=device)
-            parts = x.split((2**26 if device == "cuda" else 2**20) // len(codes))  # as the search takes them
-            kept = x.new_empty(len(parts[0]), len(codes))
-            bare = lambda: (model.encoder(images), [torch.mm(part, codes.T, out=kept[: len(part)]) for part in parts])
-        compare(f"encode_to_indices, and encoder{' + product' if name in ('simvq', 'ema_vq') else ''}: {name}",
-                lambda: model.encode_to_indices(images), bare)
-        compare(f"decode_from_indices, and decode: {name}", lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
+        chunks = []
+        if width:
+            codes = torch.randn(model.quantizer.codebook_size, width, device=device)
+            tokens = torch.randn(indices.numel(), width, device=device)
+            chunks = tokens.split((2**26 if device == "cuda" else 2**20) // len(codes))  # of the search's own size
+            scores = tokens.new_empty(len(chunks[0]), len(codes))
+
+        def encode():
+            model.encoder(images)
+            for chunk in chunks:
+                torch.mm(chunk, codes.T, out=scores[: len(chunk)])
+
+        compare(f"encode_to_indices, and encoder{' + product' if width else ''}: {name}",
+                lambda: model.encode_to_indices(images), encode)
+        compare(f"decode_from_indices, and decode: {name}",
+                lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
 
 
 FIRST_STEP = """
-import sys, time
+import os, runpy, sys, time
 import torch
 imported = time.time()
-sys.path.insert(0, {root!r})
 def first_step(*args):
-    print("seconds", time.time() - imported, file=sys.stderr)
-    sys.stderr.flush()
-    import os
+    os.write(2, b"seconds %f" % (time.time() - imported))
     os._exit(0)
 torch.nn.utils.clip_grad_norm_ = first_step
-sys.argv = ["train.py", *sys.argv[1:]]
-import runpy
+sys.path.insert(0, {root!r})
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
+def run_python(*arguments: str | Path, folder: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+
+
 def last_line(done: subprocess.CompletedProcess) -> str:
-    """What a script that failed said last"""
+    """The error of a script that failed."""
     return done.stderr.strip().rpartition("\n")[2]
 
 
 def start():
     """From `python train.py` to its first step with the images on disk, beyond importing torch."""
-    root = str(Path(__file__).resolve().parent)
-    done = [subprocess.run([sys.executable, "-c", FIRST_STEP.format(root=root), f"DATASET={DATASET}", "SEED=31415"], capture_output=True, text=True)
-            for _ in range(ROUNDS)]
+    code = FIRST_STEP.format(root=str(ROOT))
+    done = [run_python("-c", code, f"DATASET={DATASET}", "SEED=31415") for _ in range(ROUNDS)]
     if any("seconds" not in run.stderr for run in done):
         return print(f"\nstart: {last_line(done[0])}")
     times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
-    print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s ({min(times):.1f}-{max(times):.1f})")
+    print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s "
+          f"({min(times):.1f}-{max(times):.1f})")
 
 
 def scaling():
-    """Seconds of an epoch over its images, from runs of train.py with a small decoder."""
+    """Seconds of an epoch by its number of images, from runs of train.py with a small decoder."""
     print("\nimages in an epoch, and seconds of the second epoch")
-    root = Path(__file__).resolve().parent
-    with tempfile.TemporaryDirectory() as folder:
-        for count in SCALING:
-            subprocess.run([sys.executable, root / "train.py", "DATASET=shapes", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)", "STAGES=(1,)",
-                            "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0", "PERCEPTUAL_WEIGHT=(0, 0)",
-                            "FEATURE_CACHE_GB=0", "KEEP_CHECKPOINTS=0", "EVAL_IMAGES=100"], cwd=folder, check=True, capture_output=True)
+    for count in SCALING:
+        with tempfile.TemporaryDirectory() as folder:
+            done = run_python(
+                ROOT / "train.py", f"DATASET={SCALING_DATASET}", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)",
+                "STAGES=(1,)", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0",
+                "PERCEPTUAL_WEIGHT=(0, 0)", "FEATURE_CACHE_GB=0", "EVAL_IMAGES=100", folder=folder)
+            if done.returncode:
+                return print(f"scaling: {last_line(done)}")
             table, = Path(folder, "outputs").glob("*/metrics.csv")
-            names, *_, last = [line.split(",") for line in table.read_text().splitlines()]
-            taken = float(dict(zip(names, last))["seconds"])
-            print(f"{count:10,} {taken:8.1f} s {taken / count * 1e6:8.0f} microseconds an image", flush=True)
-            for file in table.parent.iterdir():
-                file.unlink()
-            table.parent.rmdir()
+            with open(table) as file:
+                *_, last = csv.DictReader(file)
+        taken = float(last["seconds"])
+        print(f"{count:10,} {taken:8.1f} s {taken / count * 1e6:8.0f} microseconds an image", flush=True)
 
 
 def run():
-    """Seconds of train.py on DATASET, all other constants as they are, from start to end. On a GPU alone: a CPU takes many minutes, and
-    train.py prints them."""
+    """Seconds of train.py on DATASET with its own constants, from start to end. On a GPU alone: it takes minutes."""
     if device != "cuda":
         return print("\npython train.py: not timed on a CPU")
-    root = Path(__file__).resolve().parent
     Path("data").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "data").symlink_to(Path("data").resolve())
         dataset = Path(DATASET).resolve() if Path(DATASET).is_dir() else DATASET
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, root / "train.py", f"DATASET={dataset}"], cwd=folder, capture_output=True, text=True)
+        done = run_python(ROOT / "train.py", f"DATASET={dataset}", folder=folder)
         taken = time.perf_counter() - begun
-    print("\npython train.py: " + (last_line(done) if done.returncode else f"{taken:.0f} s, with the download if there was one"))
+    result = last_line(done) if done.returncode else f"{taken:.0f} s, with the download if there was one"
+    print(f"\npython train.py: {result}")
 
 
 def machine() -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return f"{model[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (training, utilisation, search, tokenizing, start, scaling, run)}
+    benchmarks = {f.__name__: f for f in (training, utilisation, search, tokenizing, start, scaling, run)}
     try:
         read_constants(globals())
-        check(isinstance(PARTS, (tuple, list)) and set(PARTS) <= parts.keys(), "PARTS", PARTS, f"some of {tuple(parts)}, such as ('search',)")
+        check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
+              f"some of {tuple(benchmarks)}, such as ('search',)")
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
-    for part in PARTS:
-        parts[part]()
-        torch.cuda.empty_cache()  # what the next part's own processes need
+    for name in BENCHMARKS:
+        benchmarks[name]()
+        torch.cuda.empty_cache()  # for the processes that the next one starts

@@ -1,5 +1,6 @@
 """evaluate.py on small checkpoints and images."""
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,18 +11,20 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import evaluate
 from models import VQRAE, build_encoder
-from utils import draw_shapes, load_checkpoint, psnr, save_checkpoint, to_float
+from utils import draw_shapes, load_checkpoint, psnr, save_checkpoint, save_torch, to_float
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch, folder):
     """evaluate.py's command line, with checkpoints/pretrained elsewhere and the network out of reach."""
     monkeypatch.setattr(evaluate, "PRETRAINED_DIR", tmp_path / "pretrained")
-    monkeypatch.setattr(evaluate, "RECORD", tmp_path / "pretrained" / "results.json")
+    monkeypatch.setattr(evaluate, "RECORDS", tmp_path / "pretrained" / "results.json")
     monkeypatch.setattr("utils.reachable", lambda url: False)
-    monkeypatch.setattr(evaluate, "inception_at_hand", lambda: False)
-    monkeypatch.setattr(evaluate, "SHIP", False)
-    monkeypatch.setattr(evaluate, "DATASET", "cifar10")
+    monkeypatch.setattr(evaluate, "inception_available", lambda: False)
+    for name, value in (("SHIP", False), ("DATASET", "cifar10"), ("TRAIN_IMAGES", None), ("CURVE", None)):
+        monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", f"DATASET={folder}", *map(str, arguments)])
@@ -30,44 +33,93 @@ def shipped(tmp_path, monkeypatch, folder):
     return run
 
 
-def small_checkpoint(path, **facts):
+def small_checkpoint(path, **metadata):
     torch.manual_seed(0)
     model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2)
-    save_checkpoint(path, model.eval(), metrics={"images_per_second": 123.0}, **facts)
+    save_checkpoint(path, model.eval(), metrics={"images_per_second": 123.0}, **metadata)
 
 
 def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys):
+    half, records = tmp_path / "pretrained" / "vqrae_fsq.pt", tmp_path / "pretrained" / "results.json"
+    other = {"vqrae_simvq": {"images": {"training": "0" * 12, "test": "0" * 12}, "figures": {"psnr": 27.0}}}
+    records.parent.mkdir()
+    records.write_text(json.dumps(other))
     small_checkpoint(tmp_path / "run" / "fsq_stage1_best.pt")
     shipped(tmp_path / "run" / "fsq_stage1_best.pt", "SHIP=True")
-    half, record = tmp_path / "pretrained" / "vqrae_fsq.pt", tmp_path / "pretrained" / "results.json"
     assert half.stat().st_size < 0.6 * (tmp_path / "run" / "fsq_stage1_best.pt").stat().st_size
     first = capsys.readouterr().out
+    written = json.loads(records.read_text())
+    assert {name: written[name] for name in other} == other  # shipped on other images, and kept
     evaluate.SHIP = False
     shipped()
     second = capsys.readouterr().out
     assert second.startswith(first.rstrip("\n")) and "vqrae_fsq: as recorded" in second
 
-    figures = json.loads(record.read_text())["figures"]["vqrae_fsq"]
+    figures = written["vqrae_fsq"]["figures"]
     data = evaluate.load_dataset(str(evaluate.DATASET), 32)
     model, images = load_checkpoint(half), to_float(data.test_images)
     with torch.no_grad():
         indices = model.encode_to_indices(images)
-        assert figures["psnr"] == pytest.approx(psnr(model.decode_from_indices(indices), images).mean().item(), abs=1e-3)
-        assert figures["usage"] == pytest.approx(len(indices.unique()) / 240)
-    assert figures["tokens"] == 64 and figures["bits"] == pytest.approx(64 * np.log2(240)) and figures["images_per_second"] == 123
+        reconstructions = model.decode_from_indices(indices)
+    assert figures["psnr"] == pytest.approx(psnr(reconstructions, images).mean().item(), abs=1e-3)
+    assert figures["usage"] == pytest.approx(len(indices.unique()) / 240)
+    assert figures["tokens"] == 64 and figures["bits"] == pytest.approx(64 * np.log2(240))
+    assert figures["images_per_second"] == 123
     assert 0 < figures["probe_z"] <= 1 and 0 < figures["probe_z_q"] <= 1 and 0 < figures["probe_predicted"] <= 1
     assert "| -    " in second and "LPIPS" in second  # not to be had, and so not given
 
-    tampered = json.loads(record.read_text())
-    tampered["figures"]["vqrae_fsq"]["psnr"] += 0.02
-    record.write_text(json.dumps(tampered))
-    with pytest.raises(SystemExit):
+    written["vqrae_fsq"]["figures"]["frechet"] -= 5
+    records.write_text(json.dumps(written))
+    with pytest.raises(SystemExit, match="1"):
         shipped()
-    assert "psnr is" in capsys.readouterr().out
-    tampered["images"]["test"] = "0" * 12
-    record.write_text(json.dumps(tampered))
+    assert "vqrae_fsq: frechet is" in capsys.readouterr().out
+    records.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="1"):
+        shipped()
+    assert "vqrae_fsq: not compared, it has no record" in capsys.readouterr().out
+    written["vqrae_fsq"]["images"]["test"] = "0" * 12
+    records.write_text(json.dumps(written))
     shipped()
     assert "of other images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["vqrae_fsq", "vqrae_simvq"])
+def test_every_recorded_figure_is_compared(name, capsys):
+    records = json.loads((ROOT / "checkpoints" / "pretrained" / "results.json").read_text())
+    recorded, images = records[name]["figures"], records[name]["images"]
+
+    def verdict(**changed):
+        same = evaluate.compare(name, recorded | changed, records, images)
+        return same, capsys.readouterr().out.removeprefix(f"{name}: ").rstrip("\n")
+
+    assert verdict() == (True, "as recorded")
+    assert verdict(psnr=recorded["psnr"] - 0.009, perplexity=recorded["perplexity"] * 1.0009) == (True, "as recorded")
+    for key, was in recorded.items():
+        for value in ("ddcl",) if isinstance(was, str) else (1.01 * was + 0.02, 0.99 * was - 0.02, float("nan")):
+            assert verdict(**{key: value}) == (False, f"{key} is {value} and was {was}")
+        others = {k: v for k, v in recorded.items() if k != key}
+        assert not evaluate.compare(name, others, records, images) and f"{key} is nan" in capsys.readouterr().out
+
+    figures = dict(recorded)
+    recorded["lpips"] = 0.1
+    assert verdict(lpips=0.102) == (False, "lpips is 0.102 and was 0.1")
+    assert evaluate.compare(name, figures, records, images)
+    assert capsys.readouterr().out == f"{name}: as recorded, lpips not compared\n"
+
+
+def test_names_of_checkpoints_that_differ_in_constants_or_in_none():
+    def save(name, quantizer, **constants):
+        config = {"encoder": "cifar", "quantizer": quantizer}
+        save_torch(Path(name), {"config": config, "stage": 1, "model": {}, "constants": constants})
+
+    save("a.pt", "fsq", SEED=0, PREDICT_WEIGHT=0.1)
+    save("b.pt", "fsq", SEED=1, PREDICT_WEIGHT=0.2)
+    save("c.pt", "fsq", SEED=1, PREDICT_WEIGHT=0.2)
+    save("d.pt", "simvq", SEED=0)
+    save("e.pt", "simvq", SEED=0)
+    names = evaluate.name_checkpoints([Path(name) for name in ("a.pt", "b.pt", "c.pt", "d.pt", "e.pt")])
+    assert list(names) == ["cifar fsq, stage 1", "cifar fsq, stage 1, SEED=1, PREDICT_WEIGHT=0.2", "c.pt",
+                           "cifar simvq, stage 1", "e.pt"]
 
 
 @pytest.mark.parametrize("options", [{"quantizer": "none"}, {"encoder": "scratch"}])
@@ -85,12 +137,12 @@ def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shippe
 def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypatch):
     for weight in (0.0, 0.5):
         small_checkpoint(tmp_path / f"{weight}.pt", constants={"PREDICT_WEIGHT": weight})
-    monkeypatch.setattr(evaluate, "TRAIN_IMAGES", None)
-    monkeypatch.setattr(evaluate, "CURVE", None)
     drawn = []
     monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
-    save_checkpoint(tmp_path / "scratch.pt", VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval(), constants={"PREDICT_WEIGHT": 0.1})
-    shipped(tmp_path / "0.0.pt", tmp_path / "scratch.pt", tmp_path / "0.5.pt", "TRAIN_IMAGES=20", f"CURVE={tmp_path}/curve.png")
+    scratch = VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval()
+    save_checkpoint(tmp_path / "scratch.pt", scratch, constants={"PREDICT_WEIGHT": 0.1})
+    shipped(*[tmp_path / name for name in ("0.0.pt", "scratch.pt", "0.5.pt")], "TRAIN_IMAGES=20",
+            f"CURVE={tmp_path}/curve.png")
     printed = capsys.readouterr().out
     assert ": 20 training images" in printed
     for name in ("cifar fsq, stage 1 ", "scratch fsq, stage 1 ", "cifar fsq, stage 1, PREDICT_WEIGHT=0.5 "):
@@ -108,6 +160,8 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
+    with pytest.raises(SystemExit, match="evaluate.py: TRAIN_IMAGES = 1"):  # a probe needs a standard deviation
+        shipped(tmp_path / "0.0.pt", "SHIP=False", "TRAIN_IMAGES=1")
     with pytest.raises(SystemExit, match="evaluate.py: DATASET = 2024"):
         shipped(tmp_path / "0.0.pt", "DATASET=2024", "SHIP=False", "TRAIN_IMAGES=None")
     with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*one of each quantizer"):
@@ -118,32 +172,50 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
 
 
 def test_frechet_distance_is_its_formula():
-    judge = build_encoder("cifar", 8).eval()
+    reference_encoder = build_encoder("cifar", 8).eval()
     images = draw_shapes(32, train=300, test=300).train_images
     others = (images.float() * 0.8).round().byte()
-    found = evaluate.distances(images, others, judge)
+    figures = evaluate.measure_distances(images, others, reference_encoder)
     with torch.no_grad():
-        a, b = (judge(to_float(x)).mean((2, 3)).double().numpy() for x in (images, others))
-        expected = ((judge(to_float(images)) - judge(to_float(others))) ** 2).mean().item()
-    # |mu_a - mu_b|^2 + trace(A + B - 2 (A B)^(1/2)), the trace of the root being the sum of the roots of AB's eigenvalues
+        z = [reference_encoder(to_float(x)) for x in (images, others)]
+        expected = ((z[0] - z[1]) ** 2).mean().item()
+    a, b = (features.mean((2, 3)).double().numpy() for features in z)
+    # |mu_a - mu_b|^2 + trace(A + B - 2 (A B)^(1/2)); the trace of the root is the sum of the roots of AB's eigenvalues
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
     frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    assert found["frechet"] == pytest.approx(frechet, rel=1e-3) and found["frechet"] > 0.1
-    assert found["feature_distance"] == pytest.approx(expected, rel=1e-4)
-    assert evaluate.distances(images, images, judge)["frechet"] == pytest.approx(0, abs=1e-3)
+    assert figures["frechet"] == pytest.approx(frechet, rel=1e-3) and figures["frechet"] > 0.1
+    assert figures["feature_distance"] == pytest.approx(expected, rel=1e-4)
+    assert evaluate.measure_distances(images, images, reference_encoder)["frechet"] == pytest.approx(0, abs=1e-3)
 
 
 def test_rfid_whose_download_breaks_off_is_left_out(monkeypatch, capsys):
     def either(feature):
-        return FrechetInceptionDistance(feature) if isinstance(feature, torch.nn.Module) else (_ for _ in ()).throw(OSError("connection reset"))
+        if not isinstance(feature, torch.nn.Module):
+            raise OSError("connection reset")
+        return FrechetInceptionDistance(feature)
 
     monkeypatch.setattr("utils.reachable", lambda url: False)
-    monkeypatch.setattr(evaluate, "inception_at_hand", lambda: True)
+    monkeypatch.setattr(evaluate, "inception_available", lambda: True)
     monkeypatch.setattr(evaluate, "FrechetInceptionDistance", either)
     images = draw_shapes(32, train=4, test=4).train_images
-    found = evaluate.distances(images, images, build_encoder("cifar", 8).eval())
-    assert "frechet" in found and "rfid" not in found and "no rFID: connection reset" in capsys.readouterr().out
+    figures = evaluate.measure_distances(images, images, build_encoder("cifar", 8).eval())
+    assert "frechet" in figures and "rfid" not in figures
+    assert "no rFID: connection reset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["load_dataset", "load_lpips"])
+def test_a_full_gpu_memory_is_no_missing_network_or_dataset(where, folder, tmp_path, monkeypatch):
+    class Full(torch.nn.Module):
+        def forward(self, *args, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small_checkpoint(tmp_path / "small.pt")
+    monkeypatch.setattr("models.reachable", lambda url: False)
+    monkeypatch.setattr(f"utils.{where}", Full() if where == "load_dataset" else Full)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "small.pt"), f"DATASET={folder}"])
+    with pytest.raises(SystemExit, match="evaluate.py: the GPU's memory is full"):
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
 
 
 def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):

@@ -1,6 +1,7 @@
-"""On a GPU, where there is one, in processes of their own: all other tests hide it."""
+"""On a GPU, if there is one, in processes of their own: all other tests hide it."""
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no G
 @pytest.mark.parametrize("quantizer", ["fsq", "simvq", "ema_vq", "ddcl"])
 def test_both_stages_and_their_measurement(quantizer, folder, tmp_path):
     def script(name, *arguments):
-        done = subprocess.run([sys.executable, ROOT / name, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        command = [sys.executable, ROOT / name, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     psnr = []
     for gigabytes in (0, 8):  # images on the host, and on the device
-        arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", "EPOCHS=(2, 1)", "BATCH_SIZE=32", "GAN_WEIGHT=0.1", "FLIP=True", f"IMAGES_GB={gigabytes}"]
+        arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", "EPOCHS=(2, 1)", "BATCH_SIZE=32", "GAN_WEIGHT=0.1",
+                     "FLIP=True", f"IMAGES_GB={gigabytes}"]
         assert "1 x cuda" in script("train.py", *arguments)
         assert "this run is finished" in script("train.py", *arguments)
         newest = max((tmp_path / "outputs").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -31,5 +34,7 @@ def test_both_stages_and_their_measurement(quantizer, folder, tmp_path):
         psnr.append(float(rows[-1]["psnr"]))
         best = tmp_path / "checkpoints" / newest.name / f"{quantizer}_stage2_best.pt"
         measured = json.loads((newest / "results.json").read_text())["psnr"]
-        assert f"{measured:.2f}"[:-1] in script("evaluate.py", best, f"DATASET={folder}", "BATCH_SIZE=16")
+        printed = script("evaluate.py", best, f"DATASET={folder}", "BATCH_SIZE=16")
+        row = re.search(rf"cifar {quantizer}, stage 2 +\| +([\d.]+)", printed)
+        assert float(row[1]) == pytest.approx(measured, abs=0.02)  # train.py's convolutions round to TF32
     assert psnr[0] == pytest.approx(psnr[1], abs=0.5)

@@ -321,16 +321,3 @@ def test_command_line(tmp_path, folder):
     run = subprocess.run([sys.executable, ROOT / "train.py", "QUANTIZER=fqs"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert run.stderr == 'train.py: QUANTIZER = \'fqs\', allowed: "fsq", "simvq", "ema_vq", "ddcl", "none"\n'
-
-
-def test_bench_prints_its_tables(tmp_path, folder):
-    command = [sys.executable, ROOT / "bench.py", "ROUNDS=1", "BATCHES=1", "BATCH_SIZE=8", "CODEBOOKS=((64, 8),)", "TOKENS=256", "SCALING=(64,)",
-               f"DATASET={folder}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for line in ("8 images", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256", "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl", "start to first step",
-                 "python train.py: not timed"):
-        assert line in done.stdout
-    assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", done.stdout, re.MULTILINE)
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "PARTS=search"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("bench.py: PARTS = 'search', allowed: some of")
