@@ -248,11 +248,20 @@ def test_rounding_that_hides_the_nearest_code_is_noticed():
 
 @pytest.mark.parametrize("codes, width", [(100, 8), (1024, 64), (512, 256)])
 @pytest.mark.parametrize("options", [{"bf16": False}, {"bf16": False, "exact": True}, {"bf16": True}])
-def test_a_far_code_does_not_change_the_nearest_code_of_others(codes, width, options):
+def test_far_codes_and_far_tokens_do_not_change_the_nearest_code_of_others(codes, width, options):
     codebook, x = torch.randn(codes, width), torch.randn(200, width)
     codebook[-1] = 1e5
     assert torch.equal(nearest_code(x, codebook, **options), nearest_in_fp64(x, codebook))
     assert torch.equal(nearest_code(codebook[:90], codebook, **options), torch.arange(90))
+    x = torch.cat([codebook[:4], codebook[-1:]])  # one token of five is far: so is the mean of the tokens
+    assert torch.equal(nearest_code(x, codebook, **options), torch.tensor([0, 1, 2, 3, codes - 1]))
+
+
+def test_ema_vq_round_trip_with_a_far_code():
+    quantizer = EMAVQ(16, codebook_size=1024).eval()
+    quantizer.vq._codebook.embed[0, -1] = 3e4
+    indices = torch.tensor([[0, 1, 2, 3, 1023]])
+    assert torch.equal(quantizer.codes_to_indices(quantizer.indices_to_codes(indices)), indices)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
