@@ -147,7 +147,7 @@ class SimVQ(Quantizer):
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = None):
-        code_dim = check_codebook(dim, codebook_size, code_dim)
+        code_dim = check_codebook(dim, codebook_size, code_dim, 2)  # codes of one number are -1 or 1, without gradient
         super().__init__(dim, codebook_size)
         self.project_in = nn.Linear(dim, code_dim)
         self.simvq = library.SimVQ(code_dim, codebook_size)
@@ -223,7 +223,7 @@ class EMAVQ(Quantizer):
 
     def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
                  commitment_cost: float = 0.25, revive: bool = True):
-        code_dim = check_codebook(dim, codebook_size, code_dim)
+        code_dim = check_codebook(dim, codebook_size, code_dim, 1)
         check(0 < decay < 1, "decay", decay, "between 0 and 1")
         super().__init__(dim, codebook_size)
         self.commitment_cost = commitment_cost
@@ -349,9 +349,9 @@ def check(ok: bool, name: str, value: object, allowed: str):
         raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
 
 
-def check_codebook(dim: int, codebook_size: int, code_dim: int | None) -> int:
+def check_codebook(dim: int, codebook_size: int, code_dim: int | None, smallest_dim: int) -> int:
     code_dim = dim if code_dim is None else code_dim
-    for name, value, smallest in (("codebook_size", codebook_size, 2), ("code_dim", code_dim, 1)):
+    for name, value, smallest in (("codebook_size", codebook_size, 2), ("code_dim", code_dim, smallest_dim)):
         check(isinstance(value, int) and value >= smallest, name, value, f"a whole number of {smallest} or more")
     return code_dim
 

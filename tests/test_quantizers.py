@@ -108,7 +108,7 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
                                                     seed):
     torch.manual_seed(seed)
     dim = max(len(levels), 4) + extra
-    options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels)},
+    options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels) + 1},
                "ema_vq": {"codebook_size": math.prod(levels)}, "ddcl": {"delta": 1 / levels[0]}}[name]
     quantizer = build_quantizer(name, dim, **options)
     shape = (batch, dim, height, width) if image else (batch, height * width, dim)
@@ -139,7 +139,8 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
     ("fsq", {"levels": [2**17]}, "levels"), ("fsq", {"levels": 512}, "levels"), ("fsq", {"levels": [64] * 6}, "levels"),
     ("fsq", {"levels": [3] * 40}, "levels|dim"), ("simvq", {"codebook_size": 1}, "codebook_size"),
     ("simvq", {"codebook_size": 64.0}, "codebook_size"), ("simvq", {"code_dim": 0}, "code_dim"),
-    ("ema_vq", {"codebook_size": 0}, "codebook_size"),
+    ("simvq", {"code_dim": 1}, "code_dim = 1, allowed: a whole number of 2 or more"),
+    ("simvq", {"dim": 1}, "code_dim = 1"), ("ema_vq", {"codebook_size": 0}, "codebook_size"),
     ("ema_vq", {"code_dim": 0}, "code_dim"), ("ema_vq", {"code_dim": 8.0}, "code_dim"),
     ("ema_vq", {"decay": 1.0}, "decay"), ("ddcl", {"delta": 0.3}, "delta"), ("ddcl", {"delta": 0}, "delta"),
     ("ddcl", {"delta": 1 / 33}, "delta"), ("ddcl", {"comm_weight": -1}, "comm_weight"),
