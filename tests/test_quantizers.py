@@ -265,12 +265,22 @@ def test_ema_vq_round_trip_with_a_far_code():
     assert torch.equal(quantizer.codes_to_indices(quantizer.indices_to_codes(indices)), indices)
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
-def test_values_that_are_not_finite_are_refused(value):
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, 1e18, -1e18])
+def test_values_that_are_not_finite_or_too_large_are_refused(value):
     z = torch.zeros(1, 4, DIM, dtype=torch.float64)
     z[0, 2, 3] = value
-    with pytest.raises(ValueError, match="range of z = .*, allowed: finite numbers, no NaN or infinity"):
+    with pytest.raises(ValueError, match="range of z = .*, allowed: -1e12 to 1e12, no NaN or infinity"):
         build("fsq")(z)
+
+
+@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+def test_results_are_finite_up_to_the_largest_input(name):
+    quantizer = build(name)
+    z = torch.randn(8, 64, DIM).sign() * 1e12
+    for mode in (True, False):
+        z_q, loss, indices = quantizer.train(mode)(z)
+        assert loss.isfinite() and z_q.isfinite().all()
+    assert quantizer.indices_to_codes(indices).isfinite().all()
 
 
 def test_simvq_caches_its_codebook_until_the_matrix_changes():
