@@ -29,7 +29,7 @@ from utils import (
     load_checkpoint,
     load_dataset,
     load_torch,
-    pick,
+    select_images,
     psnr,
     read_constants,
     save_checkpoint,
@@ -278,8 +278,8 @@ def test_picking_images_and_their_mirror_images():
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
     both = torch.cat([images, images.flip(3)])
     index = torch.randperm(20)
-    assert torch.equal(pick(images, index), both[index])
-    assert torch.equal(pick(images, torch.arange(10)), images)
+    assert torch.equal(select_images(images, index), both[index])
+    assert torch.equal(select_images(images, torch.arange(10)), images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
