@@ -444,19 +444,26 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
 
 
 def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
-    """A small plot for each of these columns of metrics.csv that is not zero throughout, over the epochs of both stages."""
+    """Plot each of these columns of metrics.csv over the epochs of both stages, unless it is zero throughout."""
     names = [name for name in names if any(row[name] for row in history)]
     if not names:
         return
-    rows = math.ceil(len(names) / 3)
-    figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
-    figure.suptitle(title)
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    width, height = 4 * columns, 2.2 * rows + 1
+    figure = Figure(figsize=(width, height))
+    # margins and titles have fixed positions: an automatic layout would take most of the time, after each epoch
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.7 / height, wspace=0.2, hspace=0.3)
+    figure.suptitle(title, x=0.6 / width, y=1 - 0.1 / height, ha="left", fontsize=11)
     for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, 3, i + 1, title=name, xlabel="epoch")
+        axes = figure.add_subplot(rows, columns, i + 1, xlabel="epoch")
+        axes.set_title(name, y=1, fontsize=10)
+        axes.locator_params(nbins=4)
+        axes.xaxis.set_visible(i + columns >= len(names))  # or else the plot below shows the same axis
         for stage in sorted({row["stage"] for row in history}):
             points = [(epoch, row[name]) for epoch, row in enumerate(history, 1) if row["stage"] == stage]
             axes.plot(*zip(*points), ".-", label=f"stage {stage}")
-        axes.legend()
+    figure.legend(handles=axes.lines, loc="upper right", ncols=2)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=100)
 
