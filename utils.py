@@ -386,12 +386,12 @@ def load_lpips() -> nn.Module:
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
     """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,).
 
-    A test label without training images counts as an error.
+    A test label without training images counts as an error. One training image, or one class, leaves a constant answer.
     """
     for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
         check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape),
               "(N, C) with a label each, N at least 1")
-    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+    mean, std = train_x.mean(0), train_x.std(0, correction=min(1, len(train_x) - 1)) + 1e-6  # one image: 0, not NaN
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
