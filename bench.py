@@ -6,7 +6,6 @@
 Each line of the first four runs two things in turn, ROUNDS times, and prints the medians of their times and of their
 ratio, with its range. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
 """
-import copy
 import csv
 import os
 import platform
@@ -36,7 +35,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
 from quantizers import EMAVQ, SimVQ, check, fast_bf16
-from utils import FeatureCache, draw_shapes, read_constants, to_float
+from utils import BF16Weights, FeatureCache, draw_shapes, read_constants, to_float
 
 BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # functions below
 ROUNDS = 5
@@ -91,18 +90,20 @@ def compare(name: str, first: Callable[[], object], second: Callable[[], object]
     print(line, flush=True)
 
 
-def build_training(stage: int, encoder: str = "cifar", image_size: int = 32,
+def build_training(precision: str, stage: int, encoder: str = "cifar", image_size: int = 32,
                    grid: int = 8) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
     """The frozen encoder, and train.py's step(images, features) with all of its losses but the GAN's."""
     import train
 
-    train.ENCODER, train.IMAGE_SIZE, train.GRID = encoder, image_size, grid
-    model = train.build_model(pretrained=encoder == "cifar").set_stage(stage).train()  # others' weights stay random
-    teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
-    objective = train.Objective(stage, model, teacher, None)
+    train.PRECISION, train.ENCODER, train.IMAGE_SIZE, train.GRID = precision, encoder, image_size, grid
+    model = train.build_model(pretrained=encoder == "cifar")  # others' weights stay random
+    teacher = train.build_teacher(model)
+    objective = train.Objective(stage, model.set_stage(stage).train(), teacher, None)
+    objective = BF16Weights(objective) if precision == "bf16" else objective
     optimizers = train.build_optimizers(model, 1e-5)
 
     def step(images: Tensor, z: Tensor):
+        train.PRECISION = precision
         losses, _ = objective(images, z, None)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,8 +116,6 @@ def build_training(stage: int, encoder: str = "cifar", image_size: int = 32,
 
 def training():
     """Stage 1 with ImageFolder, DataLoader, fp32 and the encoder in each step, against train.py's way."""
-    import train
-
     precision = "bf16" if fast_bf16(device) else "fp32"
     print_heading("stage 1", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
@@ -128,21 +127,21 @@ def training():
         loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, True, num_workers=2, persistent_workers=True)
         images = images.to(device)
         for encoder in ("cifar", "dinov2_s") if device == "cuda" else ("cifar",):
-            teacher, step = build_training(1, encoder)
-            features = FeatureCache(teacher, images, 4.0)
+            fp32_teacher, fp32_step = build_training("fp32", 1, encoder)
+            teacher, step = build_training(precision, 1, encoder)
+            features = FeatureCache(teacher, images, 4.0, torch.bfloat16 if precision == "bf16" else torch.float32)
+            features.fill(torch.arange(count).view(-1, BATCH_SIZE))
 
             def ordinary():
-                train.PRECISION = "fp32"
                 for batch, _ in loader:
                     batch = batch.to(device)
                     with torch.no_grad():
-                        z = teacher(batch)
-                    step(batch, z)
+                        z = fp32_teacher(batch)
+                    fp32_step(batch, z)
 
             def ours():
-                train.PRECISION = precision
-                for index in torch.randperm(count).split(BATCH_SIZE):
-                    step(to_float(images[index.to(device)]), features[index])
+                for index in torch.randperm(count).to(device).split(BATCH_SIZE):
+                    step(to_float(images[index]), features[index])
 
             compare(f"{count} images, {encoder}", ordinary, ours)
 
@@ -153,18 +152,15 @@ def utilisation():
     The ratio is the share of the product's speed that the step reaches; in fp32 on a CPU it is more than 1, as
     convolutions have faster kernels there than torch's product. On a GPU, with a profile of the step.
     """
-    import train
-
     torch.backends.cudnn.allow_tf32 = False  # the product is without it, too
     print_heading(f"a step of {BATCH_SIZE} images", "product", "step")
     models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
     for encoder, size, grid in models:
         for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
-            train.PRECISION = precision
-            teacher, step = build_training(stage, encoder, size, grid)
+            teacher, step = build_training(precision, stage, encoder, size, grid)
             images = torch.rand(BATCH_SIZE, 3, size, size, device=device)
-            with torch.no_grad():
-                z = teacher(images)
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                z = teacher(images).float()
             with FlopCounterMode(display=False) as counter:
                 step(images, z)
             width = 4096

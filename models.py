@@ -6,6 +6,7 @@
            -> post_quant_conv, decoder    images (B, 3, H, W)                      VQRAE.decode
            -> predictor                   features (B, C, h, w)                    VQRAE.predict_features
 """
+import contextlib
 import difflib
 import math
 import re
@@ -28,10 +29,10 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), LayerNorm without affine over dim (but for "cnn")
+# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), normalised over dim (except those of "cnn")
 
 
-# Short names of timm's encoders. Another pretrained plain ViT goes by its own name in timm.
+# Short names of some of timm's pretrained encoders. Any other plain ViT is given by its name in timm.
 ENCODERS = {
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
@@ -42,16 +43,16 @@ ENCODERS = {
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
 
-# Baselines that know nothing yet.
+# Baselines without pretraining.
 FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
 
 
 def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
-    """The encoder of that name: "cifar", which ships with the repository, a short name of ENCODERS, or a timm ViT's own;
-    or one of FROM_SCRATCH, which has nothing to load and learns in both stages.
+    """A pretrained encoder: "cifar", which ships with the repository, one of ENCODERS, or any plain ViT by its name in
+    timm; or one of FROM_SCRATCH, which starts from random weights and learns in both stages.
 
     pretrained: False leaves the weights random, to be loaded from a checkpoint.
-    Raises ValueError for an unknown name, RuntimeError where pretrained weights cannot be had.
+    Raises ValueError for an unknown name, RuntimeError where pretrained weights are neither on disk nor downloadable.
     """
     if name == "cifar":
         encoder = ConvEncoder(grid)
@@ -62,14 +63,15 @@ def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
         encoder = ConvEncoder(grid, fused=False) if name == "scratch" else CNNEncoder(grid)
         return encoder.to(memory_format=torch.channels_last)
     known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
-    near = difflib.get_close_matches(name, known, n=3)
-    check(name in ENCODERS or timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"}), "ENCODER", name,
-          f"\"cifar\", {', '.join((*ENCODERS, *FROM_SCRATCH))} or a ViT of timm's" + (f" (nearest: {', '.join(near)})" if near else ""))
+    similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+    is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
+    check(name in ENCODERS or is_vit, "ENCODER", name,
+          f'"cifar", {", ".join((*ENCODERS, *FROM_SCRATCH))} or a ViT of timm (nearest: {similar})')
     return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
 
 
 def layer_norm(z: Tensor) -> Tensor:
-    """LayerNorm without affine over the channels of z (B, C, h, w), as RAE (2510.11690) ends its encoders."""
+    """LayerNorm without affine over the channels of z (B, C, h, w), as at the end of RAE's encoders (2510.11690)."""
     return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
 
 
@@ -102,10 +104,10 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The encoder that ships: 32x32 images to an 8x8 grid, made by pretrain.py.
+    """The encoder that ships with the repository, made by pretrain.py: 32x32 images to an 8x8 grid.
 
-    Its features are deep and shallow ones side by side (as in 2606.11096): 192 channels of a residual network that
-    see the whole image and tell what is in it, and 64 of a linear patch embedding that tell what it looks like.
+    Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of a residual network with a
+    receptive field 49 pixels wide (a corner token does not see the whole image), and 64 of a linear patch embedding.
     """
 
     patch = 4
@@ -138,7 +140,7 @@ class ConvEncoder(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Three strided convolutions and no more: 32x32 images to a 4x4 grid."""
+    """Three strided convolutions and one more: 32x32 images to a 4x4 grid."""
 
     patch = 8
     dim = 256
@@ -160,7 +162,7 @@ class CNNEncoder(nn.Module):
 class TimmEncoder(nn.Module):
     """A pretrained ViT of timm's: patch tokens of the last layer, final norm without affine.
 
-    The input is grid * patch pixels a side; timm resamples the position embeddings to that grid.
+    Images are resized to grid * patch pixels a side; timm resamples the position embeddings to that grid.
     """
 
     def __init__(self, name: str, grid: int, pretrained: bool = True):
@@ -173,8 +175,8 @@ class TimmEncoder(nn.Module):
         try:
             self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
         except Exception as error:  # a missing or unknown key, another shape, a damaged file
-            raise RuntimeError(f"the weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
-        self.vit.reset_classifier(0, global_pool="")  # after loading: SigLIP with its pooling removed loads any weights
+            raise RuntimeError(f"weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
+        self.vit.reset_classifier(0, global_pool="")  # only now: timm loads SigLIP without pooling unchecked
         self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
         self.vit.fc_norm = nn.Identity()
         check(hasattr(self.vit.blocks[0], "attn"), "ENCODER", name, "ViTs with one attention a block")
@@ -189,42 +191,41 @@ class TimmEncoder(nn.Module):
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
-    """Whether url answers. A thread bounds the wait, which no time-out does where a network swallows packets."""
+    """Whether url answers. A thread bounds the wait: urlopen's time-out does not where a network drops packets."""
     answers = []
 
-    def ask():
-        try:
+    def request():
+        with contextlib.suppress(OSError):
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
             answers.append(True)
-        except OSError:
-            pass
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(seconds)
     return bool(answers)
 
 
 def weights_file(name: str) -> str:
-    """Where timm's weights of that name lie on disk; downloads them if need be. RuntimeError, within seconds, where
-    they can neither be found nor be had: the hub's client would try for a minute and say much."""
+    """The path of timm's weights of that name, downloaded if need be. RuntimeError within seconds where that fails: the
+    hub's own client would retry for a minute."""
     source = timm.get_pretrained_cfg(name)
-    check(source.hf_hub_id, "ENCODER", name, "a ViT of which timm has pretrained weights")
+    check(source.hf_hub_id, "ENCODER", name, "a ViT for which timm has pretrained weights")
     file = source.hf_hub_filename or "model.safetensors"
     cached = try_to_load_from_cache(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
     if isinstance(cached, str):
         return cached
     if not reachable(ENDPOINT):
-        raise RuntimeError(f'the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE} and {ENDPOINT} cannot be reached; '
-                           'ENCODER = "cifar" needs no download')
+        raise RuntimeError(f"the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE}, and {ENDPOINT} cannot be "
+                           'reached; ENCODER = "cifar" needs no download')
     try:
         return hf_hub_download(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
-    except Exception as error:  # of the hub's client and of what it is built on
-        raise RuntimeError(f"the weights of {source.hf_hub_id} could not be downloaded: {' '.join(str(error).split())}") from None
+    except Exception as error:  # the hub's client and its libraries raise many kinds
+        reason = " ".join(str(error).split())
+        raise RuntimeError(f"the weights of {source.hf_hub_id} could not be downloaded: {reason}") from None
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """images (B, 3, H, W) -> (B, 3, size, size); unchanged where they have that size."""
+    """images (B, 3, H, W) -> (B, 3, size, size), unchanged if they have that size"""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -237,7 +238,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 def transformer(dim: int, depth: int, heads: int) -> nn.Sequential:
     """timm's transformer blocks, on tokens (B, N, dim)"""
     blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
-    for block in blocks:  # on a CPU, torch's fused attention is slow backwards in bf16: a block of 64 tokens takes 1.2 times as long
+    for block in blocks:  # on a CPU, fused attention has a slow backward pass in bf16: 1.2 times a block's time
         block.attn.fused_attn = torch.cuda.is_available()
     return blocks
 
@@ -250,7 +251,7 @@ class OnGrid(nn.Sequential):
 
 
 class Conv(nn.Module):
-    """Convolution that keeps height and width. Its weight is a matrix, (dim_out, kernel * kernel * dim_in): Muon takes no other."""
+    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__()
@@ -260,14 +261,14 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # as the weight is; faster, on a CPU above all
+        x = x.contiguous(memory_format=torch.channels_last)  # the weight's layout; faster, above all on a CPU
         weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm and two 3x3 convolutions, `hidden` channels between them, added to what comes in: nothing at first, because
-    the second starts at zero."""
+    """Residual block of GroupNorm and two 3x3 convolutions with `hidden` channels between them. The second convolution
+    starts at zero, so that the block starts as the identity."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -281,13 +282,14 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): `depth` residual blocks on the grid of tokens,
-    then one each time that the grid has been doubled and its channels halved, to no fewer than 32."""
+    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): `depth` residual blocks at the resolution
+    of the tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
 
     def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int):
         super().__init__()
         doublings = round(math.log2(image_size / grid))
-        check(grid * 2**doublings == image_size, "DECODER", "conv", f'"vit" where IMAGE_SIZE / GRID = {image_size} / {grid} is no power of 2')
+        check(grid * 2**doublings == image_size, "DECODER", "conv",
+              f'"vit" where IMAGE_SIZE / GRID = {image_size} / {grid} is no power of 2')
         layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
         for _ in range(doublings):
             narrow = max(width // 2, 32)
@@ -297,14 +299,13 @@ class ConvDecoder(nn.Module):
         self.head = Conv(width, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # an image's mean and spread, near enough, to start with
+        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # about the mean and standard deviation of pixels
 
 
 class ViTDecoder(nn.Module):
-    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): transformer blocks, then a patch a token.
+    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): transformer blocks, then one patch a token.
 
-    A token's patch is about twice as wide as its place, and where patches overlap they add up: side by side, they would
-    leave seams.
+    A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams.
     """
 
     def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int, heads: int):
@@ -325,11 +326,11 @@ class ViTDecoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """The mirror image of CNNEncoder."""
+    """CNNEncoder in reverse."""
 
     def __init__(self, dim: int, image_size: int, grid: int):
         super().__init__()
-        check(image_size == 8 * grid, "GRID", grid, f"{image_size // 8} with ENCODER = \"cnn\": an eighth of IMAGE_SIZE")
+        check(image_size == 8 * grid, "GRID", grid, f'{image_size // 8} with ENCODER = "cnn": an eighth of IMAGE_SIZE')
         self.layers = nn.Sequential(
             nn.Conv2d(dim, 256, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(256, 128, 4, stride=2, padding=1), nn.ReLU(),
@@ -348,7 +349,7 @@ class CNNDecoder(nn.Module):
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
-    `config` holds the arguments it was built with; a checkpoint stores them, so that it can be built again.
+    `config` holds the constructor's arguments, which a checkpoint stores to build the model again.
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
@@ -356,24 +357,26 @@ class VQRAE(nn.Module):
                  normalize: bool = False, decoder: str | None = None, decoder_width: int | None = None,
                  decoder_depth: int | None = None, decoder_heads: int | None = None, pretrained: bool = True):
         """
-        adapter_depth: blocks between the encoder and the quantizer; None: a transformer block behind a ViT, else three of convolutions
+        adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
-        normalize: subtract the training features' mean and divide by their spread before the decoder
-        decoder: "conv", "vit", or None for the encoder's own kind; the "cnn" of small repositories has its own
-        decoder_width, _depth, _heads: None for the encoder's own where it is a ViT, else 192, 2 for "conv" or 4 for "vit", and 3
-        pretrained: False leaves the encoder's weights to a checkpoint
+        normalize: standardise the decoder's input with the mean and standard deviation of training features
+        decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
+        decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
+        pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "pretrained", "__class__")}
-        check(isinstance(grid, int) and grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
+        check(isinstance(grid, int) and grid >= 1 and image_size % grid == 0, "GRID", grid,
+              f"a divisor of IMAGE_SIZE = {image_size}")
         check(adapter_depth is None or adapter_depth >= 0, "ADAPTER_DEPTH", adapter_depth, "None, 0 or more")
-        check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or an odd number")
+        check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
         self.encoder = build_encoder(encoder, grid, pretrained)
         dim = self.encoder.dim
         vit = isinstance(self.encoder, TimmEncoder)
         kind = decoder or ("cnn" if encoder == "cnn" else "vit" if vit else "conv")
-        check(kind in (("cnn",) if encoder == "cnn" else ("conv", "vit")), "DECODER", decoder, 'None, "conv", "vit"; None with ENCODER = "cnn"')
+        kinds = ("cnn",) if encoder == "cnn" else ("conv", "vit")
+        check(kind in kinds, "DECODER", decoder, f"None or one of {kinds} with ENCODER = {encoder!r}")
         width = decoder_width or (dim if vit else 192)
         depth = decoder_depth or getattr(self.encoder, "depth", 2 if kind == "conv" else 4)
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
@@ -387,7 +390,7 @@ class VQRAE(nn.Module):
         self.adapter = blocks((1 if vit else 3) if adapter_depth is None else adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH
-        # meaning is spread over tokens: two narrow convolution blocks, which see further than one wide block, find more of it
+        # two narrow convolutional blocks predict more than a wide one: they see more of the neighbouring tokens
         self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
@@ -409,7 +412,7 @@ class VQRAE(nn.Module):
         return self.quantize(self.encoder(check_images(images)))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W); in eval mode clamped to [0, 1], which in training would cost gradients"""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode only: it stops gradients"""
         z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
         images = self.decoder(z)
         return images if self.training else images.clamp(0, 1)
@@ -429,36 +432,37 @@ class VQRAE(nn.Module):
         return self.decode(self.quantizer.indices_to_codes(indices))
 
     def predict_features(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as far as the tokens tell them"""
-        check(not self.from_scratch, "ENCODER", self.config["encoder"], "a pretrained one, whose features there are to predict")
+        """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens"""
+        check(not self.from_scratch, "ENCODER", self.config["encoder"], "a pretrained one: its features are predicted")
         return self.predictor(self._check_features(z_q, "z_q"))
 
     def features_from_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) -> what the tokens say about the image: features (B, C, h, w)"""
+        """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens"""
         return self.predict_features(self.quantizer.indices_to_codes(indices))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, image_weight: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Both ways in which meaning is kept, as mean squared errors against the frozen teacher's features (B, C, h, w):
-        of the encoder's features z (zero in stage 1, where it is the teacher), and of those predicted from z_q; to the
-        latter, with image_weight, that of each image's mean features is added."""
-        if not z.shape == z_q.shape == teacher_z.shape:
-            shapes = ", ".join(str(tuple(part.shape)) for part in (z, z_q, teacher_z))
-            raise ValueError(f"z, z_q and teacher_z have shapes {shapes}, allowed is one for all")
+    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor,
+                                  image_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean squared errors against the frozen encoder's features teacher_z (B, C, h, w): of the encoder's features z
+        (0 in stage 1, where both are the same), and of the features predicted from z_q. To the latter, image_weight
+        times the error of each image's mean features is added."""
+        shapes = [tuple(tensor.shape) for tensor in (z, z_q, teacher_z)]
+        check(len(set(shapes)) == 1, "(z, z_q, teacher_z)", shapes, "tensors of one shape")
         predicted = self.predict_features(z_q).float()
-        means = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
-        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + image_weight * means
+        image_loss = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
+        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + image_weight * image_loss
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
-        """indices of any shape -> how often each code occurs (codebook_size,), the share of codes used, and the
-        perplexity exp(-sum p log p), between 1 and codebook_size."""
+        """indices of any shape -> how often each code is used (codebook_size,), the share of codes used, and the
+        perplexity exp(-sum p log p), between 1 and codebook_size"""
         check(indices.numel() > 0, "indices", tuple(indices.shape), "at least one")
-        counts = torch.bincount(self.quantizer._check_indices(indices.flatten()), minlength=self.quantizer.codebook_size)
+        indices = self.quantizer._check_indices(indices.flatten())
+        counts = torch.bincount(indices, minlength=self.quantizer.codebook_size)
         p = counts[counts > 0].double() / counts.sum()
         return counts, (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 
     def set_stage(self, stage: int):
-        """1: a pretrained encoder is frozen and stays in eval mode. 2: everything learns."""
+        """Stage 1: a pretrained encoder is frozen and stays in eval mode. Stage 2: everything learns."""
         check(stage in (1, 2), "stage", stage, "1 or 2")
         self.stage = stage
         self.frozen = stage == 1 and not self.from_scratch
@@ -473,7 +477,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def set_normalization(self, z: Tensor):
-        """Take the mean and spread of each channel from a sample of training features z (B, C, h, w)."""
+        """Set the mean and standard deviation of each channel to those of training features z (B, C, h, w)."""
         self._check_features(z, "z")
         self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
         self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
@@ -481,22 +485,18 @@ class VQRAE(nn.Module):
     def _check_features(self, z: Tensor, name: str) -> Tensor:
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
         shape = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
-        if z.shape[1:] != shape or not z.dtype.is_floating_point:
-            raise ValueError(f"{name} has shape {tuple(z.shape)} and type {z.dtype}, allowed is (B, {', '.join(map(str, shape))}) "
-                             "and a floating-point type")
+        check(z.shape[1:] == shape, name, tuple(z.shape), f"(B, {', '.join(map(str, shape))})")
+        check(z.dtype.is_floating_point, name, z.dtype, "a floating-point type")
         return z
 
 
 def check_images(images: Tensor) -> Tensor:
-    """ValueError where images are not (B, 3, H, W) floats in [0, 1], B at least 1."""
+    """Return images; ValueError unless they are (B, 3, H, W) floats in [0, 1], B at least 1."""
     check(isinstance(images, Tensor), "images", type(images).__name__, "a tensor")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise ValueError(f"images have shape {tuple(images.shape)}, allowed is (B, 3, H, W)")
-    if not images.dtype.is_floating_point:
-        raise ValueError(f"images have type {images.dtype}, allowed are floating-point numbers in [0, 1]")
+    check(images.ndim == 4 and images.shape[1] == 3 and images.numel(), "images", tuple(images.shape), "(B, 3, H, W)")
+    check(images.dtype.is_floating_point, "images", images.dtype, "floating-point numbers in [0, 1]")
     low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):  # so that NaN fails as well
-        raise ValueError(f"images run from {low:.3g} to {high:.3g}, allowed is [0, 1]")
+    check(low >= 0 and high <= 1, "images", f"{low:.3g} to {high:.3g}", "numbers in [0, 1]")  # NaN fails, too
     return images
 
 
@@ -507,7 +507,7 @@ def check_images(images: Tensor) -> Tensor:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images.
 
-    Two strided layers at 32 pixels, one more each time the size doubles: three would leave 3x3 logits there.
+    Two strided layers for 32 pixels (three would leave 3x3 logits), one more each time that the size doubles.
     """
 
     def __init__(self, image_size: int = 32, width: int = 64):

@@ -173,8 +173,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         objective, discriminate = BF16Weights(objective), BF16Weights(discriminator)
     objective_ddp, discriminate_ddp = objective, discriminate
     if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
-        objective_ddp = DistributedDataParallel(objective, broadcast_buffers=False)
-        discriminate_ddp = DistributedDataParallel(discriminate, broadcast_buffers=False)
+        objective_ddp, discriminate_ddp = (
+            DistributedDataParallel(module, broadcast_buffers=False) for module in (objective, discriminate))
 
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it

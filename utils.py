@@ -1,4 +1,4 @@
-"""Data, metrics, grids and plots, checkpoints."""
+"""Constants, datasets, cached features, metrics, plots and checkpoints."""
 import ast
 import csv
 import difflib
@@ -11,6 +11,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Iterable
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -36,16 +37,18 @@ from quantizers import Quantizer, check
 
 
 def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
-    """Replace constants by NAME=value arguments, those of the command line unless given, and return all of them.
+    """Replace constants in `namespace` by NAME=value arguments (None: the command line's) and return all constants.
 
-    `python train.py QUANTIZER=simvq BATCH_SIZE=64` does what editing the two lines would. Raises ValueError for a name
-    that is no constant. Values are Python literals; a word that is none is a string.
+    `python train.py QUANTIZER=simvq BATCH_SIZE=64` does what editing the two lines would. Values are Python literals;
+    anything else is a string. Raises ValueError for an unknown name.
     """
-    constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple, list, type(None)))}
+    types = int | float | str | tuple | list | None
+    constants = {name: value for name, value in namespace.items() if name.isupper() and isinstance(value, types)}
     for argument in sys.argv[1:] if arguments is None else arguments:
         name, sign, text = argument.partition("=")
-        near = difflib.get_close_matches(name.upper(), constants, n=3)
-        check(sign and name in constants, "argument", argument, "NAME=value" + (f" with a NAME such as {', '.join(near)}" if near else ""))
+        similar = ", ".join(difflib.get_close_matches(name.upper(), constants, n=3))
+        check(sign and name in constants, "argument", argument,
+              "NAME=value" + (f" with a NAME such as {similar}" if similar else ""))
         try:
             constants[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
@@ -54,14 +57,27 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
     return constants
 
 
+def digest(constants: dict) -> str:
+    """Six letters that differ where a constant differs."""
+    return hashlib.sha256(repr(sorted(constants.items())).encode()).hexdigest()[:6]
+
+
+def seed_everything(*numbers: int):
+    """Seed Python, NumPy and torch with a hash of these numbers, whatever was drawn before."""
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: one uint8 tensor a split, batched by indexing
+# Datasets: one uint8 tensor for each split, batched by indexing
 
 
 class Dataset(NamedTuple):
     """A dataset in memory. Labels are None where a folder has no classes."""
 
-    name: str  # stands in every output's path, so that no run is taken for one on other images
+    name: str  # part of every run's name, so that runs on different datasets have different outputs
     train_images: Tensor  # (N, 3, H, W) uint8
     train_labels: Tensor | None  # (N,) int64
     test_images: Tensor
@@ -69,27 +85,27 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
-DATASETS = {"auto": "CIFAR-10, or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn by draw_shapes"}
+DATASETS = {"auto": "CIFAR-10 or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn here"}
 
 
 def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
     """Images of "cifar10", "cifar100", "shapes" or a folder, image_size pixels a side.
 
     "auto" is CIFAR-10 where it is on disk or can be downloaded, else "shapes", after a line that says so.
-    Raises ValueError for an unknown name, RuntimeError where the data cannot be had.
+    Raises ValueError for an unknown name, RuntimeError where the dataset is not on disk and cannot be downloaded.
     """
     check(isinstance(image_size, int) and image_size >= 1, "image_size", image_size, "a whole number of 1 or more")
-    if name == "auto":
+    if name in ("auto", "cifar10", "cifar100"):
         try:
-            return load_cifar("cifar10", image_size, data_dir)
+            return load_cifar("cifar10" if name == "auto" else name, image_size, data_dir)
         except RuntimeError as error:
+            if name != "auto":
+                raise
             print(f'DATASET = "auto": {error}; training on drawn images instead, "shapes"')
-            return draw_shapes(image_size)
-    if name in ("cifar10", "cifar100"):
-        return load_cifar(name, image_size, data_dir)
-    if name == "shapes":
+    if name in ("auto", "shapes"):
         return draw_shapes(image_size)
-    check(isinstance(name, str) and Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
+    check(isinstance(name, str) and Path(name).is_dir(), "DATASET", name,
+          f"{', '.join(DATASETS)} or a folder with train/ and test/ in it")
     return load_folder(Path(name), image_size, data_dir)
 
 
@@ -101,7 +117,7 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
         if not reachable(source.url):
             raise RuntimeError(f"{name} is not in {data_dir}/ and {source.url} cannot be reached") from None
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(15)  # a download that stalls; torchvision sets no time-out
+        socket.setdefaulttimeout(15)  # torchvision sets no time-out: a stalled download would never end
         try:
             train = source(data_dir, train=True, download=True)
         except (OSError, RuntimeError) as error:
@@ -111,81 +127,70 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     test = source(data_dir, train=False)
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
     if image_size != 32:
-        images = [torch.cat([F.interpolate(b.float(), image_size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
-                             for b in x.split(1000)]) for x in images]
+        images = [torch.cat([F.interpolate(batch.float(), image_size, mode="bicubic", antialias=True)
+                             .round().clamp(0, 255).byte() for batch in split.split(1000)]) for split in images]
     return Dataset(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
 def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
-    """Read path/train and path/test, each with a folder a class or images alone.
+    """Read path/train and path/test, each with one folder per class or with images alone.
 
-    Images are converted to RGB, resized and cropped at the centre, and shuffled, always alike: the first thousand are
-    then a fair sample. Files that cannot be read are named and skipped. Each split is decoded once, into a file in
-    data_dir that later runs map into memory, so that a set may be larger than that.
-    Raises ValueError where a split has no image that can be read, or the splits' classes differ.
+    Images are converted to RGB, resized, cropped at the centre and shuffled with a fixed seed: the first thousand are a
+    fair sample. Files that cannot be read are named and skipped. Each split is decoded once, into a file in data_dir
+    that later runs map into memory, so that a dataset may be larger than memory.
+    Raises ValueError where a split has no readable image, or the splits' classes differ.
     """
     path = path.resolve()
     name = f"folder-{path.name}"
-    place = hashlib.sha256(str(path).encode()).hexdigest()[:6]  # another folder may have the same name
+    path_digest = hashlib.sha256(str(path).encode()).hexdigest()[:6]  # tells apart folders of the same name
     splits, classes = [], None
     for split in ("train", "test"):
-        there = (Path(folder, file) for folder, _, names in os.walk(path / split, followlinks=True) for file in names)
-        files = sorted(f for f in there if f.suffix.lower() in Image.registered_extensions() and f.is_file())
-        found = sorted({f.relative_to(path / split).parts[0] for f in files if f.parent != path / split})
-        check(classes in (None, found), "DATASET", str(path), f"the same class folders in train/ and test/, not {classes} and {found}")
-        classes = found
-        check(not found or all(f.parent != path / split for f in files), "DATASET", str(path),
-              f"images of {path / split} all in class folders, or none")
+        root = path / split
+        files = (Path(folder, file) for folder, _, names in os.walk(root, followlinks=True) for file in names)
+        files = sorted(f for f in files if f.suffix.lower() in Image.registered_extensions() and f.is_file())
         random.Random(0).shuffle(files)
-        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{place}")
-        check(len(images), "DATASET", str(path), f"images in {path / split}, but none there can be read")
-        labels = torch.tensor([classes.index(f.relative_to(path / split).parts[0]) for f in files])[readable] if classes else None
-        splits += [images, labels]
+        class_of = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
+        split_classes = sorted(set(class_of) - {None})
+        check(classes in (None, split_classes), "DATASET", str(path),
+              f"the same class folders in train/ and test/, not {classes} and {split_classes}")
+        classes = split_classes
+        check(not classes or None not in class_of, "DATASET", str(path), f"{root}: all in class folders, or none")
+        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{path_digest}")
+        check(len(images), "DATASET", str(path), f"images in {root}, but none there can be read")
+        splits += [images, torch.tensor([classes.index(label) for label in class_of])[readable] if classes else None]
     return Dataset(name, *splits, classes)
 
 
 def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, image_size, image_size) uint8, mapped from a file in data_dir, and which of `files` they are (N,) bool.
+    """Images (n, 3, image_size, image_size) uint8, mapped from a file in data_dir; which of `files` they are (N,) bool.
 
-    The file is made where there is none for just these files, their sizes and times: the images one after the other, then a
-    byte for each of `files` that says whether it could be read. It gets its name when it is whole.
+    The file is made unless it exists for the same paths, sizes and times of change. It holds the images, one after the
+    other, then a byte for each of `files` that says whether it could be read.
     """
-    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    whole = data_dir / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.uint8"
-    if not whole.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        for old in data_dir.glob(f"{name}_*.uint8"):  # of the folder as it was
-            old.unlink(missing_ok=True)  # another run may be at it, too
-        temporary = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
-
-        def read(file: Path) -> bytes | Exception:
-            try:
-                with Image.open(file) as image:
-                    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
-                return np.asarray(image).transpose(2, 0, 1).tobytes()
-            except Exception as error:  # Pillow raises nearly anything for a broken file
-                return error
-
-        readable = bytearray()
+    def decode(file: Path) -> bytes:
         try:
-            with open(temporary, "wb") as output, ThreadPool() as pool, tqdm(total=len(files), desc=f"decoding {name}", leave=False) as bar:
-                for start in range(0, len(files), 1024):  # in parts: the pool would run ahead of the disk, and memory fill up
-                    part = files[start : start + 1024]
-                    for file, image in zip(part, pool.map(read, part)):
-                        readable.append(isinstance(image, bytes))
-                        if isinstance(image, bytes):
-                            output.write(image)
-                        else:
-                            tqdm.write(f"skipping {file}: {image}")
-                    bar.update(len(part))
-                output.write(readable)
-                output.flush()
-                os.fsync(output.fileno())
-            os.replace(temporary, whole)
-        finally:  # what a full disk or Ctrl-C leaves may be large
-            temporary.unlink(missing_ok=True)
-    mapped = torch.from_file(str(whole), shared=True, size=whole.stat().st_size, dtype=torch.uint8) if files else torch.empty(0, dtype=torch.uint8)
-    images, readable = mapped.split([len(mapped) - len(files), len(files)])
+            with Image.open(file) as image:
+                image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
+            return np.asarray(image).transpose(2, 0, 1).tobytes()
+        except Exception as error:  # Pillow raises nearly anything for a broken file
+            tqdm.write(f"skipping {file}: {error}")
+            return b""
+
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    decoded = data_dir / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.uint8"
+    if not decoded.exists():
+        for outdated in data_dir.glob(f"{name}_*.uint8"):  # made before the folder changed
+            outdated.unlink(missing_ok=True)  # another process may delete it at the same time
+        readable = bytearray()
+        with open_atomically(decoded, f".{os.getpid()}.tmp") as output, ThreadPool() as pool:
+            for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit=" batches", leave=False):
+                decoded_images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
+                output.writelines(decoded_images)
+                readable.extend(map(bool, decoded_images))
+            output.write(readable)
+    size = decoded.stat().st_size
+    mapped = torch.from_file(str(decoded), shared=True, size=size, dtype=torch.uint8) if size else torch.ByteTensor()
+    images, readable = mapped.split([size - len(files), len(files)])
     if not readable.all():
         print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
     return images.view(-1, 3, image_size, image_size), readable.bool()
@@ -195,7 +200,7 @@ SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", 
 
 
 def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
-    """Ten kinds of shapes, anti-aliased, of any colour, place, size, rotation and texture, on any background."""
+    """Ten kinds of shapes, anti-aliased, of any colour, position, size, rotation and texture, on any background."""
     check(image_size >= 1, "image_size", image_size, "1 or more")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
@@ -205,10 +210,8 @@ def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: 
 
 def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """labels (B,) -> images (B, 3, size, size), uint8"""
-    b = len(labels)
-
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(b, *shape, generator=generator)
+        return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
 
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")  # -1 to 1
 
@@ -219,7 +222,7 @@ def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks"""
         u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x, y)
         frequency, phase = uniform(3, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-        kind = torch.randint(4, (b, 1, 1), generator=generator)
+        kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
         waves = (frequency * u + phase).sin()
         mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
         first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
@@ -228,7 +231,7 @@ def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     scale = uniform(0.3, 0.7, 1, 1)
     u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1))
     u, v = u / scale, v / scale
-    distance = torch.empty(b, size, size)  # to the outline, in units of the shape's radius; negative inside
+    distance = torch.empty(len(labels), size, size)  # to the outline, in units of the shape's radius; negative inside
     for label, shape in enumerate(SHAPES):
         of_kind = labels == label
         distance[of_kind] = _distance(shape, u[of_kind], v[of_kind])
@@ -242,10 +245,6 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance of points to the outline of a shape of radius 1 (for the ellipse, nearly)."""
     radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
 
-    def polygon(corners: int) -> Tensor:
-        sector = 2 * math.pi / corners
-        return radius * (angle % sector - sector / 2).cos() - math.cos(sector / 2)
-
     def box(width: float, height: float) -> Tensor:
         return torch.maximum(x.abs() - width, y.abs() - height)
 
@@ -256,13 +255,13 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     if shape == "ellipse":
         return (x**2 + (2.2 * y) ** 2).sqrt() - 1
     if shape in ("triangle", "square", "hexagon"):
-        return polygon({"triangle": 3, "square": 4, "hexagon": 6}[shape])
+        sector = 2 * math.pi / {"triangle": 3, "square": 4, "hexagon": 6}[shape]
+        return radius * (angle % sector - sector / 2).cos() - math.cos(sector / 2)
     if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
         folded = (angle % (math.pi / 2.5) - math.pi / 5).abs()
         px, py = radius * (math.pi / 5 - folded).cos(), radius * (math.pi / 5 - folded).sin()
         notch = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-        length = math.hypot(1 - notch[0], notch[1])
-        return ((px - 1) * notch[1] + py * (1 - notch[0])) / length
+        return ((px - 1) * notch[1] + py * (1 - notch[0])) / math.hypot(1 - notch[0], notch[1])
     if shape == "cross":
         return torch.minimum(box(1, 0.33), box(0.33, 1))
     if shape == "crescent":
@@ -277,10 +276,17 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def select_images(images: Tensor, index: Tensor) -> Tensor:
-    """images (N, 3, H, W) and index (B,) on their device, from 0 to 2 N - 1 -> images (B, 3, H, W): an index i of N or
-    more stands for the mirrored image i - N, left and right exchanged."""
+    """images (N, 3, H, W) and index (B,) on their device, from 0 to 2 N - 1 -> images (B, 3, H, W).
+
+    An index i >= N means image i - N mirrored, left and right exchanged: one number tells which image to use and whether
+    to flip it, and finds its features in FeatureCache.
+    """
     selected = images[index % len(images)]
     return torch.where((index >= len(images)).view(-1, 1, 1, 1), selected.flip(3), selected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached features
 
 
 class FeatureCache:
@@ -427,32 +433,34 @@ class BF16Weights(nn.Module):
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one image without
-    any error would make all means infinite."""
+    """Peak signal-to-noise ratio of each image (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one
+    image without any error would make the mean infinite."""
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
-    return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3), reduction="none").clamp(max=100)
+    return peak_signal_noise_ratio(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0, dim=(1, 2, 3),
+                                   reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarity of each image (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
 
-    Over whole 11x11 windows alone, as defined and as in scikit-image; torchmetrics' own mean has padded ones in it.
+    The mean over windows of 11x11 pixels within the image, as in scikit-image; torchmetrics' own includes padded ones.
     """
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
     check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
-    _, full = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,
-                                                  reduction="none", return_full_image=True)
-    return full[..., 5:-5, 5:-5].mean((1, 2, 3))
+    _, similarity = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,
+                                                        reduction="none", return_full_image=True)
+    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))
 
 
 @torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from their tokens: indices (N, h, w), where they are known already.
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None) -> tuple:
+    """Reconstruct uint8 images (N, 3, H, W) from their tokens: indices (N, h, w), computed unless given.
 
-    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often each
-    code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
+    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often
+    each code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
     """
-    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}", "at least one image, uint8")
+    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}",
+          "at least one image, uint8")
     was_training = model.training
     model.eval()
     device = model.feature_mean.device
@@ -460,7 +468,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
         targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
-            tokens.append(model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size])
+            tokens += [model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size]]
             output = model.decode_from_indices(tokens[-1]).float()
         else:
             output = model(targets)[0].float()
@@ -468,16 +476,16 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
         reconstructions.append((output * 255).round().byte().to(images.device))
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     model.train(was_training)
-    mean_psnr, mean_ssim = (sums / len(images)).tolist()
-    return {"psnr": mean_psnr, "ssim": mean_ssim, "usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
+    means = dict(zip(("psnr", "ssim"), (sums / len(images)).tolist()))
+    return means | {"usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
 
 
 def load_lpips() -> nn.Module:
-    """LPIPS (1801.03924) on VGG16: called with two batches (B, 3, H, W) in [0, 1] and normalize=True, it gives each pair's
-    distance. RuntimeError where torchvision's VGG16 is not on disk and cannot be downloaded."""
+    """LPIPS (1801.03924) on VGG16: called with two batches (B, 3, H, W) in [0, 1] and normalize=True, it gives the
+    distance of each pair. RuntimeError where torchvision's VGG16 is not on disk and cannot be downloaded."""
     weights = VGG16_Weights.IMAGENET1K_V1.url
     if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
-        raise RuntimeError(f"LPIPS needs {weights}, which cannot be reached; PERCEPTUAL = \"encoder\" needs no download")
+        raise RuntimeError(f'LPIPS needs {weights}, which cannot be reached; PERCEPTUAL = "encoder" needs no download')
     try:
         return LearnedPerceptualImagePatchSimilarity("vgg").net
     except OSError as error:
@@ -485,16 +493,18 @@ def load_lpips() -> nn.Module:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
-    """Test accuracy in [0, 1] of logistic regression on features x (N, C) with labels y (N,)."""
+    """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,). A test label
+    without training images counts as an error. With one training image or class, every test image is assigned to it."""
     for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
-        check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape), "(N, C) with a label each, N at least 1")
-    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+        check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape),
+              "(N, C) with a label each, N at least 1")
+    mean, std = train_x.mean(0), train_x.std(0, correction=min(1, len(train_x) - 1)) + 1e-6  # one image: 0, not NaN
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
-    def closure():
+    def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(probe(train_x), train_y) + 1e-4 * probe.weight.square().sum()
         loss.backward()
@@ -511,56 +521,60 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: int):
     """Write a grid of uint8 images (N, 3, H, W): originals in the upper half, their reconstructions below.
 
-    Images under 128 pixels are enlarged, each pixel to a square, so that a viewer does not blur them.
+    An incomplete last row is left out. Small images are enlarged, each pixel to a square: a viewer would blur them.
     """
-    shown = min(len(originals), len(reconstructions))
-    check(shown > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
+    count = min(len(originals), len(reconstructions))
+    check(count > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
           (tuple(originals.shape), tuple(reconstructions.shape)), "images of one size, at least one")
-    columns = min(columns, shown)
-    whole_rows = shown // columns * columns
-    originals, reconstructions = originals[:whole_rows], reconstructions[:whole_rows]
+    columns = min(columns, count)
+    count -= count % columns
     zoom = max(1, 128 // originals.shape[-1])
-    images = torch.cat([originals, reconstructions]).cpu()
+    images = torch.cat([originals[:count], reconstructions[:count]]).cpu()
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    with io.BytesIO() as png:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, "PNG")
-        write_file(path, png.getvalue())
+    with open_atomically(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
 def save_figure(path: Path, figure: Figure):
-    with io.BytesIO() as png:
-        figure.savefig(png, dpi=120, bbox_inches="tight")
-        write_file(path, png.getvalue())
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
-    """How often each code was used, sorted, on logarithmic axes; metrics as from evaluate."""
+    """Plot how often each code was used, sorted, on logarithmic axes; counts and metrics as evaluate returns them."""
     used = counts[counts > 0].sort(descending=True).values.cpu()
-    figure = Figure(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.loglog(range(1, len(used) + 1), used)
     axes.axvline(len(counts), color="grey", linestyle=":", label=f"codebook size {len(counts):,}")
     axes.set(xlabel="code, by rank", ylabel="times used")
-    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", fontsize=9)
+    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9)
     axes.legend()
     save_figure(path, figure)
 
 
 def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
-    """A small plot for each of these columns of metrics.csv that is not zero throughout, over the epochs of both stages."""
+    """Plot each of these columns of metrics.csv over the epochs of both stages, unless it is zero throughout."""
     names = [name for name in names if any(row[name] for row in history)]
     if not names:
         return
-    rows = math.ceil(len(names) / 3)
-    figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
-    figure.suptitle(title)
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    width, height = 4 * columns, 2.2 * rows + 1
+    figure = Figure(figsize=(width, height))
+    # margins and titles have fixed positions: an automatic layout would take most of the time, after each epoch
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.7 / height, wspace=0.2, hspace=0.3)
+    figure.suptitle(title, x=0.6 / width, y=1 - 0.1 / height, ha="left", fontsize=11)
     for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, 3, i + 1, title=name, xlabel="epoch")
+        axes = figure.add_subplot(rows, columns, i + 1, xlabel="epoch")
+        axes.set_title(name, y=1, fontsize=10)
+        axes.locator_params(nbins=4)
+        axes.xaxis.set_visible(i + columns >= len(names))  # or else the plot below shows the same axis
         for stage in sorted({row["stage"] for row in history}):
             points = [(epoch, row[name]) for epoch, row in enumerate(history, 1) if row["stage"] == stage]
             axes.plot(*zip(*points), ".-", label=f"stage {stage}")
-        axes.legend()
+    figure.legend(handles=axes.lines, loc="upper right", ncols=2)
     save_figure(path, figure)
 
 
@@ -568,20 +582,26 @@ def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
 # Files and checkpoints
 
 
-def write_file(path: Path, content: bytes):
-    """Write a file whole or not at all: a reader, or a run that is killed, never meets half of it."""
+@contextmanager
+def open_atomically(path: Path, suffix: str = ".tmp"):
+    """Open a file for writing that gets its name when it is complete: no reader and no killed run has half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say which file it had no room for
+    except OSError as error:  # that of a full disk does not name the file
         raise OSError(error.errno, f"{error.strerror or error}", str(path)) from None
-    finally:  # what a full disk or Ctrl-C leaves may be large
+    finally:  # after an error or Ctrl-C, what was written may be large
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes):
+    with open_atomically(path) as file:
+        file.write(content)
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -599,49 +619,35 @@ def save_torch(path: Path, content: dict):
 
 
 def load_torch(path: str | Path) -> dict:
-    """Load a file of torch.save's, tensors and plain values alone. ValueError where it is broken or something else."""
+    """Load a file written by torch.save, tensors and plain values alone. ValueError where it is broken or missing."""
     check(Path(path).is_file(), "checkpoint", str(path), "an existing file")
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # the container's checksums, which torch does not look at
-        if broken is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"{broken} in it is damaged"
+            damaged = archive.testzip()  # verifies the checksums, which torch.load does not
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, zlib and pickle raise many kinds for a broken file
-        reason = str(error).split("\n")[0]
-    raise ValueError(f"checkpoint {path} cannot be read: {reason}")
+        raise ValueError(f"checkpoint {path} cannot be read: " + str(error).split("\n")[0]) from None
 
 
-def save_checkpoint(path: Path, model: VQRAE, **facts):
-    """Write a self-describing checkpoint: the model's config and weights, and `facts` such as metrics and constants."""
+def save_checkpoint(path: Path, model: VQRAE, **metadata):
+    """Write a self-describing checkpoint: the model's config and weights, and `metadata`, such as its metrics."""
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **facts})
+    save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **metadata})
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:
-    """A ready VQRAE in eval mode from a checkpoint of train.py's, offline, whatever the constants now say.
+    """The VQRAE of a checkpoint written by train.py, in eval mode, built from its own config and without any download.
 
-    Raises ValueError for a file that is no such checkpoint, or a broken one. What else the file holds (metrics,
-    constants) is in load_torch(path).
+    Raises ValueError for a file that is broken or no such checkpoint. Metadata (metrics, constants): load_torch(path).
     """
     content = load_torch(path)
-    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path), "a checkpoint of train.py's, fsq_stage2_best.pt or the like")
+    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path),
+          "a checkpoint of train.py's, fsq_stage2_best.pt or the like")
     try:
         model = VQRAE(**content["config"], pretrained=False)
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {path} does not fit this version of the code: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"checkpoint {path} does not fit this code: {str(error).splitlines()[0]}") from None
     return model.set_stage(content["stage"]).eval()
-
-
-def seed_everything(*numbers: int):
-    """Make all that is random from here on a function of these numbers, and of nothing that was before."""
-    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def digest(constants: dict) -> str:
-    """Six letters that differ where a constant differs."""
-    return hashlib.sha256(repr(sorted(constants.items())).encode()).hexdigest()[:6]
