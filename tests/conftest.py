@@ -2,34 +2,36 @@ import os
 import sys
 from pathlib import Path
 
-ENVIRONMENT = dict(os.environ)  # as test_gpu.py has it
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is compared bit for bit, or between processes, is so on a CPU
-
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+ENVIRONMENT = dict(os.environ)  # what test_gpu.py starts its processes with
+# results are compared bit for bit and between processes: on a CPU; set before any test imports torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 @pytest.fixture(autouse=True)
-def alike(tmp_path, monkeypatch):
+def reproducible(tmp_path, monkeypatch):
     """Each test starts with the same random state, in an empty folder."""
+    import torch
+
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A small folder of drawn images: 2 classes, 96 to train on and 32 to test on."""
+    """A small folder of drawn images: 2 classes, 96 training and 32 test images."""
     from utils import draw_shapes
 
     path = tmp_path_factory.mktemp("images") / "tiny"
     data = draw_shapes(32, train=480, test=160)
-    for split, images, labels in (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)):
+    splits = {"train": (data.train_images, data.train_labels), "test": (data.test_images, data.test_labels)}
+    for split, (images, labels) in splits.items():
         for label in (3, 6):
             (path / split / data.classes[label]).mkdir(parents=True)
-            for i in torch.nonzero(labels == label)[:, 0].tolist():
-                Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path / split / data.classes[label] / f"{i}.png")
+            for i in (labels == label).nonzero()[:, 0].tolist():
+                image = Image.fromarray(images[i].permute(1, 2, 0).numpy())
+                image.save(path / split / data.classes[label] / f"{i}.png")
     return path

@@ -29,7 +29,8 @@ def model():
     return VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, decoder_width=64, decoder_depth=1, decoder_heads=2).eval()
 
 
-images, features, tokens = torch.rand(1, 3, 32, 32), torch.randn(1, 256, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
+images, features = torch.rand(1, 3, 32, 32), torch.randn(1, 256, 8, 8)
+tokens = torch.zeros(1, 8, 8, dtype=torch.int64)
 MODEL = {
     "images of another rank": (lambda m: m(images[0]), "images"),
     "grey images": (lambda m: m.encode(images[:, :1]), "images"),
@@ -42,18 +43,18 @@ MODEL = {
     "z_q with another width": (lambda m: m.decode(features[:, 1:]), "z_q"),
     "z_q of another grid": (lambda m: m.decode(features[:, :, :4, :4]), "z_q"),
     "z_q without a batch": (lambda m: m.decode(features[0]), "z_q"),
-    "z_q of whole numbers": (lambda m: m.decode(features.long()), "z_q"),
+    "z_q of integers": (lambda m: m.decode(features.long()), "z_q"),
     "z_q None": (lambda m: m.decode(None), "z_q"),
     "z with another width": (lambda m: m.quantize(features[:, 1:]), "z"),
     "z with infinity": (lambda m: m.quantizer(features / 0), "infinity"),
     "indices of another grid": (lambda m: m.decode_from_indices(tokens[:, :4]), "z_q"),
-    "indices in a row": (lambda m: m.decode_from_indices(tokens.flatten()), "indices"),
+    "indices without a grid": (lambda m: m.decode_from_indices(tokens.flatten()), "indices"),
     "indices too large": (lambda m: m.decode_from_indices(tokens + 240), "239"),
     "indices below 0": (lambda m: m.features_from_indices(tokens - 1), "indices"),
     "indices with a fraction": (lambda m: m.decode_from_indices(tokens + 0.5), "indices"),
     "a list of indices": (lambda m: m.decode_from_indices(tokens.tolist()), "indices"),
     "features for the predictor": (lambda m: m.predict_features(features[:, :, :4]), "z_q"),
-    "features that differ": (lambda m: m.compute_distillation_loss(features, features, features[:, :, :1]), "teacher_z"),
+    "features of two shapes": (lambda m: m.compute_distillation_loss(features, features, features[:, :1]), "teacher_z"),
     "usage of no indices": (lambda m: m.get_codebook_usage(tokens[:0]), "indices"),
     "usage of indices out of range": (lambda m: m.get_codebook_usage(tokens + 1000), "indices"),
     "usage of floats": (lambda m: m.get_codebook_usage(features), "indices"),
@@ -81,7 +82,7 @@ QUANTIZER = {
     "another width": (lambda q: q(torch.randn(2, 9, 7)), "channels"),
     "one dimension too few": (lambda q: q(torch.randn(2, 8)), "shape"),
     "no tokens": (lambda q: q(torch.randn(0, 3, 8)), "shape"),
-    "whole numbers": (lambda q: q(torch.ones(2, 3, 8, dtype=torch.int32)), "type"),
+    "integers": (lambda q: q(torch.ones(2, 3, 8, dtype=torch.int32)), "type"),
     "a number": (lambda q: q(0.5), "tensor"),
     "codes of another width": (lambda q: q.codes_to_indices(torch.randn(2, 9, 7)), "channels"),
     "codes with NaN": (lambda q: q.codes_to_indices(torch.full((2, 3, 8), torch.nan)), "NaN"),
@@ -100,16 +101,16 @@ def test_quantizer(name, call, names):
     assert "\n" not in str(error.value)
 
 
-one = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+image, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
 OTHERS = {
     "a search among codes of another width": (lambda: nearest_code(torch.rand(3, 4), torch.rand(5, 6)), "codebook"),
-    "grids of different images": (lambda: save_grid(Path("a.png"), one, one[..., :16], columns=2), "originals"),
-    "a grid of nothing": (lambda: save_grid(Path("a.png"), one[:0], one[:0], columns=2), "originals"),
+    "grids of different images": (lambda: save_grid(Path("a.png"), image, image[..., :16], columns=2), "originals"),
+    "a grid of nothing": (lambda: save_grid(Path("a.png"), image[:0], image[:0], columns=2), "originals"),
     "PSNR of different sizes": (lambda: psnr(images, images[..., :16]), "images"),
     "SSIM of different sizes": (lambda: ssim(images, images[..., :16]), "images"),
     "SSIM of tiny images": (lambda: ssim(images[..., :8], images[..., :8]), "11x11"),
-    "a probe without labels": (lambda: linear_probe(torch.rand(4, 2), torch.zeros(3).long(), torch.rand(4, 2), torch.zeros(4).long()), "train_x"),
-    "a probe on nothing": (lambda: linear_probe(torch.rand(4, 2), torch.zeros(4).long(), torch.rand(0, 2), torch.zeros(0).long()), "test_x"),
+    "a label too few": (lambda: linear_probe(torch.rand(4, 2), labels[:3], torch.rand(4, 2), labels), "train_x"),
+    "a probe on nothing": (lambda: linear_probe(torch.rand(4, 2), labels, torch.rand(0, 2), labels[:0]), "test_x"),
     "an unknown dataset": (lambda: load_dataset("cifar", 32), "DATASET"),
     "images of size 0": (lambda: load_dataset("shapes", 0), "image_size"),
     "a checkpoint that is not there": (lambda: load_checkpoint("nowhere.pt"), "nowhere.pt"),

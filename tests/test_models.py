@@ -16,9 +16,11 @@ OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_d
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
 
 
+SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+
+
 def build(quantizer="fsq", **options):
-    options = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2} | options
-    return VQRAE("cifar", quantizer, OPTIONS[quantizer], **options)
+    return VQRAE("cifar", quantizer, OPTIONS.get(quantizer), **SMALL | options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def test_shipped_encoder():
 
 def test_folding_the_norms_changes_nothing():
     encoder = ConvEncoder(fused=False)
-    encoder(torch.rand(64, 3, 32, 32))  # sets running statistics
+    encoder(torch.rand(16, 3, 32, 32))  # sets running statistics
     encoder.eval()
     images = torch.rand(4, 3, 32, 32)
     expected = encoder(images)
@@ -58,41 +60,44 @@ def test_cutout_is_a_square_of_that_side(cutout):
 
 def test_unfolding_the_norms_changes_nothing():
     shipped = build_encoder("cifar", 8)
-    encoder, images = copy.deepcopy(shipped), torch.rand(200, 3, 32, 32)
+    encoder, images = copy.deepcopy(shipped), torch.rand(64, 3, 32, 32)
     unfuse(encoder, images)
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()) == 11
-    for mode in (True, False):
-        assert torch.allclose(encoder.train(mode)(images), shipped(images), atol=0.05)
-    assert torch.allclose(encoder.fuse()(images), shipped(images), atol=0.05)
+    with torch.no_grad():
+        expected = shipped(images)
+        for mode in (True, False):
+            assert torch.allclose(encoder.train(mode)(images), expected, atol=0.05)
+        assert torch.allclose(encoder.fuse()(images), expected, atol=0.05)
 
 
 @pytest.fixture
-def shallow(monkeypatch):
-    """Stand-ins for timm's encoders: two blocks deep."""
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, depth=2))
+def small(monkeypatch):
+    """Stand-ins for timm's encoders: two blocks of 64 channels, all else (patches, tokens, norms) as it is."""
+    create, size = timm.create_model, {"depth": 2, "embed_dim": 64, "num_heads": 4}
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **size))
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """cache(name, state) lays out weights as the hub's client does; no network is asked."""
+    """cache(name, state) writes weights where the hub's client keeps them; the network is not used."""
     monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(models, "reachable", lambda url: False)
 
-    def lay_out(name, state):
-        repository = tmp_path / "hub" / ("models--" + timm.get_pretrained_cfg(ENCODERS[name]).hf_hub_id.replace("/", "--"))
-        for part in ("refs", "blobs", "snapshots/0123abc"):
-            (repository / part).mkdir(parents=True, exist_ok=True)
+    def write(name, state):
+        hub_id = timm.get_pretrained_cfg(ENCODERS[name]).hf_hub_id
+        repository = tmp_path / "hub" / ("models--" + hub_id.replace("/", "--"))
+        for folder in ("refs", "blobs", "snapshots/0123abc"):
+            (repository / folder).mkdir(parents=True, exist_ok=True)
         (repository / "refs/main").write_text("0123abc")
         save_file(state, repository / "blobs/f00")
         (repository / "snapshots/0123abc/model.safetensors").unlink(missing_ok=True)
         (repository / "snapshots/0123abc/model.safetensors").symlink_to("../../blobs/f00")
 
-    return lay_out
+    return write
 
 
 def timm_model(name):
-    """As timm builds it at its native size, each parameter random, norms and scales too."""
+    """The stand-in at its native image size, with every parameter random, those of norms and scales too."""
     model = timm.create_model(ENCODERS[name], pretrained=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,14 +106,14 @@ def timm_model(name):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_pretrained_features_are_the_last_blocks_patch_tokens(name, shallow, cache):
+def test_pretrained_features_are_the_last_blocks_patch_tokens(name, small, cache):
     source = timm_model(name)
     cache(name, source.state_dict())
     size, patch = source.patch_embed.img_size[0], source.patch_embed.patch_size[0]
     images = torch.rand(1, 3, size, size)
     with torch.no_grad():
         z = build_encoder(name, size // patch).eval()(images)
-        mean, std = (torch.tensor(source.pretrained_cfg[part]).view(3, 1, 1) for part in ("mean", "std"))
+        mean, std = (torch.tensor(source.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         tokens = source.norm_pre(source.patch_drop(source._pos_embed(source.patch_embed((images - mean) / std))))
         for block in source.blocks:
             tokens = block(tokens)
@@ -119,7 +124,7 @@ def test_pretrained_features_are_the_last_blocks_patch_tokens(name, shallow, cac
 
 
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b", "mae_b", "internvit_300m"])
-def test_position_embeddings_are_resampled_as_timm_does(name, shallow, cache):
+def test_position_embeddings_are_resampled_as_timm_does(name, small, cache):
     source = timm_model(name)
     cache(name, source.state_dict())
     encoder = build_encoder(name, 8)
@@ -131,12 +136,12 @@ def test_position_embeddings_are_resampled_as_timm_does(name, shallow, cache):
 
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
 @pytest.mark.parametrize("damage", ["removed", "renamed", "reshaped", "cut"])
-def test_unfitting_weights_are_an_error(name, damage, shallow, cache, tmp_path):
+def test_unfitting_weights_are_an_error(name, damage, small, cache, tmp_path):
     state = timm_model(name).state_dict()
     key = "blocks.1.mlp.fc1.weight"
     weight = state.pop(key)
-    cache(name, state | {"removed": {}, "renamed": {"blocks.1.mlp.fc3.weight": weight}, "reshaped": {key: weight[:-1].clone()},
-                         "cut": {key: weight}}[damage])
+    cache(name, state | {"removed": {}, "renamed": {"blocks.1.mlp.fc3.weight": weight},
+                         "reshaped": {key: weight[:-1].clone()}, "cut": {key: weight}}[damage])
     if damage == "cut":
         blob, = (tmp_path / "hub").glob("*/blobs/f00")
         blob.write_bytes(blob.read_bytes()[:-1000])
@@ -146,7 +151,7 @@ def test_unfitting_weights_are_an_error(name, damage, shallow, cache, tmp_path):
 
 
 def one_step_of_each_stage(model, images):
-    """encode, indices, decode, and a training step of both stages"""
+    """Encode, decode from indices, and take a training step of each stage."""
     with torch.no_grad():
         indices = model.eval().encode_to_indices(images)
         assert indices.shape == (len(images), model.encoder.grid, model.encoder.grid)
@@ -157,19 +162,20 @@ def one_step_of_each_stage(model, images):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         z = teacher_z if stage == 1 else model.encoder(images)
         z_q, quantizer_loss, _ = model.quantize(z)
-        loss = F.mse_loss(model.decode(z_q), images) + quantizer_loss + sum(model.compute_distillation_loss(z, z_q, teacher_z))
+        loss = F.mse_loss(model.decode(z_q), images) + quantizer_loss
+        loss = loss + sum(model.compute_distillation_loss(z, z_q, teacher_z))
         loss.backward()
-        before = [next(part.parameters()).detach().clone() for part in (model.encoder, model.decoder)]
+        weights = [next(module.parameters()) for module in (model.encoder, model.decoder)]
+        before = [weight.detach().clone() for weight in weights]
         optimizer.step()
-        moved = [not torch.equal(a, next(part.parameters())) for a, part in zip(before, (model.encoder, model.decoder))]
-        assert moved == [stage == 2, True] and loss.isfinite()
+        assert [not torch.equal(a, b) for a, b in zip(before, weights)] == [stage == 2, True] and loss.isfinite()
         del optimizer
         model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_stand_in_of_each_encoder_learns(name, shallow):
-    model = VQRAE(name, "fsq", OPTIONS["fsq"], image_size=32, grid=4, decoder_width=64, decoder_depth=1, decoder_heads=2, pretrained=False)
+def test_stand_in_of_each_encoder_learns(name, small):
+    model = VQRAE(name, "fsq", OPTIONS["fsq"], grid=4, pretrained=False, **SMALL)
     one_step_of_each_stage(model, torch.rand(2, 3, 32, 32))
 
 
@@ -182,10 +188,10 @@ def test_each_encoder_learns_at_its_true_size(name):
     one_step_of_each_stage(model, torch.rand(2, 3, 32, 32))
 
 
-def test_decoder_follows_a_vit_encoder():
+def test_decoder_follows_a_vit_encoder(small):
     model = VQRAE("vit_tiny_patch16_224", "fsq", OPTIONS["fsq"], image_size=32, grid=4, pretrained=False)
-    assert model.decoder.position.shape == (16, 192) and len(model.decoder.blocks) == 12
-    assert model.decoder.blocks[0].attn.num_heads == 3
+    assert model.decoder.position.shape == (16, 64) and len(model.decoder.blocks) == 2
+    assert model.decoder.blocks[0].attn.num_heads == 4
     assert model(torch.rand(1, 3, 32, 32))[0].shape == (1, 3, 32, 32)
 
 
@@ -193,7 +199,8 @@ def test_decoder_follows_a_vit_encoder():
 def test_a_step_in_the_papers_setting():
     """SigLIP-L at 256 pixels, SimVQ 16,384 x 1,536 behind an adapter, a decoder as large as the encoder: 12 GB for a
     step of two images, nearly all of it weights, gradients and AdamW's averages."""
-    model = VQRAE("siglip_l", "simvq", {"codebook_size": 16384, "code_dim": 1536}, image_size=256, grid=16, pretrained=False)
+    options = {"codebook_size": 16384, "code_dim": 1536}
+    model = VQRAE("siglip_l", "simvq", options, image_size=256, grid=16, pretrained=False)
     one_step_of_each_stage(model, torch.rand(2, 3, 256, 256))
 
 
@@ -232,8 +239,8 @@ def test_decoding_indices_is_the_forward_pass(quantizer):
     assert output.shape == images.shape and 0 <= output.min() and output.max() <= 1 and loss.shape == ()
 
 
-def test_without_a_quantizer_nothing_is_lost_on_the_way():
-    model = VQRAE("cifar", "none", decoder_width=64, decoder_depth=1, decoder_heads=2, adapter_depth=0).eval()
+def test_without_quantizer_and_adapter_the_features_are_decoded():
+    model = build("none", adapter_depth=0).eval()
     images = torch.rand(2, 3, 32, 32)
     z_q, loss, indices = model.encode(images)
     assert torch.equal(z_q, model.encoder(images)) and loss == 0 and indices.shape == (2, 8, 8)
@@ -245,13 +252,14 @@ def test_without_a_quantizer_nothing_is_lost_on_the_way():
 def test_baselines_from_scratch_learn_in_both_stages(encoder, grid):
     images = torch.rand(2, 3, 32, 32)
     for name in ("fsq", "ddcl", "none"):
-        model = VQRAE(encoder, name, OPTIONS.get(name), grid=grid, adapter_depth=0, decoder_width=64, decoder_depth=1, decoder_heads=2)
+        model = VQRAE(encoder, name, OPTIONS.get(name), grid=grid, **SMALL | {"adapter_depth": 0})
         for stage in (1, 2):
             model.set_stage(stage).train()
             output, loss, indices = model(images)
             (F.mse_loss(output, images) + loss).backward()
             assert output.shape == images.shape and indices.shape == (2, grid, grid)
-            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [next(model.encoder.parameters()), next(model.decoder.parameters())])
+            weights = [next(module.parameters()) for module in (model.encoder, model.decoder)]
+            assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights)
         with pytest.raises(ValueError, match="ENCODER"):
             model.predict_features(torch.rand(1, 256, grid, grid))
     with pytest.raises(ValueError, match="GRID"):
@@ -272,14 +280,14 @@ def test_post_quant_conv(kernel):
 def test_convolution_with_a_matrix_of_weights():
     conv = models.Conv(5, 7)
     x = torch.randn(2, 5, 6, 6)
-    patches = F.unfold(x, 3, padding=1).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # pixel by pixel, all channels of each
+    patches = F.unfold(x, 3, padding=1).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # channels by pixel
     expected = (conv.weight @ patches + conv.bias[:, None]).unflatten(2, (6, 6))
     assert conv.weight.ndim == 2 and torch.allclose(conv(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("image_size, grid", [(32, 8), (32, 4), (32, 32), (64, 8)])
 def test_conv_decoder(image_size, grid):
-    model = VQRAE("cifar", "fsq", OPTIONS["fsq"], image_size=image_size, grid=grid, decoder_width=64, decoder_depth=1)
+    model = build(image_size=image_size, grid=grid, adapter_depth=0)
     images = torch.rand(2, 3, image_size, image_size)
     output = model(images)[0]
     assert output.shape == images.shape
@@ -287,26 +295,30 @@ def test_conv_decoder(image_size, grid):
     assert all(p.grad is not None for p in model.decoder.parameters())
 
 
-def test_decoder_kinds():
+def test_decoder_and_adapter_kinds(small):
+    assert len(build(adapter_depth=None).adapter) == 3 and isinstance(build().adapter[0], models.ResidualBlock)
     assert isinstance(build().decoder, models.ConvDecoder)
     assert isinstance(build(decoder="vit").decoder, models.ViTDecoder)
-    assert isinstance(VQRAE("dinov2_s", decoder="conv", decoder_depth=1, pretrained=False).decoder, models.ConvDecoder)
-    for options in ({"decoder": "cnn"}, {"encoder": "cnn", "grid": 4, "decoder": "vit"}, {"image_size": 48, "grid": 8, "decoder": "conv"}):
+    model = VQRAE("dinov2_s", decoder="conv", decoder_depth=1, pretrained=False)
+    assert isinstance(model.decoder, models.ConvDecoder) and isinstance(model.adapter, models.OnGrid)
+    for options in ({"decoder": "cnn"}, {"encoder": "cnn", "grid": 4, "decoder": "vit"},
+                    {"image_size": 48, "grid": 8, "decoder": "conv"}):
         with pytest.raises(ValueError, match="DECODER"):
             VQRAE(**options)
 
 
 def test_normalization_is_of_the_features_and_in_the_checkpoint():
     model = build(normalize=True).eval()
-    z = torch.randn(50, 256, 8, 8) * torch.linspace(0.5, 3, 256).view(-1, 1, 1) + 2
+    z = torch.randn(10, 256, 8, 8) * torch.linspace(0.5, 3, 256).view(-1, 1, 1) + 2
     model.set_normalization(z)
     normalized = (z - model.feature_mean) / model.feature_std
-    assert normalized.mean((0, 2, 3)).abs().max() < 1e-4 and (normalized.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert normalized.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (normalized.std((0, 2, 3)) - 1).abs().max() < 1e-3
     assert torch.equal(model.decode(z), model.decoder(normalized).clamp(0, 1))
     assert {"feature_mean", "feature_std"} <= model.state_dict().keys()
 
 
-def parts_that_learn(model, images):
+def modules_that_learn(model, images):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     teacher_z = torch.randn(len(images), 256, 8, 8)
@@ -324,11 +336,11 @@ def test_set_stage():
     model.set_stage(1)
     assert not model.encoder.training and model.decoder.training
     model.eval().train()
-    assert not model.encoder.training  # train() does not wake the frozen encoder
-    assert parts_that_learn(model, images) == learned
+    assert not model.encoder.training  # train() leaves the frozen encoder in eval mode
+    assert modules_that_learn(model, images) == learned
     model.set_stage(2)
     assert model.encoder.training
-    assert parts_that_learn(model, images) == learned | {"encoder"}
+    assert modules_that_learn(model, images) == learned | {"encoder"}
     with pytest.raises(ValueError, match="stage"):
         model.set_stage(3)
 
@@ -336,12 +348,12 @@ def test_set_stage():
 def test_distillation_loss():
     model = build().eval()
     z, z_q, teacher_z = (torch.randn(2, 256, 8, 8, requires_grad=True) for _ in range(3))
-    kept, predicted = model.compute_distillation_loss(z, z_q, teacher_z.detach())
-    assert torch.allclose(kept, (z - teacher_z).square().mean())  # the features before the quantizer
+    encoded, predicted = model.compute_distillation_loss(z, z_q, teacher_z.detach())
+    assert torch.allclose(encoded, (z - teacher_z).square().mean())  # the features before the quantizer
     assert torch.allclose(predicted, (model.predict_features(z_q) - teacher_z).square().mean())
-    images = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
-    assert torch.allclose(model.compute_distillation_loss(z, z_q, teacher_z, 10.0)[1], predicted + 10 * images)
-    kept.backward()
+    means = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
+    assert torch.allclose(model.compute_distillation_loss(z, z_q, teacher_z, 10.0)[1], predicted + 10 * means)
+    encoded.backward()
     assert torch.allclose(z.grad, 2 * (z - teacher_z).detach() / z.numel()) and z_q.grad is None
     predicted.backward()
     assert z_q.grad.abs().sum() > 0
