@@ -63,10 +63,10 @@ def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
         encoder = ConvEncoder(grid, fused=False) if name == "scratch" else CNNEncoder(grid)
         return encoder.to(memory_format=torch.channels_last)
     known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
-    similar = ", ".join(difflib.get_close_matches(name, known, n=3))
+    similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
     is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
-    check(name in ENCODERS or is_vit, "ENCODER", name, f'"cifar", {", ".join((*ENCODERS, *FROM_SCRATCH))} or a ViT of '
-          "timm's" + (f" (nearest: {similar})" if similar else ""))
+    check(name in ENCODERS or is_vit, "ENCODER", name,
+          f'"cifar", {", ".join((*ENCODERS, *FROM_SCRATCH))} or a ViT of timm (nearest: {similar})')
     return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
 
 
@@ -176,7 +176,7 @@ class TimmEncoder(nn.Module):
             self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
         except Exception as error:  # a missing or unknown key, another shape, a damaged file
             raise RuntimeError(f"weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
-        self.vit.reset_classifier(0, global_pool="")  # after loading, which timm does not check without pooling
+        self.vit.reset_classifier(0, global_pool="")  # only now: timm loads SigLIP without pooling unchecked
         self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
         self.vit.fc_norm = nn.Identity()
         check(hasattr(self.vit.blocks[0], "attn"), "ENCODER", name, "ViTs with one attention a block")
@@ -251,7 +251,7 @@ class OnGrid(nn.Sequential):
 
 
 class Conv(nn.Module):
-    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel² dim_in), as Muon needs it."""
+    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__()
@@ -412,7 +412,7 @@ class VQRAE(nn.Module):
         return self.quantize(self.encoder(check_images(images)))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), in eval mode clamped to [0, 1] (that would stop gradients)"""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode only: it stops gradients"""
         z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
         images = self.decoder(z)
         return images if self.training else images.clamp(0, 1)
@@ -491,7 +491,7 @@ class VQRAE(nn.Module):
 
 
 def check_images(images: Tensor) -> Tensor:
-    """The images, unless they are not (B, 3, H, W) floats in [0, 1] with B at least 1: then ValueError."""
+    """Return images; ValueError unless they are (B, 3, H, W) floats in [0, 1], B at least 1."""
     check(isinstance(images, Tensor), "images", type(images).__name__, "a tensor")
     check(images.ndim == 4 and images.shape[1] == 3 and images.numel(), "images", tuple(images.shape), "(B, 3, H, W)")
     check(images.dtype.is_floating_point, "images", images.dtype, "floating-point numbers in [0, 1]")

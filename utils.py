@@ -156,8 +156,7 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
         check(not classes or None not in class_of, "DATASET", str(path), f"{root}: all in class folders, or none")
         images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{path_digest}")
         check(len(images), "DATASET", str(path), f"images in {root}, but none there can be read")
-        labels = torch.tensor([classes.index(label) for label in class_of])[readable] if classes else None
-        splits += [images, labels]
+        splits += [images, torch.tensor([classes.index(label) for label in class_of])[readable] if classes else None]
     return Dataset(name, *splits, classes)
 
 
@@ -183,7 +182,7 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
             outdated.unlink(missing_ok=True)  # another process may delete it at the same time
         readable = bytearray()
         with open_atomically(decoded, f".{os.getpid()}.tmp") as output, ThreadPool() as pool:
-            for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit="1,024 images", leave=False):
+            for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit=" batches", leave=False):
                 decoded_images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
                 output.writelines(decoded_images)
                 readable.extend(map(bool, decoded_images))
@@ -384,10 +383,8 @@ def load_lpips() -> nn.Module:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
-    """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,).
-
-    A test label without training images counts as an error. One training image, or one class, leaves a constant answer.
-    """
+    """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,). A test label
+    without training images counts as an error. With one training image or class, every test image is assigned to it."""
     for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
         check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape),
               "(N, C) with a label each, N at least 1")
@@ -429,6 +426,11 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: i
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
+def save_figure(path: Path, figure: Figure):
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     """Plot how often each code was used, sorted, on logarithmic axes; counts and metrics as evaluate returns them."""
     used = counts[counts > 0].sort(descending=True).values.cpu()
@@ -439,8 +441,7 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     axes.set(xlabel="code, by rank", ylabel="times used")
     axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9)
     axes.legend()
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=100)
+    save_figure(path, figure)
 
 
 def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
@@ -464,8 +465,7 @@ def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
             points = [(epoch, row[name]) for epoch, row in enumerate(history, 1) if row["stage"] == stage]
             axes.plot(*zip(*points), ".-", label=f"stage {stage}")
     figure.legend(handles=axes.lines, loc="upper right", ncols=2)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=100)
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -368,6 +368,6 @@ def test_codebook_usage_counted_by_hand():
 
 
 @pytest.mark.parametrize("size", [32, 64, 256])
-def test_discriminator_judges_patches(size):
+def test_discriminator_has_a_logit_per_patch(size):
     logits = PatchDiscriminator(size)(torch.rand(1, 3, size, size))
     assert logits.shape == (1, 1, 7, 7)

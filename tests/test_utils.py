@@ -365,7 +365,7 @@ def test_curves_of_columns_that_are_not_zero(tmp_path):
     for names, columns in ((["loss", "gan"], 1), (["loss", "gan", "psnr"], 2), (["loss"] * 7, 3)):
         plot_curves(tmp_path / "curves.png", history, names, "title")
         image = np.array(Image.open(tmp_path / "curves.png").convert("RGB"))
-        assert image.shape[1] == 400 * columns
+        assert image.shape[1] == 480 * columns
         assert (image == (31, 119, 180)).all(2).any() and (image == (255, 127, 14)).all(2).any()  # both stages
 
 
