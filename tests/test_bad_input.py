@@ -53,7 +53,7 @@ MODEL = {
     "indices below 0": (lambda m: m.features_from_indices(tokens - 1), "indices"),
     "indices with a fraction": (lambda m: m.decode_from_indices(tokens + 0.5), "indices"),
     "a list of indices": (lambda m: m.decode_from_indices(tokens.tolist()), "indices"),
-    "features for the predictor": (lambda m: m.predict_features.kept[:, :, :4]), "z_q"),
+    "features for the predictor": (lambda m: m.predict_features(features[:, :, :4]), "z_q"),
     "features of two shapes": (lambda m: m.compute_distillation_loss(features, features, features[:, :1]), "teacher_z"),
     "usage of no indices": (lambda m: m.get_codebook_usage(tokens[:0]), "indices"),
     "usage of indices out of range": (lambda m: m.get_codebook_usage(tokens + 1000), "indices"),
