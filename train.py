@@ -162,7 +162,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     utils.seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(IMAGE_SIZE).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
-    gan_start = GAN_START * steps if stage == 1 and GAN_WEIGHT > 0 else math.inf
+    gan_start = math.ceil(GAN_START * steps) if stage == 1 and GAN_WEIGHT > 0 else math.inf
 
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
     for i, (optimizer, schedule) in enumerate(zip(optimizers, schedules)):
@@ -171,10 +171,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     objective, discriminate = Objective(stage, model, teacher, lpips), discriminator
     if PRECISION == "bf16":
         objective, discriminate = BF16Weights(objective), BF16Weights(discriminator)
-    objective_ddp, discriminate_ddp = objective, discriminate
+    discriminate_ddp = discriminate
     if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
-        objective_ddp, discriminate_ddp = (
-            DistributedDataParallel(module, broadcast_buffers=False) for module in (objective, discriminate))
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        discriminate_ddp = DistributedDataParallel(discriminate, broadcast_buffers=False)
 
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
@@ -194,10 +194,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 teacher_z = None if features is None else features[index]
                 if ranks > 1:  # the last micro-batch's backward pass sends the gradients of all
                     last = i == ACCUMULATE - 1
-                    objective_ddp.require_backward_grad_sync = discriminate_ddp.require_backward_grad_sync = last
+                    objective.require_backward_grad_sync = discriminate_ddp.require_backward_grad_sync = last
                 discriminator.requires_grad_(False)
                 try:
-                    losses, output = objective_ddp(images, teacher_z, discriminate if gan else None)
+                    losses, output = objective(images, teacher_z, discriminate if gan else None)
                 except ValueError as error:  # from the quantizer: features that are not finite
                     exit_if_not_finite(log, place)
                     sys.exit(f"train.py: {error}, at {place}, step {step + 1}; checkpoints of earlier epochs are kept")
@@ -210,8 +210,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                     (losses["discriminator_loss"] / ACCUMULATE).backward()
                 log[step, :-1] += torch.stack([losses[name].detach() for name in LOSSES])
             log[step, -1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in (*optimizers, *schedules):
-                part.step()
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step()
+                schedule.step()
             model.zero_grad(set_to_none=True)
             if gan:
                 gan_optimizer.step()

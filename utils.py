@@ -278,8 +278,8 @@ def to_float(images: Tensor) -> Tensor:
 def select_images(images: Tensor, index: Tensor) -> Tensor:
     """images (N, 3, H, W) and index (B,) on their device, from 0 to 2 N - 1 -> images (B, 3, H, W).
 
-    An index i >= N means image i - N mirrored, left and right exchanged: one number tells which image to use and whether
-    to flip it, and finds its features in FeatureCache.
+    An index i >= N means image i - N mirrored, left and right exchanged: one number tells which image to use and
+    whether to flip it, and finds its features in FeatureCache.
     """
     selected = images[index % len(images)]
     return torch.where((index >= len(images)).view(-1, 1, 1, 1), selected.flip(3), selected)
@@ -355,27 +355,27 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            orthogonalize(updates)
+            orthogonalize(updates, pad=updates[0].is_cuda)  # on a CPU arithmetic takes the time, not its launch
             torch._foreach_mul_(updates, [-group["lr"] * 0.2 * math.sqrt(max(p.shape)) for p in matrices])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, updates)
 
 
-def orthogonalize(matrices: list[Tensor]):
+def orthogonalize(matrices: list[Tensor], pad: bool):
     """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
 
-    Matrices of one shape are stacked; on a GPU those of similar ones, too, padded with zeros, which stay zeros.
+    Matrices of one shape are computed together; with `pad` those of similar ones, too, with zeros, which stay zeros.
     """
     stacks = {}
     for matrix in matrices:
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-        rows = 1 << (wide.shape[0] - 1).bit_length()  # the next power of two
-        stacks.setdefault(rows if wide.is_cuda else wide.shape, []).append(wide)
+        key = (len(wide) - 1).bit_length() if pad else wide.shape  # up to the next power of two
+        stacks.setdefault(key, []).append(wide)
     for stack in stacks.values():
         rows, columns = (max(matrix.shape[side] for matrix in stack) for side in (0, 1))
         x = torch.zeros(len(stack), rows, columns, dtype=torch.bfloat16, device=stack[0].device)
         torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
         for _ in range(5):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

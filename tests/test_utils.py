@@ -269,7 +269,8 @@ def test_features_are_computed_once():
 
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
     both = torch.cat([images, images.flip(3)])
-    epochs = torch.tensor([[[1, 3, 5], [0, 2, 4]], [[5, 1, 3], [4, 6, 0]], [[6, 4, 2], [2, 1, 0]]])  # of two batches each
+    # of two batches each
+    epochs = torch.tensor([[[1, 3, 5], [0, 2, 4]], [[5, 1, 3], [4, 6, 0]], [[6, 4, 2], [2, 1, 0]]])
     # a batch with a missing image is computed as a whole, and each batch where nothing is kept
     for limit, dtype, seen in ((1.0, torch.bfloat16, 9), (1.0, torch.float32, 9), (0.0, torch.bfloat16, 18)):
         encoder = Encoder()
