@@ -398,7 +398,7 @@ def search_fp32(x: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     """As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), the nearest has the largest x.c - |c|^2 / 2: a matrix product."""
     # Distances do not depend on the origin, and fp32 rounds smaller numbers less. A median, of up to 128 codes, is near
     # most codes even if some are far away; a mean is not.
-    origin = codebook[:: len(codebook) // 128 + 1].quantile(0.5, dim=0)
+    origin = codebook[:: len(codebook) // 128 + 1].median(0).values
     codes = codebook - origin
     bias = torch.cat([rows.square().sum(1) for rows in codes.split(max(1, 2**19 // codes.shape[1]))]) / -2
     chunks = x.split(max(1, (2**26 if x.is_cuda else 2**20) // len(codes)))  # of scores that fit a CPU's cache
@@ -434,7 +434,7 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         s <= last + error,    error = |t - t'| |c| + |t'| |c - c'| + |bias - bias'| + 2**-8 |last|,
     with the largest |c|, |c - c'| and |bias - bias'|. The best on the shortlist is proven if its s is not below that.
     """
-    origin = codebook[:: len(codebook) // 128 + 1].quantile(0.5, dim=0)
+    origin = codebook[:: len(codebook) // 128 + 1].median(0).values
     codes = torch.empty_like(codebook, dtype=torch.bfloat16)
     squares, errors = x.new_empty(2, len(codes))  # |c|^2 and |c - c'|^2
     size = max(1, 2**19 // x.shape[1])  # codes at a time: centred in fp32, all would take three times the memory

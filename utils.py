@@ -544,8 +544,8 @@ def save_figure(path: Path, figure: Figure):
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     """Plot how often each code was used, sorted, on logarithmic axes; counts and metrics as evaluate returns them."""
     used = counts[counts > 0].sort(descending=True).values.cpu()
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_axes((0.12, 0.12, 0.85, 0.75))
     axes.loglog(range(1, len(used) + 1), used)
     axes.axvline(len(counts), color="grey", linestyle=":", label=f"codebook size {len(counts):,}")
     axes.set(xlabel="code, by rank", ylabel="times used")
