@@ -171,6 +171,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     objective, discriminate = Objective(stage, model, teacher, lpips), discriminator
     if PRECISION == "bf16":
         objective, discriminate = BF16Weights(objective), BF16Weights(discriminator)
+    share = torch.tensor(1 / ACCUMULATE, device=device)  # of a micro-batch in the gradient
     discriminate_ddp = discriminate
     if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
         objective = DistributedDataParallel(objective, broadcast_buffers=False)
@@ -201,13 +202,13 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 except ValueError as error:  # from the quantizer: features that are not finite
                     exit_if_not_finite(log, place)
                     sys.exit(f"train.py: {error}, at {place}, step {step + 1}; checkpoints of earlier epochs are kept")
-                (losses["loss"] / ACCUMULATE).backward()
+                losses["loss"].backward(share)
                 if gan:
                     discriminator.requires_grad_(True)
                     with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
                         real, fake = discriminate_ddp(torch.cat([images, output.detach()])).float().chunk(2)
-                    losses["discriminator_loss"] = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
-                    (losses["discriminator_loss"] / ACCUMULATE).backward()
+                    losses["discriminator_loss"] = F.relu(1 + torch.stack([-real, fake])).mean()  # hinge
+                    losses["discriminator_loss"].backward(share)
                 log[step, :-1] += torch.stack([losses[name].detach() for name in LOSSES])
             log[step, -1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules):
@@ -250,7 +251,7 @@ class Objective(nn.Module):
             z_q, quantizer_loss, _ = self.model.quantize(z)
             output = self.model.decode(z_q)
             l2_loss = F.mse_loss(output, images)
-            perceptual_loss = distill_loss = predict_loss = torch.zeros_like(l2_loss)
+            perceptual_loss = distill_loss = predict_loss = gan_loss = zero = torch.zeros_like(l2_loss)
             if self.teacher is not None:
                 distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_IMAGE)
             perceptual_weight = PERCEPTUAL_WEIGHT[self.stage - 1]
@@ -259,14 +260,13 @@ class Objective(nn.Module):
             elif perceptual_weight and self.teacher is not None:
                 perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
             image_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
-            gan_loss = torch.zeros_like(image_loss)
             if discriminator is not None:
                 gan_loss = -discriminator(output).float().mean()
                 image_loss = self.with_adaptive_weight(image_loss, gan_loss, output)
             loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
         return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
                 "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
-                "discriminator_loss": torch.zeros_like(loss)}, output
+                "discriminator_loss": zero}, output
 
     def with_adaptive_weight(self, image_loss: Tensor, gan_loss: Tensor, output: Tensor) -> Tensor:
         """image_loss + GAN_WEIGHT * weight * gan_loss, both losses functions of output (B, 3, H, W), with the weight at
@@ -384,8 +384,9 @@ class Run:
         self.history.append(row)
         utils.save_grid(self.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, reconstructions, columns=4)
         utils.write_csv(self.outputs / "metrics.csv", self.history)
-        utils.plot_curves(self.outputs / "curves.png", self.history, [*LOSSES, "psnr", "ssim"], self.name)
-        utils.plot_curves(self.outputs / "usage_curve.png", self.history, ["usage", "perplexity"], self.name)
+        losses = [name for name in LOSSES if name != "gan_loss"]  # a mean of logits, of any sign: in metrics.csv alone
+        metrics = ["psnr", "ssim", "usage", "perplexity"]
+        utils.plot_curves(self.outputs / "curves.png", self.history, losses, metrics, self.name)
 
         metadata = {"epoch": epoch, "metrics": row, "constants": self.constants}
         prefix = f"{QUANTIZER}_stage{stage}"

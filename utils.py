@@ -554,27 +554,28 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     save_figure(path, figure)
 
 
-def plot_curves(path: Path, history: list[dict], names: list[str], title: str):
-    """Plot each of these columns of metrics.csv over the epochs of both stages, unless it is zero throughout."""
-    names = [name for name in names if any(row[name] for row in history)]
-    if not names:
-        return
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    width, height = 4 * columns, 2.2 * rows + 1
-    figure = Figure(figsize=(width, height))
-    # margins and titles have fixed positions: an automatic layout would take most of the time, after each epoch
-    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.7 / height, wspace=0.2, hspace=0.3)
-    figure.suptitle(title, x=0.6 / width, y=1 - 0.1 / height, ha="left", fontsize=11)
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, i + 1, xlabel="epoch")
-        axes.set_title(name, y=1, fontsize=10)
-        axes.locator_params(nbins=4)
-        axes.xaxis.set_visible(i + columns >= len(names))  # or else the plot below shows the same axis
-        for stage in sorted({row["stage"] for row in history}):
-            points = [(epoch, row[name]) for epoch, row in enumerate(history, 1) if row["stage"] == stage]
-            axes.plot(*zip(*points), ".-", label=f"stage {stage}")
-    figure.legend(handles=axes.lines, loc="upper right", ncols=2)
+def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics: Iterable[str], title: str):
+    """Plot columns of metrics.csv over the epochs: the losses together, unless they are zero throughout, each metric by
+    itself. A dotted line is where stage 2 begins."""
+    figure = Figure(figsize=(14, 3.2))
+    figure.suptitle(title, x=0.04, y=0.99, ha="left", fontsize=10)
+    # fixed margins: an automatic layout would take most of the time, after each epoch
+    panels = figure.subplots(1, 1 + len(metrics), width_ratios=[1.3] + [1] * len(metrics),
+                             gridspec_kw={"left": 0.17, "right": 0.99, "bottom": 0.15, "top": 0.85, "wspace": 0.3})
+    epochs = range(1, len(history) + 1)
+    for name in losses:
+        if any(row[name] for row in history):
+            panels[0].semilogy(epochs, [row[name] or math.nan for row in history], ".-", label=name)
+    panels[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(-0.2, 1))
+    panels[0].minorticks_off()
+    panels[0].set_title("losses", fontsize=10)
+    for axes, name in zip(panels[1:], metrics):
+        axes.plot(epochs, [row[name] for row in history], ".-")
+        axes.set_title(name, fontsize=10)
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        if {row["stage"] for row in history} == {1, 2}:
+            axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, color="grey", linestyle=":")
     save_figure(path, figure)
 
 

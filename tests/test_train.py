@@ -45,7 +45,7 @@ def test_two_stages(quantizer, train, folder, capsys):
     checkpoints = Path("checkpoints", outputs.name)
     assert outputs.name.startswith(f"folder-tiny_cifar_{quantizer}_")
     for name in ("stage1_epoch_001.png", "stage1_epoch_002.png", "stage2_epoch_001.png", "final.png", "usage.png",
-                 "curves.png", "usage_curve.png"):
+                 "curves.png"):
         assert min(Image.open(outputs / name).size) > 100
     table = rows(outputs / "metrics.csv")
     assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [
