@@ -419,19 +419,22 @@ class MultiCodebook(Quantizer):
         return codes if self.depths else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
     def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        # Beam search, as the nearest code of a codebook need not be the right one: that many of the nearest sums so far
-        # are tried with the next codebook, which are all of them up to 2**18 codes. FSQ's code lies in all its cells.
-        size, indices = self.codebook_sizes[0], []
-        beam, digits = 1 if self.kind is FSQ else max(32, 2**18 // size), torch.arange(size, device=tokens.device)
+        # Beam search, as the nearest code of a codebook need not be the right one: the nearest sums go on to the next
+        # codebook, at first few, then more. These are all of them up to 2**24 codes. FSQ's nearest are the right ones.
+        size, digits, indices = self.codebook_sizes[0], torch.arange(self.codebook_sizes[0], device=tokens.device), []
         codebooks = [self._stage_codes(i, digits) for i in range(len(self.parts))]
-        for token, left in zip(tokens, unproject(tokens, self.project_out)[:, None]):
-            sums = digits[:1]
-            for i, codebook in enumerate(codebooks):
-                distances = torch.cdist(left, codebook).flatten()
-                best = distances.topk(min(beam, len(distances)), largest=False).indices
-                left = left[best // size] - codebook[best % size]
-                sums = sums[best // size] + best % size * size**i
-            indices.append(sums[(self.get_codebook_entry(sums) - token).square().sum(1).argmin()])
+        for token, numbers in zip(tokens, unproject(tokens, self.project_out)):
+            for beam in (1, 2**18 // size, 2**24 // size):
+                left, sums = numbers[None], digits[:1]
+                for i, codebook in enumerate(codebooks):
+                    distances = torch.cdist(left, codebook).flatten()
+                    best = distances.topk(min(beam + 8, len(distances)), largest=False).indices
+                    left = left[best // size] - codebook[best % size]
+                    sums = sums[best // size] + best % size * size**i
+                error, best = (self.get_codebook_entry(sums) - token).square().sum(1).min(0)
+                if error <= 1e-11 * token.square().sum():
+                    break
+            indices.append(sums[best])
         return torch.stack(indices)
 
 
