@@ -459,6 +459,7 @@ class VQRAE(nn.Module):
         check(indices.numel() > 0, "indices", tuple(indices.shape), "at least one")
         indices, size = self.quantizer._check_indices(indices.flatten()), self.quantizer.codebook_size
         if codebook is not None:
+            check(0 <= codebook < len(self.quantizer.codebook_sizes), "codebook", codebook, "that of one of several")
             indices, size = self.quantizer.split_indices(indices)[:, codebook], self.quantizer.codebook_sizes[codebook]
         small = size <= 2**24
         counts = torch.bincount(indices, minlength=size) if small else indices.unique(return_counts=True)[1]
