@@ -110,10 +110,11 @@ def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folde
     assert done.stdout.count("2 x cpu") == 1  # one process speaks
 
 
-@pytest.mark.parametrize("quantizer", ["ema_vq", "simvq"])
+@pytest.mark.parametrize("quantizer", ["ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5", "simvq"])
 def test_all_processes_hold_the_same_model_with_everything_on(quantizer, tmp_path, folder):
     (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT), die_at=0))
-    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "GAN_WEIGHT=0.1", "GAN_START=0.2", "ACCUMULATE=2", "NORMALIZE=True"]
+    arguments = [f"DATASET={folder}", *f"QUANTIZER={quantizer}".split(), *ARGUMENTS, "GAN_WEIGHT=0.1", "GAN_START=0.2",
+                 "ACCUMULATE=2", "NORMALIZE=True"]
     done = launch(tmp_path, 2, tmp_path / "watched.py", arguments)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
