@@ -61,11 +61,8 @@ class Quantizer(nn.Module, ABC):
 
     def indices_to_codes(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         """indices (B, H, W) or (B, N) -> codes (B, C, H, W) or (B, N, C). ValueError where one is out of range.
-
-        codebooks: with residual codebooks, how many of them to use, the coarsest first; None: all.
-        """
-        valid = codebooks is None or codebooks in self.depths
-        check(valid, "codebooks", codebooks, f"None, or as many as are residual: one of {list(self.depths)}")
+        codebooks: of residual codebooks, use the first few alone; None: all."""
+        check(codebooks in (None, *self.depths), "codebooks", codebooks, f"None, or of residual ones {[*self.depths]}")
         valid = isinstance(indices, Tensor) and indices.ndim in (2, 3)
         check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, N) or (B, H, W)")
         with torch.autocast(self.device.type, enabled=False):
@@ -364,9 +361,9 @@ class MultiCodebook(Quantizer):
         check(valid, "codebooks", codebooks, '1, or for "fsq", "simvq" and "ema_vq" up to 62')
         residual, combinations = combine == "residual", ("residual", "product")[: 1 if kind is FSQ else 2]
         check(combine in combinations, "combine", combine, ", ".join(combinations))
-        finer = torch.tensor([2 if residual and kind is SimVQ else 1])  # each stage's codes, by this factor
+        finer = [2 if residual and kind is SimVQ else 1]  # by this factor are each stage's codes shorter
         if kind is FSQ:
-            finer = kind(dim, **options).fsq._levels
+            finer = kind(dim, **options).fsq._levels.tolist()
             check(max(finer) ** codebooks <= 2**16, "codebooks", codebooks, "those with levels**codebooks <= 2**16")
         code_dim = len(finer) if kind is FSQ else dim if code_dim is None else code_dim
         valid = isinstance(code_dim, int) and (residual or code_dim % codebooks == 0)
@@ -378,12 +375,12 @@ class MultiCodebook(Quantizer):
         super().__init__(dim, math.prod(sizes))
         self.codebook_sizes, self.depths = sizes, range(1, codebooks + 1) if residual else ()
         self.kind, self.width, self.parts = kind, width, nn.ModuleList(parts)
-        for part in parts:
-            if kind is SimVQ:
-                part.project_in = part.project_out = nn.Identity()
-            elif kind is FSQ:
+        for part in parts:  # numbers are projected and bounded once
+            part.project_in = part.project_out = nn.Identity()
+            if kind is FSQ:
                 part.fsq.bound_hard_clamp = True
-        self.scales = nn.Parameter(finer.float() ** -torch.arange(codebooks)[:, None], requires_grad=kind is SimVQ)
+        scales = torch.tensor(finer).float() ** -torch.arange(codebooks)[:, None]
+        self.scales = nn.Parameter(scales, requires_grad=kind is SimVQ)
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
 

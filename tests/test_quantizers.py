@@ -163,6 +163,7 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
     ("ema_vq", {"codebooks": 0}, "codebooks = 0"), ("ema_vq", {"codebooks": 2.0}, "codebooks = 2.0"),
     ("simvq", {"codebooks": 5}, r"codebooks = 5, allowed: fewer than 2\*\*63 codes in all, of 16,384 each"),
     ("ema_vq", {"codebooks": 10**9}, "codebooks = 1000000000"), ("fsq", {"codebooks": 6}, "codebooks = 6, .*levels"),
+    ("fsq", {"codebooks": 62, "levels": [2]}, "codebooks = 62, .*levels"),
     ("ddcl", {"codebooks": 2}, "codebooks = 2, allowed: 1"), ("none", {"codebooks": 2}, "codebooks = 2, allowed: 1"),
     ("ema_vq", {"codebooks": 2, "combine": "sum"}, "combine = 'sum', allowed: residual, product"),
     ("fsq", {"codebooks": 2, "combine": "product"}, "combine = 'product', allowed: residual"),
