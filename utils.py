@@ -554,8 +554,9 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     size = round(len(used) / metrics["usage"])  # counts may be of used codes alone
     axes.axvline(size, color="grey", linestyle=":", label=f"codebook size {size:,}")
     axes.set(xlabel="code, by rank", ylabel="times used")
-    each = ", ".join(f"{value:,.0f}" for name, value in metrics.items() if name.startswith("perplexity"))
-    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {each}", size=9)
+    each = "; ".join(f"{value:,.0f}" for name, value in metrics.items() if name.startswith("perplexity_"))
+    title += f"\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}"
+    axes.set_title(title + (f", of each codebook {each}" if each else ""), size=9)
     axes.legend()
     save_figure(path, figure)
 

@@ -332,7 +332,7 @@ def test_plot_of_the_usage_of_codes_beyond_a_table(tmp_path, monkeypatch):
     metrics = {"usage": 3 / 2**40, "perplexity": 2.8, "usage_1": 0.5, "perplexity_1": 4.2, "perplexity_2": 2.0}
     utils.plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
     axes, = figures[0].axes
-    assert axes.get_title().endswith("perplexity 3, 4, 2") and axes.lines[1].get_label() == f"codebook size {2**40:,}"
+    assert axes.get_title().endswith("perplexity 3, of each codebook 4; 2") and axes.lines[1].get_label() == f"codebook size {2**40:,}"
 
 
 def test_linear_probe():
