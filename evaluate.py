@@ -76,7 +76,9 @@ def main():
     reference_encoder = build_encoder("cifar", 8).eval().to(device)
 
     figures = {name: measure(path, data, reference_encoder) for name, path in checkpoints.items()}
-    for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS):
+    each = dict.fromkeys(key for values in figures.values() for key in values if key.startswith("perplexity_"))
+    columns_of_each = {f"{key.replace('_', ' ')}, test": f"{key}:,.0f" for key in each}  # of several codebooks
+    for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS | columns_of_each):
         print_table(figures, columns)
     print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
           f"{len(data.test_images):,} test images ({hashes['test']}...)")
@@ -303,7 +305,8 @@ def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
     unavailable = {"lpips", "rfid"} & (recorded.keys() - figures.keys())
     for key in [key for key in recorded if key not in unavailable]:
         was, value = recorded[key], figures.get(key, math.nan)
-        tolerance = TOLERANCE.get(key, 0) * (was if key.endswith("perplexity") else 1)
+        base = key.rstrip("_0123456789")  # of one codebook: perplexity_1
+        tolerance = TOLERANCE.get(base, 0) * (was if base.endswith("perplexity") else 1)
         if value != was and not (tolerance and abs(value - was) <= tolerance):
             differences.append(f"{key} is {value} and was {was}")
     verdict = "; ".join(differences) or "as recorded"

@@ -427,18 +427,18 @@ class VQRAE(nn.Module):
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64"""
         return self.encode(images)[2]
 
-    def decode_from_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) -> images (B, 3, H, W)"""
-        return self.decode(self.quantizer.indices_to_codes(indices))
+    def decode_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
+        """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks"""
+        return self.decode(self.quantizer.indices_to_codes(indices, codebooks))
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens"""
         check(not self.from_scratch, "ENCODER", self.config["encoder"], "a pretrained one: its features are predicted")
         return self.predictor(self._check_features(z_q, "z_q"))
 
-    def features_from_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens"""
-        return self.predict_features(self.quantizer.indices_to_codes(indices))
+    def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
+        """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks as above"""
+        return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
     def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor,
                                   image_weight: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -452,14 +452,20 @@ class VQRAE(nn.Module):
         return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + image_weight * image_loss
 
     @torch.no_grad()
-    def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
+    def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
         """indices of any shape -> how often each code is used (codebook_size,), the share of codes used, and the
-        perplexity exp(-sum p log p), between 1 and codebook_size"""
+        perplexity exp(-sum p log p), between 1 and codebook_size. Beyond 2**24 codes, counts are of used codes alone.
+        codebook: its place among several, from 0; None: their combinations"""
         check(indices.numel() > 0, "indices", tuple(indices.shape), "at least one")
-        indices = self.quantizer._check_indices(indices.flatten())
-        counts = torch.bincount(indices, minlength=self.quantizer.codebook_size)
-        p = counts[counts > 0].double() / counts.sum()
-        return counts, (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
+        indices, size = self.quantizer._check_indices(indices.flatten()), self.quantizer.codebook_size
+        if codebook is not None:
+            check(0 <= codebook < len(self.quantizer.codebook_sizes), "codebook", codebook, "that of one of several")
+            indices, size = self.quantizer.split_indices(indices)[:, codebook], self.quantizer.codebook_sizes[codebook]
+        small = size <= 2**24
+        counts = torch.bincount(indices, minlength=size) if small else indices.unique(return_counts=True)[1]
+        used = counts[counts > 0]
+        p = used.double() / used.sum()
+        return counts, len(used) / size, (-(p * p.log()).sum()).exp().item()
 
     def set_stage(self, stage: int):
         """Stage 1: a pretrained encoder is frozen and stays in eval mode. Stage 2: everything learns."""

@@ -49,6 +49,9 @@ SIMVQ_CODE_DIM = 8  # width of a code; None: that of the encoder's features, as 
 EMA_CODEBOOK_SIZE = 8192
 EMA_CODE_DIM = 16
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
+CODEBOOKS = 1  # of the size above each, except for DDCL: two of 256 make 65,536 codes
+COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of the code's numbers
+RANDOM_DEPTH = 0.0  # share of images that use a random number of the residual codebooks, to decode from the first few
 DDCL_DELTA = 1 / 15  # quantization step of DDCL's four numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # loss for each bit of the message
 ADAPTER_DEPTH = None  # blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
@@ -292,6 +295,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
                "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM, "revive": EMA_REVIVE},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
+    options |= {"codebooks": CODEBOOKS, "combine": COMBINE} if CODEBOOKS > 1 else {}
     model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE, DECODER,
                   DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None:
@@ -302,6 +306,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
         model = loaded
+    model.quantizer.random_depth = RANDOM_DEPTH
     return model.to(device)
 
 
@@ -476,7 +481,7 @@ def check_constants():
         return ", ".join(f'"{value}"' for value in values)
 
     check_each("DATASET ENCODER QUANTIZER", lambda v: isinstance(v, str), "a name in quotes")
-    check_each("IMAGE_SIZE GRID BATCH_SIZE ACCUMULATE", lambda v: whole(v, 1), "a whole number of 1 or more")
+    check_each("IMAGE_SIZE GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
     check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2), "a whole number of 2 or more")
     check_each("KEEP_CHECKPOINTS", lambda v: whole(v, 0), "a whole number of 0 or more")
     check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EPOCH_IMAGES EVAL_IMAGES", lambda v: v is None or whole(v, 1),
@@ -485,14 +490,14 @@ def check_constants():
     check_each("ADAPTER_DEPTH", lambda v: v is None or whole(v, 0), "None or a whole number of 0 or more")
     check_each("L2_WEIGHT GAN_WEIGHT PREDICT_WEIGHT PREDICT_IMAGE DISTILL_WEIGHT DDCL_COMM_WEIGHT FEATURE_CACHE_GB "
                "IMAGES_GB", lambda v: real(v, 0), "a number of 0 or more")
-    check_each("GAN_START", lambda v: real(v, 0, 1), "0 to 1")
+    check_each("GAN_START RANDOM_DEPTH", lambda v: real(v, 0, 1), "0 to 1")
     check_each("PERCEPTUAL_WEIGHT", lambda v: pair(v, lambda w: real(w, 0)), "two numbers of 0 or more")
     check_each("LEARNING_RATE", lambda v: pair(v, lambda w: real(w, 1e-12)), "two numbers above 0")
     check_each("EPOCHS", lambda v: pair(v, lambda w: whole(w, 1)), "two whole numbers of 1 or more")
     check_each("SEED", lambda v: whole(v, 0) and v < 2**31, "a whole number from 0 to 2**31 - 1")
     check_each("FLIP NORMALIZE EMA_REVIVE", lambda v: isinstance(v, bool), "True or False")
     for name, values in {"QUANTIZER": QUANTIZERS, "PRECISION": ("bf16", "fp32"), "OPTIMIZER": ("muon", "adamw"),
-                         "PERCEPTUAL": ("encoder", "lpips")}.items():
+                         "PERCEPTUAL": ("encoder", "lpips"), "COMBINE": ("residual", "product")}.items():
         check_each(name, lambda v: isinstance(v, str) and v in values, one_of(values))
     check(DATASET in utils.DATASETS or Path(DATASET).is_dir(), "DATASET", DATASET,
           one_of(utils.DATASETS) + " or a folder with train/ and test/ in it")
@@ -505,6 +510,8 @@ def check_constants():
           "1 / n for a whole n from 1 to 32 (on the command line 0.0667 for 1 / 15)")
     check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
           POST_QUANT_KERNEL, "0 or an odd number")
+    check(not RANDOM_DEPTH or CODEBOOKS > 1 and COMBINE == "residual", "RANDOM_DEPTH", RANDOM_DEPTH,
+          "0 without residual codebooks")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
     check(EPOCH_IMAGES is None or EPOCH_IMAGES >= BATCH_SIZE, "EPOCH_IMAGES", EPOCH_IMAGES,

@@ -456,8 +456,9 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None) -> tuple:
     """Reconstruct uint8 images (N, 3, H, W) from their tokens: indices (N, h, w), computed unless given.
 
-    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer), how often
-    each code was used (codebook_size,), and the reconstructions (N, 3, H, W), uint8.
+    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer, and with
+    several codebooks also usage_1, perplexity_1, ... of each), how often each code was used (codebook_size,; see
+    VQRAE.get_codebook_usage), and the reconstructions (N, 3, H, W), uint8.
     """
     check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}",
           "at least one image, uint8")
@@ -475,9 +476,12 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
         reconstructions.append((output * 255).round().byte().to(images.device))
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
+    metrics = dict(zip(("psnr", "ssim"), (sums / len(images)).tolist())) | {"usage": usage, "perplexity": perplexity}
+    codebooks = len(model.quantizer.codebook_sizes)
+    for i in range(codebooks if codebooks > 1 else 0):
+        _, metrics[f"usage_{i + 1}"], metrics[f"perplexity_{i + 1}"] = model.get_codebook_usage(torch.cat(tokens), i)
     model.train(was_training)
-    means = dict(zip(("psnr", "ssim"), (sums / len(images)).tolist()))
-    return means | {"usage": usage, "perplexity": perplexity}, counts, torch.cat(reconstructions)
+    return metrics, counts, torch.cat(reconstructions)
 
 
 def load_lpips() -> nn.Module:
@@ -547,9 +551,12 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     figure = Figure(figsize=(6, 4))
     axes = figure.add_axes((0.12, 0.12, 0.85, 0.75))
     axes.loglog(range(1, len(used) + 1), used)
-    axes.axvline(len(counts), color="grey", linestyle=":", label=f"codebook size {len(counts):,}")
+    size = round(len(used) / metrics["usage"])  # counts may be of used codes alone
+    axes.axvline(size, color="grey", linestyle=":", label=f"codebook size {size:,}")
     axes.set(xlabel="code, by rank", ylabel="times used")
-    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9)
+    each = "; ".join(f"{value:,.0f}" for name, value in metrics.items() if name.startswith("perplexity_"))
+    title += f"\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}"
+    axes.set_title(title + (f", of each codebook {each}" if each else ""), size=9)
     axes.legend()
     save_figure(path, figure)
 

@@ -58,6 +58,8 @@ MODEL = {
     "usage of no indices": (lambda m: m.get_codebook_usage(tokens[:0]), "indices"),
     "usage of indices out of range": (lambda m: m.get_codebook_usage(tokens + 1000), "indices"),
     "usage of floats": (lambda m: m.get_codebook_usage(features), "indices"),
+    "usage of a codebook that is not there": (lambda m: m.get_codebook_usage(tokens, 1), "codebook"),
+    "a codebook too many": (lambda m: m.decode_from_indices(tokens, codebooks=1), "codebooks"),
     "stage 3": (lambda m: m.set_stage(3), "stage"),
     "normalization": (lambda m: m.set_normalization(features[:, 0]), "z"),
     "evaluating floats": (lambda m: evaluate(m, images), "images"),
@@ -94,10 +96,12 @@ QUANTIZER = {
 
 
 @pytest.mark.parametrize("call, names", QUANTIZER.values(), ids=QUANTIZER)
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
-def test_quantizer(name, call, names):
+@pytest.mark.parametrize("name, options", [("fsq", {}), ("simvq", {}), ("ema_vq", {}), ("ddcl", {}),
+                                           ("ema_vq", {"codebooks": 4}), ("simvq", {"codebooks": 2}),
+                                           ("fsq", {"codebooks": 3})], ids=str)
+def test_quantizer(name, options, call, names):
     with pytest.raises(ValueError, match=names) as error:
-        call(build_quantizer(name, 8))
+        call(build_quantizer(name, 8, **options))
     assert "\n" not in str(error.value)
 
 

@@ -122,16 +122,22 @@ def test_names_of_checkpoints_that_differ_in_constants_or_in_none():
                            "cifar simvq, stage 1", "e.pt"]
 
 
-@pytest.mark.parametrize("options", [{"quantizer": "none"}, {"encoder": "scratch"}])
+SEVERAL = {"quantizer": "ema_vq", "quantizer_options": {"codebooks": 2, "codebook_size": 16, "code_dim": 8}}
+
+
+@pytest.mark.parametrize("options", [{"quantizer": "none"}, {"encoder": "scratch"} | SEVERAL])
 def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shipped, tmp_path, capsys):
     model = VQRAE(**options, decoder_width=64, decoder_depth=1, decoder_heads=2)
     save_checkpoint(tmp_path / "baseline.pt", model.eval())
     shipped(tmp_path / "baseline.pt")
-    images, tokens = [line.split("|") for line in capsys.readouterr().out.splitlines() if ", stage 1" in line]
-    if "quantizer" in options:  # bits, use and perplexity of no codes
+    printed = capsys.readouterr().out
+    images, tokens = [line.split("|") for line in printed.splitlines() if ", stage 1" in line]
+    if options["quantizer"] == "none":  # bits, use and perplexity of no codes
         assert all(cell.strip() == "-" for cell in tokens[3:8]) and "%" in tokens[8]
     else:  # no pretrained features to predict
         assert tokens[10].strip() == "-" and "%" in tokens[9]
+        assert "| perplexity 1, test | perplexity 2, test |" in printed
+        assert all(1 <= int(cell) <= 16 for cell in tokens[-3:-1]) and tokens[3].strip() == "512"  # 64 tokens of 8 bits
 
 
 def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypatch):

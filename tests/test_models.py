@@ -14,13 +14,14 @@ from pretrain import augment, unfuse
 
 OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
+SEVERAL = {"codebook_size": 16, "code_dim": 8, "codebooks": 2}
 
 
 SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 
 
-def build(quantizer="fsq", **options):
-    return VQRAE("cifar", quantizer, OPTIONS.get(quantizer), **SMALL | options)
+def build(quantizer="fsq", quantizer_options=None, **options):
+    return VQRAE("cifar", quantizer, quantizer_options or OPTIONS.get(quantizer), **SMALL | options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,9 +224,10 @@ def test_weights_out_of_reach(monkeypatch, tmp_path):
 # VQRAE
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "simvq", "ema_vq", "ddcl"])
-def test_decoding_indices_is_the_forward_pass(quantizer):
-    model = build(quantizer)
+@pytest.mark.parametrize("quantizer, options", [*OPTIONS.items(), ("fsq", {"codebooks": 2}), ("simvq", SEVERAL),
+                                                ("ema_vq", SEVERAL | {"combine": "product"})], ids=str)
+def test_decoding_indices_is_the_forward_pass(quantizer, options):
+    model = build(quantizer, options)
     images = torch.rand(3, 3, 32, 32)
     model(images)  # a training step, so that EMA-VQ has a codebook
     model.eval()
@@ -237,6 +239,21 @@ def test_decoding_indices_is_the_forward_pass(quantizer):
         assert torch.equal(model.decode_from_indices(indices), output)
         assert torch.equal(model.features_from_indices(indices), model.predict_features(z_q))
     assert output.shape == images.shape and 0 <= output.min() and output.max() <= 1 and loss.shape == ()
+
+
+def test_decoding_from_the_first_codebooks():
+    model = build("ema_vq", SEVERAL)
+    model(torch.rand(3, 3, 32, 32))
+    indices = model.eval().encode_to_indices(torch.rand(2, 3, 32, 32))
+    with torch.no_grad():
+        for decode in (model.decode_from_indices, model.features_from_indices):
+            assert torch.equal(decode(indices, codebooks=2), decode(indices))
+            first = decode(indices, codebooks=1)
+            assert torch.equal(first, decode(indices % 16, codebooks=1)) and not torch.equal(first, decode(indices))
+    with pytest.raises(ValueError, match="codebooks = 3"):
+        model.decode_from_indices(indices, codebooks=3)
+    with pytest.raises(ValueError, match="codebooks = 1"):
+        build().decode_from_indices(indices % 240, codebooks=1)
 
 
 def test_without_quantizer_and_adapter_the_features_are_decoded():
@@ -365,6 +382,18 @@ def test_codebook_usage_counted_by_hand():
     assert counts.shape == (240,) and counts[[0, 3, 7, 239]].tolist() == [2, 2, 2, 2] and counts.sum() == 8
     assert usage == pytest.approx(4 / 240) and perplexity == pytest.approx(4)
     assert build().get_codebook_usage(torch.zeros(5, dtype=torch.long))[2] == pytest.approx(1)
+
+
+def test_usage_of_several_codebooks_and_without_a_table_of_all_codes():
+    model = build("ema_vq", SEVERAL | {"codebook_size": 4096, "codebooks": 5})
+    digits = torch.tensor([[0, 4095, 0, 0, 9], [0, 1, 0, 0, 9], [0, 4095, 0, 0, 9], [5, 1, 0, 0, 9]])
+    indices = model.quantizer.join_indices(digits)
+    assert model.quantizer.codebook_size == 2**60 and indices.max() > 2**48
+    counts, usage, perplexity = model.get_codebook_usage(indices)
+    assert sorted(counts.tolist()) == [1, 1, 2] and usage == 3 / 2**60 and perplexity == pytest.approx(8**0.5)
+    for codebook, (used, expected) in enumerate(((2, 4 / 27**0.25), (2, 2), (1, 1), (1, 1), (1, 1))):
+        counts, usage, perplexity = model.get_codebook_usage(indices, codebook)
+        assert counts.shape == (4096,) and usage == used / 4096 and perplexity == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("size", [32, 64, 256])

@@ -7,23 +7,32 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from vector_quantize_pytorch import GroupedResidualVQ, ResidualFSQ, ResidualVQ, VectorQuantize
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
-from vector_quantize_pytorch import VectorQuantize
 
 import quantizers
 from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, nearest_code, search_bf16, straight_through
 
 DIM = 32
 OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
+SEVERAL = {"residual fsq": {"levels": [8, 6, 5]}, "residual simvq": {"codebook_size": 32, "code_dim": 8},
+           "product simvq": {"codebook_size": 32, "code_dim": 8},
+           "residual ema_vq": {"codebook_size": 16, "code_dim": 8},
+           "product ema_vq": {"codebook_size": 16, "code_dim": 8}}  # of two codebooks each
+NAMES = [*OPTIONS, *SEVERAL]
+EXACT = ("fsq", "ddcl", "residual fsq")  # no two codes are equal: codes_to_indices gives the same indices
 LAYOUTS = {"images": (3, DIM, 4, 5), "sequences": (3, 7, DIM)}
 
 
 def build(name, **options):
-    return build_quantizer(name, DIM, **(OPTIONS[name] | options))
+    if name in OPTIONS:
+        return build_quantizer(name, DIM, **(OPTIONS[name] | options))
+    combine, kind = name.split()
+    return build_quantizer(kind, DIM, **({"codebooks": 2, "combine": combine} | SEVERAL[name] | options))
 
 
 @pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, shape):
     quantizer = build(name)
     z = torch.randn(shape)
@@ -40,14 +49,15 @@ def test_round_trip(name, shape):
         assert torch.equal(quantizer(z)[0], z_q)
     back = quantizer.codes_to_indices(z_q)
     assert torch.equal(quantizer.indices_to_codes(back), z_q)
-    if name in ("fsq", "ddcl"):
+    if name in EXACT:
         assert torch.equal(back, indices)
+    assert torch.equal(quantizer.join_indices(quantizer.split_indices(indices)), indices)
     entries = quantizer.get_codebook_entry(indices.flatten())
     tokens = z_q.permute(0, 2, 3, 1) if len(shape) == 4 else z_q
     assert torch.equal(entries.view(tokens.shape), tokens)
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_both_layouts_are_the_same_tokens(name):
     quantizer = build(name)
     z = torch.randn(2, DIM, 3, 3)
@@ -60,7 +70,7 @@ def test_both_layouts_are_the_same_tokens(name):
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_the_input(name, mode):
     quantizer = build(name).train(mode)
     z = torch.randn(2, DIM, 3, 3, requires_grad=True)
@@ -68,7 +78,7 @@ def test_gradient_reaches_the_input(name, mode):
     assert (z.grad.abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "fsq" in name or "simvq" in name])
 def test_parameters_have_the_same_gradient_in_eval_mode(name):
     quantizer = build(name)
     z = torch.randn(2, DIM, 3, 3)
@@ -77,12 +87,12 @@ def test_parameters_have_the_same_gradient_in_eval_mode(name):
         quantizer.train(mode).zero_grad()
         z_q, loss, _ = quantizer(z)
         (z_q.square().sum() + loss).backward()
-        gradients.append([p.grad.clone() for p in quantizer.parameters()])
+        gradients.append([p.grad.clone() for p in quantizer.parameters() if p.requires_grad])
     for in_training, in_eval in zip(*gradients):
         assert in_training.abs().sum() > 0 and torch.allclose(in_training, in_eval, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast_changes_nothing(name):
     quantizer = build(name)
     z = torch.randn(4, DIM, 4, 4)
@@ -101,16 +111,22 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @settings(deadline=None, max_examples=60, derandomize=True)  # the same examples in each run
 @given(levels=st.lists(st.integers(2, 9), min_size=1, max_size=5), batch=st.integers(1, 3), height=st.integers(1, 4),
        width=st.integers(1, 4), extra=st.integers(0, 9), image=st.booleans(), dtype=st.sampled_from(DTYPES),
-       scale=st.floats(0, 1e4), name=st.sampled_from(["fsq", "simvq", "ema_vq", "ddcl"]), seed=st.integers(0, 2**31))
+       scale=st.floats(0, 1e4), name=st.sampled_from(NAMES), codebooks=st.integers(2, 3), seed=st.integers(0, 2**31))
 @example(levels=[4], batch=1, height=1, width=1, extra=0, image=False, dtype=torch.float64, scale=1.2e-38,
-         name="ema_vq", seed=0)
+         name="ema_vq", codebooks=2, seed=0)
 def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width, extra, image, dtype, scale, name,
-                                                    seed):
+                                                    codebooks, seed):
     torch.manual_seed(seed)
     dim = max(len(levels), 4) + extra
-    options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": len(levels) + 1},
-               "ema_vq": {"codebook_size": math.prod(levels)}, "ddcl": {"delta": 1 / levels[0]}}[name]
-    quantizer = build_quantizer(name, dim, **options)
+    *combine, kind = name.split()
+    several = {"codebooks": codebooks, "combine": combine[0]} if combine else {}
+    if combine:
+        dim, levels = dim * codebooks, levels[:3]
+    code_dim = (len(levels) + 1) * several.get("codebooks", 1)
+    options = {"fsq": {"levels": levels}, "simvq": {"codebook_size": math.prod(levels), "code_dim": code_dim},
+               "ema_vq": {"codebook_size": math.prod(levels)}, "ddcl": {"delta": 1 / levels[0]}}[kind]
+    quantizer = build_quantizer(kind, dim, **options, **several)
+    quantizer.random_depth = 0.5 * (combine == ["residual"])
     shape = (batch, dim, height, width) if image else (batch, height * width, dim)
     z = (torch.randn(shape) * scale).to(dtype).clamp(-6e4, 6e4).requires_grad_()
     for mode in (True, False):
@@ -123,7 +139,7 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
     assert torch.equal(z_q, codes)
     order = torch.randperm(batch)
     back, reordered = quantizer.codes_to_indices(codes), quantizer(z[order])[2]  # images do not affect each other
-    if name in ("fsq", "ddcl"):
+    if name in EXACT:
         assert torch.equal(back, indices) and torch.equal(reordered, indices[order])
     else:  # another index only of a code that is equal, or so near that squared distances in fp32 are equal
         channels = 1 if image else 2
@@ -144,13 +160,27 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
     ("ema_vq", {"code_dim": 0}, "code_dim"), ("ema_vq", {"code_dim": 8.0}, "code_dim"),
     ("ema_vq", {"decay": 1.0}, "decay"), ("ddcl", {"delta": 0.3}, "delta"), ("ddcl", {"delta": 0}, "delta"),
     ("ddcl", {"delta": 1 / 33}, "delta"), ("ddcl", {"comm_weight": -1}, "comm_weight"),
+    ("ema_vq", {"codebooks": 0}, "codebooks = 0"), ("ema_vq", {"codebooks": 2.0}, "codebooks = 2.0"),
+    ("simvq", {"codebooks": 5}, r"codebooks = 5, allowed: fewer than 2\*\*63 codes in all, of 16,384 each"),
+    ("ema_vq", {"codebooks": 10**9}, "codebooks = 1000000000"), ("fsq", {"codebooks": 6}, "codebooks = 6, .*levels"),
+    ("fsq", {"codebooks": 62, "levels": [2]}, "codebooks = 62, .*levels"),
+    ("ddcl", {"codebooks": 2}, "codebooks = 2, allowed: 1"), ("none", {"codebooks": 2}, "codebooks = 2, allowed: 1"),
+    ("ema_vq", {"codebooks": 2, "combine": "sum"}, "combine = 'sum', allowed: residual, product"),
+    ("fsq", {"codebooks": 2, "combine": "product"}, "combine = 'product', allowed: residual"),
+    ("ema_vq", {"codebooks": 3, "combine": "product"}, "code_dim = 32, .*a multiple of codebooks = 3"),
+    ("simvq", {"codebooks": 3, "combine": "product", "code_dim": 8}, "code_dim = 8, .*a multiple of codebooks = 3"),
+    ("simvq", {"codebooks": 8, "combine": "product", "code_dim": 8, "codebook_size": 4}, "code_dim = 1, "),
+    ("ema_vq", {"codebooks": 2, "code_dim": 0}, "code_dim = 0"),
+    ("ema_vq", {"codebooks": 2, "code_dim": "8"}, "code_dim = '8'"),
+    ("fsq", {"codebooks": 2, "levels": 8}, "levels = 8"),
 ])
 def test_bad_options(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         build_quantizer(name, **{"dim": DIM} | options)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_indices_of_all_integer_types(name):  # they are stored in few bytes
     quantizer = build(name)
     expected = quantizer.get_codebook_entry(torch.arange(9))
@@ -160,7 +190,7 @@ def test_indices_of_all_integer_types(name):  # they are stored in few bytes
         quantizer.get_codebook_entry(torch.tensor([-1, 5], dtype=torch.int16))
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_in_another_type_are_refused(name):
     with pytest.raises(ValueError, match=r"weights = {torch.bfloat16}, allowed: torch.float32"):
         build(name).bfloat16()(torch.randn(2, 9, DIM))
@@ -273,7 +303,7 @@ def test_values_that_are_not_finite_or_too_large_are_refused(value):
         build("fsq")(z)
 
 
-@pytest.mark.parametrize("name", ["fsq", "simvq", "ema_vq", "ddcl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_results_are_finite_up_to_the_largest_input(name):
     quantizer = build(name)
     z = torch.randn(8, 64, DIM).sign() * 1e12
@@ -535,3 +565,200 @@ def test_ddcl_draws_new_noise_in_each_training_step():
     quantizer = ddcl_plain()
     z = torch.randn(1, 100, 4)
     assert not torch.equal(quantizer(z)[0], quantizer(z)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several codebooks
+
+
+def several(kind, dim, **options):
+    """Two codebooks on all channels, without projections, whose codes are far enough apart for every library."""
+    return build_quantizer(kind, dim, **{"codebooks": 2, "codebook_size": 20} | options)
+
+
+@pytest.mark.parametrize("codebooks", [2, 3])
+def test_residual_codebooks_are_the_librarys(codebooks):
+    quantizer = several("ema_vq", 6, codebooks=codebooks, revive=False, decay=0.8)
+    library = ResidualVQ(dim=6, num_quantizers=codebooks, codebook_size=20, decay=0.8, threshold_ema_dead_code=0)
+    for part, layer in zip(quantizer.parts, library.layers):
+        layer._codebook.load_state_dict(part.vq._codebook.state_dict())
+    for mode in (True, True, False):  # two updates of the codebooks
+        z = torch.randn(2, 30, 6)
+        z_q, loss, indices = quantizer.train(mode)(z)
+        expected, digits, losses = library.train(mode)(z)
+        assert torch.equal(quantizer.split_indices(indices), digits)
+        assert torch.allclose(z_q, expected, atol=1e-6)
+        assert not mode or torch.allclose(loss, 0.25 * losses.sum(), atol=1e-6)
+    assert torch.allclose(quantizer.indices_to_codes(indices), library.get_output_from_indices(digits), atol=1e-6)
+    library.quantize_dropout = True  # or else it refuses to leave codebooks out
+    for k in quantizer.depths:
+        expected = library.get_output_from_indices(digits[..., :k])
+        assert torch.allclose(quantizer.indices_to_codes(indices, codebooks=k), expected, atol=1e-6)
+
+
+def test_product_codebooks_are_the_librarys():
+    quantizer = several("ema_vq", 6, combine="product", revive=False, decay=0.8)
+    library = GroupedResidualVQ(dim=6, groups=2, num_quantizers=1, codebook_size=20, decay=0.8,
+                                threshold_ema_dead_code=0)
+    for part, residual in zip(quantizer.parts, library.rvqs):
+        residual.layers[0]._codebook.load_state_dict(part.vq._codebook.state_dict())
+    for mode in (True, True, False):
+        z = torch.randn(2, 30, 6)
+        z_q, loss, indices = quantizer.train(mode)(z)
+        expected, digits, losses = library.train(mode)(z)
+        assert torch.equal(quantizer.split_indices(indices), digits[..., 0].permute(1, 2, 0))
+        assert torch.allclose(z_q, expected, atol=1e-6)
+        assert not mode or torch.allclose(loss, 0.25 * losses.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("codebooks", [2, 3])
+def test_residual_fsq_is_the_librarys(codebooks):
+    quantizer = build_quantizer("fsq", 3, levels=[8, 5, 2], codebooks=codebooks)
+    library = ResidualFSQ(levels=[8, 5, 2], dim=3, num_quantizers=codebooks)
+    z = torch.randn(4, 500, 3)
+    z_q, _, indices = quantizer(z)
+    expected, digits = library(z)
+    assert torch.equal(quantizer.split_indices(indices), digits.long())
+    assert torch.allclose(z_q, expected, atol=1e-6)
+
+
+def test_residual_fsq_is_an_fsq_of_more_levels():
+    quantizer = build_quantizer("fsq", 2, levels=[8, 5], codebooks=2)
+    z = torch.randn(1, 500, 2) * 2
+    z_q, _, indices = quantizer(z)
+    digits = quantizer.split_indices(indices, (8, 5) * 2).view(1, 500, 2, 2)  # (stage, number)
+    for channel, n in enumerate((8, 5)):
+        edge = n / (n - 1)
+        fine = ((torch.tanh(z[..., channel] / edge) + 1) / 2 * n**2).long()  # 64 and 25 cells of one width
+        assert torch.equal(digits[..., 0, channel] * n + digits[..., 1, channel], fine)
+        assert torch.allclose(z_q[..., channel], edge * ((2 * fine + 1) / n**2 - 1), atol=1e-6)
+    assert fine.unique().numel() == 25
+
+
+def test_residual_simvq_against_its_definition():
+    quantizer = build_quantizer("simvq", DIM, codebook_size=40, code_dim=6, codebooks=2)
+    z = torch.randn(1, 30, DIM)
+    with torch.no_grad():
+        quantizer.scales.copy_(torch.tensor([[0.9], [0.4]]))
+    z_q, loss, indices = quantizer(z)
+    x = F.normalize(quantizer.project_in(z[0]), dim=-1)
+    total, losses = torch.zeros_like(x), 0
+    for part, scale, digit in zip(quantizer.parts, (0.9, 0.4), quantizer.split_indices(indices[0]).unbind(-1)):
+        codes = F.normalize(part.simvq.frozen_codebook @ part.simvq.code_transform.weight.T, dim=-1)
+        nearest = torch.cdist(x - total, scale * codes).argmin(1)  # codes of one length: also the most similar
+        assert torch.equal(digit, nearest)
+        losses = losses + 1.25 * (F.normalize(x - total, dim=-1) - codes[nearest]).square().sum(-1).mean()
+        total = total + scale * codes[nearest]
+    assert torch.allclose(z_q[0], quantizer.project_out(total), atol=1e-6) and torch.allclose(loss, losses, atol=1e-5)
+    gradient, = torch.autograd.grad(z_q.square().sum(), quantizer.scales)
+    assert (gradient.abs() > 0).all()
+
+
+def test_digits_of_an_index():
+    quantizer = several("ema_vq", 4, codebooks=3, codebook_size=10)
+    indices = torch.tensor([[0, 7], [123, 999]])
+    assert quantizer.codebook_sizes == (10, 10, 10) and quantizer.codebook_size == 1000
+    assert quantizer.split_indices(indices).tolist() == [[[0, 0, 0], [7, 0, 0]], [[3, 2, 1], [9, 9, 9]]]
+    assert torch.equal(quantizer.join_indices(quantizer.split_indices(indices).to(torch.uint8)), indices)
+    for wrong in ([0, 0, 10], [-1, 0, 0], [0, 0], [0, 0, 0, 0]):
+        with pytest.raises(ValueError, match=r"digits = .*allowed: \(..., 3\), each below \(10, 10, 10\)") as error:
+            quantizer.join_indices(torch.tensor([wrong]))
+        assert "\n" not in str(error.value)
+    fsq = FSQ(3, levels=[8, 6, 5])
+    levels = fsq.split_indices(torch.arange(240), (8, 6, 5))
+    assert fsq.codebook_sizes == (240,) and torch.equal(levels, fsq.fsq.indices_to_level_indices(torch.arange(240)))
+    assert torch.equal(fsq.join_indices(levels, (8, 6, 5)), torch.arange(240))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_codebooks_alone(name):
+    quantizer = build(name).eval()
+    indices = torch.randint(quantizer.codebook_size, (2, 3, 4))
+    if not name.startswith("residual"):
+        with pytest.raises(ValueError, match="codebooks = 1, allowed: None"):
+            quantizer.indices_to_codes(indices, codebooks=1)
+        return
+    first, both = (quantizer.indices_to_codes(indices, codebooks=k) for k in (1, 2))
+    assert torch.equal(both, quantizer.indices_to_codes(indices)) and not torch.equal(first, both)
+    assert torch.equal(first, quantizer.indices_to_codes(indices % quantizer.codebook_sizes[0], codebooks=1))
+    codes = quantizer.parts[0].get_codebook_entry(quantizer.split_indices(indices)[..., 0].flatten())
+    expected = quantizer.project_out(quantizer.scales[0] * codes).view(2, 3, 4, DIM).permute(0, 3, 1, 2)
+    assert torch.equal(first, expected)
+    for wrong in (0, 3, -1, "all"):
+        with pytest.raises(ValueError, match=rf"codebooks = {wrong!r}, allowed: None.*\[1, 2\]"):
+            quantizer.indices_to_codes(indices, codebooks=wrong)
+
+
+def test_each_codebook_makes_the_error_smaller():
+    for kind, options in (("ema_vq", {"codebook_size": 16}), ("fsq", {"levels": [4, 4, 4, 4]})):
+        quantizer = build_quantizer(kind, 4, codebooks=3, **options)
+        for _ in range(100):
+            quantizer(torch.randn(1, 500, 4))
+        z = torch.randn(1, 500, 4)
+        indices = quantizer.eval()(z)[2]
+        target = torch.tanh(z * 0.75) / 0.75 if kind == "fsq" else z
+        errors = [(quantizer.indices_to_codes(indices, codebooks=k) - target).square().mean() for k in (1, 2, 3)]
+        assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1]
+
+
+def test_random_depth_is_drawn_for_each_image_and_only_in_training():
+    quantizer = several("ema_vq", 8, codebooks=3, revive=False)
+    quantizer.random_depth = 0.5
+    z = torch.randn(400, 8, 2, 2)
+    before = [part.vq._codebook.cluster_size.sum() for part in quantizer.parts]
+    tables = [part.vq.codebook.clone() for part in quantizer.parts]
+    z_q, _, indices = quantizer(z)
+    depth = torch.zeros(400, dtype=torch.int64)
+    x, total = z.permute(0, 2, 3, 1), torch.zeros(400, 2, 2, 8)
+    for i, table in enumerate(tables):
+        codes = table[torch.cdist((x - total).reshape(-1, 8), table).argmin(1)].view(x.shape)
+        total = total + codes
+        same = (z_q.permute(0, 2, 3, 1) - total).abs().flatten(1).amax(1) < 1e-5
+        depth[same] = i + 1
+    assert (depth > 0).all() and depth[0] == 3  # all tokens of an image have its depth
+    shares = depth.bincount(minlength=4)[1:] / 400
+    assert torch.allclose(shares, torch.tensor([1, 1, 4]) / 6, atol=0.08)
+    for i, (part, size) in enumerate(zip(quantizer.parts, before)):  # the others' tokens do not move the codebook
+        tokens = 4 * (depth > i).sum()
+        assert torch.allclose(part.vq._codebook.cluster_size.sum(), 0.99 * size + 0.01 * tokens, rtol=1e-4)
+    assert (quantizer.split_indices(indices)[depth == 1][..., 1:] == 0).all()
+    quantizer.eval()
+    z_q, _, indices = quantizer(z)
+    quantizer.random_depth = 0.0
+    assert torch.equal(quantizer(z)[0], z_q)
+
+
+def test_random_depth_1_uses_each_number_of_codebooks_equally():
+    for name in ("residual fsq", "residual simvq"):
+        quantizer = build(name)
+        quantizer.random_depth = 1.0
+        z = torch.randn(300, 1, DIM)
+        full = build(name)
+        full.load_state_dict(quantizer.state_dict())
+        same = torch.isclose(full(z)[0], quantizer(z)[0], atol=1e-6).all(-1)
+        assert 0.4 < same.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("ema_vq", {"codebook_size": 256, "codebooks": 3}), ("ema_vq", {"codebook_size": 2048}),
+    ("ema_vq", {"codebook_size": 4096, "combine": "product"}), ("simvq", {"codebook_size": 1024, "codebooks": 3}),
+    ("simvq", {"codebook_size": 1024, "codebooks": 4, "combine": "product"}), ("fsq", {"levels": [8, 8, 8, 5, 5, 5]}),
+    ("fsq", {"levels": [8, 6, 5], "codebooks": 5})], ids=str)
+def test_codes_of_millions_give_their_indices(kind, options):
+    quantizer = build_quantizer(kind, DIM, **{"codebooks": 2} | options | ({} if kind == "fsq" else {"code_dim": 16}))
+    assert 2**20 < quantizer.codebook_size < 2**63
+    for _ in range(3):
+        quantizer(torch.randn(1, 4096, DIM))
+    z = torch.randn(1, 12, DIM)
+    z_q, _, indices = quantizer.eval()(z)
+    any_indices = torch.randint(quantizer.codebook_size, (1, 12))  # also what no search would have combined
+    for indices in (indices, any_indices):
+        codes = quantizer.indices_to_codes(indices)
+        back = quantizer.codes_to_indices(codes)
+        assert torch.equal(quantizer.indices_to_codes(back), codes) and (kind != "fsq" or torch.equal(back, indices))
+
+
+def test_one_codebook_is_the_quantizer_itself():
+    for name in OPTIONS:
+        quantizer = build(name, codebooks=1)
+        assert type(quantizer) is type(build(name)) and quantizer.state_dict().keys() == build(name).state_dict().keys()

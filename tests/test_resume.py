@@ -107,7 +107,7 @@ def outcome(folder):
 @pytest.fixture(scope="module")
 def reference(request, tmp_path_factory, folder):
     """The arguments of a run with this quantizer, what it leaves when nothing stops it, and how long it takes."""
-    arguments = [f"DATASET={folder}", f"QUANTIZER={request.param}", *ARGUMENTS]
+    arguments = [f"DATASET={folder}", *f"QUANTIZER={request.param}".split(), *ARGUMENTS]
     path = tmp_path_factory.mktemp("reference")
     begin = time.time()
     assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
@@ -135,8 +135,15 @@ def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference
     assert (f"resuming after stage 1, epoch {epoch}" in (tmp_path / "log").read_text()) == (epoch > 0)
 
 
+# its random depths, too, and so does the revival of EMA-VQ's codes
+@pytest.mark.parametrize("reference", ["ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5"], indirect=True)
+def test_a_killed_run_of_residual_codebooks_ends_as_if_nothing_had_been(reference, tmp_path):
+    assert exit_code(start(tmp_path, reference[0], "step", 4)) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    finish_and_compare(tmp_path, reference)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["ddcl", "ema_vq", "simvq"], indirect=True)  # EMA-VQ's revival is random, too
+@pytest.mark.parametrize("reference", ["ddcl", "ema_vq", "simvq", "simvq CODEBOOKS=2 COMBINE=product"], indirect=True)
 @pytest.mark.parametrize("number", range(7))
 def test_killed_at_any_moment(number, reference, tmp_path):
     arguments, _, seconds = reference

@@ -76,6 +76,24 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
 
 
+def test_several_codebooks(train, folder):
+    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ema_vq", "EMA_CODEBOOK_SIZE=16", "CODEBOOKS=2",
+                 "EPOCHS=(1, 1)"]
+    train(*arguments, "STAGES=(1,)")
+    first, = Path("checkpoints").iterdir()
+    checkpoint, = first.glob("*_stage1_best.pt")
+    row, = rows(Path("outputs", first.name, "metrics.csv"))
+    model = load_checkpoint(checkpoint)
+    assert model.quantizer.codebook_sizes == (16, 16) and model.quantizer.random_depth == 0
+    assert 1 <= float(row["perplexity_1"]) <= 16 and 1 <= float(row["perplexity_2"]) <= 16
+    assert 0 < float(row["usage_2"]) <= 1 and float(row["perplexity"]) <= 256
+    results = json.loads(Path("outputs", first.name, "results.json").read_text())
+    assert {"perplexity_1", "perplexity_2", "usage_1", "usage_2"} <= results.keys()
+    train(*arguments, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "RANDOM_DEPTH=0.5")  # the model is the same
+    with pytest.raises(SystemExit, match="START_CHECKPOINT.*there and.*here"):
+        train(*arguments, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "CODEBOOKS=1")
+
+
 @pytest.mark.parametrize("arguments", [["QUANTIZER=none"], ["ENCODER=scratch", "GAN_WEIGHT=0.1"],
                                        ["ENCODER=cnn", "GRID=4", "ADAPTER_DEPTH=0"]], ids=str)
 def test_baselines(arguments, train, folder):
@@ -275,7 +293,10 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "BATCH_SIZE=0", "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1",
     "KEEP_CHECKPOINTS=-1", "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd",
     "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000",
-    "FSQ_LEVELS=(64, 64, 64, 64, 64)",
+    "FSQ_LEVELS=(64, 64, 64, 64, 64)", "CODEBOOKS=0", "CODEBOOKS=2.5", "CODEBOOKS=5 QUANTIZER=simvq",
+    "CODEBOOKS=70 QUANTIZER=ema_vq", "CODEBOOKS=2 QUANTIZER=ddcl", "CODEBOOKS=2 QUANTIZER=none", "CODEBOOKS=6",
+    "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2",
+    "RANDOM_DEPTH=2 CODEBOOKS=2", "RANDOM_DEPTH=0.5", "RANDOM_DEPTH=0.5 CODEBOOKS=2 COMBINE=product QUANTIZER=ema_vq",
 ])
 def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
     if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
@@ -286,7 +307,8 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
     with pytest.raises(SystemExit) as error:
         train(*given, *quantizer, *re.split(r" (?=[A-Z])", argument))
     message = str(error.value.code)
-    assert "\n" not in message and message.startswith("train.py: ") and name in message and "allowed" in message
+    assert "\n" not in message and message.startswith("train.py: ") and "allowed" in message
+    assert name in (message.upper() if name in ("CODEBOOKS", "COMBINE") else message)  # options of the quantizer
     assert not Path("outputs").exists() and not Path("checkpoints").exists()
 
 

@@ -327,6 +327,16 @@ def test_evaluate_is_the_mean_over_images():
     assert (reconstructions.float() / 255 - output).abs().max() <= 0.5 / 255 + 1e-3
 
 
+def test_plot_of_the_usage_of_codes_beyond_a_table(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure))
+    metrics = {"usage": 3 / 2**40, "perplexity": 2.8, "usage_1": 0.5, "perplexity_1": 4.2, "perplexity_2": 2.0}
+    utils.plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
+    axes, = figures[0].axes
+    assert axes.get_title().endswith("perplexity 3, of each codebook 4; 2")
+    assert axes.lines[1].get_label() == f"codebook size {2**40:,}"
+
+
 def test_linear_probe():
     x, y = torch.randn(600, 8), torch.arange(600) % 3
     x[torch.arange(600), y] += 8
