@@ -1,6 +1,7 @@
 """Measure checkpoints: how well their tokens keep the image, and what it shows.
 
     python evaluate.py                                        the shipped ones, compared with their recorded figures
+                                                              where the images are the same (see RESULTS.md)
     python evaluate.py checkpoints/<run>/fsq_stage*_best.pt   your own; with NAME=value for the constants below
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
@@ -38,7 +39,7 @@ from utils import (
     write_file,
 )
 
-DATASET = "cifar10"  # as in train.py
+DATASET = "cifar10"  # the same names as in train.py
 TRAIN_IMAGES = None  # training images that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
@@ -293,7 +294,7 @@ def ship(path: Path) -> Path:
 def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
     """Print where a shipped checkpoint's figures differ from its record, unless that is of other images.
 
-    False where they differ or there is no record. A recorded LPIPS or rFID that cannot be had here is named.
+    False where they differ or one has no record. A recorded LPIPS or rFID that cannot be had here is named.
     """
     if name not in records:
         print(f"{name}: not compared, it has no record in {RECORDS.name}")
@@ -309,6 +310,7 @@ def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
         tolerance = TOLERANCE.get(base, 0) * (was if base.endswith("perplexity") else 1)
         if value != was and not (tolerance and abs(value - was) <= tolerance):
             differences.append(f"{key} is {value} and was {was}")
+    differences += [f"{key} has no record" for key in sorted(figures.keys() - recorded.keys())]
     verdict = "; ".join(differences) or "as recorded"
     print(f"{name}: {verdict}" + "".join(f", {key} not compared" for key in sorted(unavailable)))
     return not differences

@@ -2,7 +2,7 @@
 
     images (B, 3, H, W) in [0, 1]
       -> encoder                      features z (B, C, h, w)
-      -> adapter, quantizer           z_q (B, C, h, w), loss, indices (B, h, w)    VQRAE.encode
+      -> adapter, quantizer           z_q (B, C, h, w), loss, indices (B, h, w)    VQRAE.quantize; from images: encode
            -> post_quant_conv, decoder    images (B, 3, H, W)                      VQRAE.decode
            -> predictor                   features (B, C, h, w)                    VQRAE.predict_features
 """
@@ -176,7 +176,8 @@ class TimmEncoder(nn.Module):
             self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
         except Exception as error:  # a missing or unknown key, another shape, a damaged file
             raise RuntimeError(f"weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
-        self.vit.reset_classifier(0, global_pool="")  # only now: timm loads SigLIP without pooling unchecked
+        # after loading, because timm does not check that all weights of a SigLIP without its pooling are there
+        self.vit.reset_classifier(0, global_pool="")
         self.vit.norm = nn.LayerNorm(self.vit.embed_dim, elementwise_affine=False)
         self.vit.fc_norm = nn.Identity()
         check(hasattr(self.vit.blocks[0], "attn"), "ENCODER", name, "ViTs with one attention a block")
@@ -359,7 +360,7 @@ class VQRAE(nn.Module):
         """
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
-        normalize: standardise the decoder's input with the mean and standard deviation of training features
+        normalize: whether set_normalization is to be called, as train.py does, before training
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
@@ -390,7 +391,7 @@ class VQRAE(nn.Module):
         self.adapter = blocks((1 if vit else 3) if adapter_depth is None else adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH
-        # two narrow convolutional blocks predict more than a wide one: they see more of the neighbouring tokens
+        # two narrow convolutional blocks predict better than a wide one: they see more of the neighbouring tokens
         self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
@@ -412,7 +413,7 @@ class VQRAE(nn.Module):
         return self.quantize(self.encoder(check_images(images)))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode only: it stops gradients"""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode: clamping stops gradients"""
         z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
         images = self.decoder(z)
         return images if self.training else images.clamp(0, 1)

@@ -8,7 +8,7 @@
     quantizer.codebook_size
 
 This file needs torch and vector-quantize-pytorch only, so that it can be copied into other projects. There, keep the
-quantizer in fp32, whatever the rest of the model is in, and add its loss. torch.compile breaks its graph at the checks.
+quantizer in fp32, whatever the rest of the model is in, and add its loss. Under torch.compile the checks break graphs.
 """
 import math
 from abc import ABC, abstractmethod
@@ -137,7 +137,7 @@ class FSQ(Quantizer):
 
     def __init__(self, dim: int, levels: list[int] = (8, 8, 8, 5, 5, 5)):
         valid = isinstance(levels, (list, tuple)) and all(isinstance(n, int) and 2 <= n <= 2**16 for n in levels)
-        check(valid and levels, "levels", levels, "whole numbers from 2 to 2**16")
+        check(valid and levels, "levels", levels, "a list of whole numbers from 2 to 2**16")
         check(math.prod(levels) <= 2**24, "levels", levels, "at most 2**24 codes in all")
         check(dim >= len(levels), "dim", dim, f"at least one channel for each of the {len(levels)} levels")
         super().__init__(dim, math.prod(levels))
@@ -304,13 +304,14 @@ class DDCL(Quantizer):
     unbiased without a straight-through estimator. Eval mode rounds, with u = 0.
 
     The loss is comm_weight times the sum over the four of log2(2 |x| / delta + 1). In training it bounds the expected
-    length of the message: an integer m takes log2(2 |m| + 1) bits; m is one of the two integers next to x / delta, and
-    x / delta on average, so that E|m| = |x| / delta; the logarithm is concave, so that (Jensen) its mean is at most
-    log2(2 E|m| + 1), and equal to it where x is a multiple of delta.
+    bits of the message, as the paper counts them: log2(2 |m| + 1) for an integer m, the logarithm of how many integers
+    are no larger (not the length of a code). m is one of the two integers next to x / delta, and x / delta on average,
+    so that E|m| = |x| / delta; the logarithm is concave, so that (Jensen) its mean is at most log2(2 E|m| + 1), and
+    equal to it where x is a multiple of delta.
     """
 
     def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
-        valid = 1 / 33 < delta <= 1 and abs(1 / delta - round(1 / delta)) < 1e-2
+        valid = 0 < delta <= 1 and abs(1 / delta - round(1 / delta)) < 0.06 and round(1 / delta) <= 32  # 0.0667: 1/15
         check(valid, "delta", delta, "1/n for a whole n: 1, 1/2, ..., 1/32")
         check(comm_weight >= 0, "comm_weight", comm_weight, "0 or more")
         self.numbers = 4  # of a token

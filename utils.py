@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,12 +59,12 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
 
 
 def digest(constants: dict) -> str:
-    """Six letters that differ where a constant differs."""
+    """The first six hexadecimal digits of a hash of the constants."""
     return hashlib.sha256(repr(sorted(constants.items())).encode()).hexdigest()[:6]
 
 
 def seed_everything(*numbers: int):
-    """Seed Python, NumPy and torch with a hash of these numbers, whatever was drawn before."""
+    """Seed Python, NumPy and torch with a hash of these numbers."""
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
     random.seed(seed)
     np.random.seed(seed)
@@ -101,7 +102,7 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
         except RuntimeError as error:
             if name != "auto":
                 raise
-            print(f'DATASET = "auto": {error}; training on drawn images instead, "shapes"')
+            print(f'DATASET = "auto": {error}; taking drawn images instead, "shapes"')
     if name in ("auto", "shapes"):
         return draw_shapes(image_size)
     check(isinstance(name, str) and Path(name).is_dir(), "DATASET", name,
@@ -170,13 +171,14 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
     def decode(file: Path) -> bytes:
         try:
             with Image.open(file) as image:
-                image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BICUBIC)
+                image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
         except Exception as error:  # Pillow raises nearly anything for a broken file
             tqdm.write(f"skipping {file}: {error}")
             return b""
 
-    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    state = ["EXIF", *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]  # how it is decoded, and what
     decoded = data_dir / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.uint8"
     if not decoded.exists():
         for outdated in data_dir.glob(f"{name}_*.uint8"):  # made before the folder changed
@@ -189,7 +191,7 @@ def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) 
                 readable.extend(map(bool, decoded_images))
             output.write(readable)
     size = decoded.stat().st_size
-    mapped = torch.from_file(str(decoded), shared=True, size=size, dtype=torch.uint8) if size else torch.ByteTensor()
+    mapped = torch.from_file(str(decoded), shared=False, size=size, dtype=torch.uint8) if size else torch.ByteTensor()
     images, readable = mapped.split([size - len(files), len(files)])
     if not readable.all():
         print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
@@ -290,10 +292,10 @@ def select_images(images: Tensor, index: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """A frozen encoder's features of the training images, and of mirrored ones as in select_images, on its device.
+    """A frozen encoder's features of the training images, and of mirrored ones as in select_images, on its own device.
 
-    fill() computes an epoch's features, if they are not kept from an earlier one; [] looks a batch up. In bf16 under
-    autocast or in fp32, as the training around it. Above limit_gb nothing is kept, and [] computes each batch.
+    fill() computes those of an epoch that are not there yet; [] looks a batch up. In bf16 under autocast or in fp32, as
+    the training around it. Above limit_gb nothing is kept, and [] computes each batch.
     """
 
     def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype, flip: bool = False):
@@ -309,7 +311,7 @@ class FeatureCache:
     def fill(self, batches: Tensor):
         """batches (n, B), on the CPU: compute the features of each batch that has a missing image.
 
-        A whole batch at a time: a run that was resumed, and has none of them, then repeats the very arithmetic.
+        A whole batch at a time: a resumed run, which has none of them, then computes the same numbers.
         """
         if self.kept is None:
             return
@@ -335,10 +337,11 @@ class FeatureCache:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): momentum, made orthogonal, is the update, in AdamW's size of steps (2502.16982).
+    """Muon (Jordan et al., 2024): a matrix's update is its momentum U S V^T with all singular values set to about 1,
+    U V^T, so that rare directions move as much as common ones, scaled to the RMS of AdamW's updates (2502.16982).
 
-    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but for many matrices in one kernel launch, which is
-    what a step of small matrices takes its time for on a GPU.
+    Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for many matrices in few kernel launches:
+    on a GPU it is these that small matrices take time for.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -348,6 +351,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
+            if not matrices:
+                continue
             gradients = [p.grad for p in matrices]
             for p in matrices:
                 if p not in self.state:
@@ -355,7 +360,7 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            orthogonalize(updates, pad=updates[0].is_cuda)  # on a CPU arithmetic takes the time, not its launch
+            orthogonalize(updates, pad=updates[0].is_cuda)  # a CPU's time goes to arithmetic: padding would only cost
             torch._foreach_mul_(updates, [-group["lr"] * 0.2 * math.sqrt(max(p.shape)) for p in matrices])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, updates)
@@ -383,7 +388,7 @@ def orthogonalize(matrices: list[Tensor], pad: bool):
 
 
 class ToBF16(torch.autograd.Function):
-    """fp32 tensors to bf16, all in one kernel launch, and their gradients back in another."""
+    """fp32 tensors to bf16 in few kernel launches, and their gradients back to fp32."""
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -411,7 +416,8 @@ def autocast_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 class BF16Weights(nn.Module):
     """A module called with its layers' weights in bf16, cast all at once: autocast casts each by itself, two kernel
-    launches for each weight and step. The results are the same, and gradients arrive at the fp32 weights.
+    launches for each weight and step. The results are the same, and gradients arrive at the fp32 weights (together, at
+    the end of the backward pass: of several GPUs, DistributedDataParallel then sends them all at once).
 
     Layers named `head` are left to autocast: one node of autograd's graph casts all others, so that the gradient of one
     of them alone, as the adaptive weight of a GAN asks for the head's, would go through the whole network.
@@ -443,7 +449,8 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarity of each image (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
 
-    The mean over windows of 11x11 pixels within the image, as in scikit-image; torchmetrics' own includes padded ones.
+    The mean over Gaussian windows of 11x11 pixels within the image, as the original SSIM; torchmetrics' own mean
+    includes padded ones.
     """
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
     check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
@@ -549,7 +556,7 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     """Plot how often each code was used, sorted, on logarithmic axes; counts and metrics as evaluate returns them."""
     used = counts[counts > 0].sort(descending=True).values.cpu()
     figure = Figure(figsize=(6, 4))
-    axes = figure.add_axes((0.12, 0.12, 0.85, 0.75))
+    axes = figure.add_axes((0.16, 0.12, 0.81, 0.75))
     axes.loglog(range(1, len(used) + 1), used)
     size = round(len(used) / metrics["usage"])  # counts may be of used codes alone
     axes.axvline(size, color="grey", linestyle=":", label=f"codebook size {size:,}")
@@ -581,6 +588,7 @@ def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics:
         axes.set_title(name, fontsize=10)
     for axes in panels:
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if {row["stage"] for row in history} == {1, 2}:
             axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, color="grey", linestyle=":")
     save_figure(path, figure)

@@ -141,6 +141,20 @@ def test_an_incompletely_decoded_folder_is_not_used(folder, monkeypatch):
     assert load_dataset(str(folder), 32).train_images.float().std() > 10
 
 
+def test_folder_as_a_viewer_shows_it(tmp_path):
+    pixels = np.zeros((48, 32, 3), np.uint8)
+    pixels[:24] = 200  # bright at the top, in a file that says: turn me by 90 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "photos" / split / "a.png", exif=exif)
+    images = load_dataset("photos", 16).train_images
+    assert (images[0, :, :7] > 150).all() and (images[0, :, 9:] < 50).all()
+    images.zero_()  # not in the file that later runs read
+    assert (load_dataset("photos", 16).train_images[0, :, :7] > 150).all()
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="DATASET"):
         load_dataset(str(tmp_path / "nowhere"), 32)
