@@ -37,21 +37,24 @@ OUT = "checkpoints/pretrained"  # where cifar_encoder.pt and cifar_encoder.json 
 
 
 def augment(images: Tensor, pad: int = 4, cutout: int = 0) -> Tensor:
-    """Shift each image by up to `pad` pixels (borders reflected), mirror every other one, grey out a square of `cutout` pixels."""
-    b, _, h, w = images.shape
+    """Images (B, 3, H, W) shifted by up to `pad` pixels (borders reflected), half of them mirrored, each with a square
+    of `cutout` pixels a side greyed out."""
+    (b, _, h, w), device = images.shape, images.device
     padded = F.pad(images, (pad,) * 4, mode="reflect")
-    y = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(h, device=images.device)
-    x = torch.randint(2 * pad + 1, (b, 1), device=images.device) + torch.arange(w, device=images.device)
-    x = torch.where(torch.rand(b, 1, device=images.device) < 0.5, x, x.flip(1))
-    images = padded[torch.arange(b, device=images.device)[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
-    offsets = [torch.arange(n, device=images.device) - torch.randint(n, (b, 1), device=images.device) + cutout // 2 for n in (h, w)]
+    y = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(h, device=device)
+    x = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(w, device=device)
+    x = torch.where(torch.rand(b, 1, device=device) < 0.5, x, x.flip(1))
+    image = torch.arange(b, device=device)[:, None, None]
+    images = padded[image, :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+    offsets = [torch.arange(n, device=device) - torch.randint(n, (b, 1), device=device) + cutout // 2 for n in (h, w)]
     rows, columns = [(offset >= 0) & (offset < cutout) for offset in offsets]
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], 0.5, images)
 
 
 @torch.no_grad()
 def unfuse(encoder: ConvEncoder, images: Tensor):
-    """Put BatchNorms behind the convolutions into which they were folded, such that on images (B, 3, 32, 32) all stays as it is."""
+    """Put BatchNorms behind the convolutions into which they were folded, without changing the features of images
+    (B, 3, 32, 32)."""
     def on_first_pass(module, _, x):
         mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
         size = module.conv.weight.flatten(1).norm(dim=1)
@@ -81,8 +84,9 @@ def main():
         check(START is None or Path(START).is_file() and Path(START).with_suffix(".json").is_file(), "START", START,
               "None, or an encoder that this script has written")
         data = load_dataset(DATASET, image_size=32)
-        check(data.train_labels is not None, "DATASET", DATASET, "images with classes: a folder with one folder per class in train/ and test/")
-        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "1 to the number of images")
+        check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
+        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE,
+              "1 to the number of images")
         check(isinstance(EPOCHS, int) and EPOCHS >= 1, "EPOCHS", EPOCHS, "a whole number of 1 or more")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
@@ -103,7 +107,8 @@ def main():
     parameters = [*encoder.parameters(), *class_head.parameters(), *pixel_head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(i / (0.2 * steps), (steps - i) / (0.8 * steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(step / (0.2 * steps), (steps - step) / (0.8 * steps)))
 
     start = time.time()
     for epoch in range(1, EPOCHS + 1):
@@ -127,8 +132,9 @@ def main():
         with torch.no_grad():
             guesses = class_head(pooled_features(encoder, data.test_images.to(device))).argmax(1).cpu()
         class_loss, pixel_loss = (sums / len(batches)).tolist()
+        accuracy = (guesses == data.test_labels).float().mean()
         print(f"epoch {epoch:3}  class loss {class_loss:.4f}  pixel loss {pixel_loss:.5f}  "
-              f"test accuracy {(guesses == data.test_labels).float().mean():.4f}  {time.time() - start:6.0f} s", flush=True)
+              f"test accuracy {accuracy:.4f}  {time.time() - start:6.0f} s", flush=True)
 
     # 16-bit weights, and every figure measured on exactly these
     encoder = encoder.fuse().half().float()
