@@ -485,9 +485,9 @@ def check_constants():
     check_each("IMAGE_SIZE GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
     check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2), "a whole number of 2 or more")
     check_each("KEEP_CHECKPOINTS", lambda v: whole(v, 0), "a whole number of 0 or more")
-    check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EPOCH_IMAGES EVAL_IMAGES", lambda v: v is None or whole(v, 1),
-               "None or a whole number of 1 or more")
-    check_each("SIMVQ_CODE_DIM EMA_CODE_DIM", lambda v: v is None or whole(v, 1), "None or a whole number of 1 or more")
+    check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EPOCH_IMAGES EVAL_IMAGES EMA_CODE_DIM",
+               lambda v: v is None or whole(v, 1), "None or a whole number of 1 or more")
+    check_each("SIMVQ_CODE_DIM", lambda v: v is None or whole(v, 2), "None or a whole number of 2 or more")
     check_each("ADAPTER_DEPTH", lambda v: v is None or whole(v, 0), "None or a whole number of 0 or more")
     check_each("L2_WEIGHT GAN_WEIGHT PREDICT_WEIGHT PREDICT_IMAGE DISTILL_WEIGHT DDCL_COMM_WEIGHT FEATURE_CACHE_GB "
                "IMAGES_GB", lambda v: real(v, 0), "a number of 0 or more")

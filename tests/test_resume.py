@@ -22,8 +22,8 @@ processes = multiprocessing.get_context("forkserver")  # imports torch and the r
 processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
 
 ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64",
-             "SIMVQ_CODEBOOK_SIZE=256", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2", "GAN_WEIGHT=0.1",
-             "FLIP=True"]
+             "SIMVQ_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=0", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2",
+             "GAN_WEIGHT=0.1", "FLIP=True"]
 
 
 def count_down(function, calls, then):

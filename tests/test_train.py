@@ -16,7 +16,8 @@ from utils import draw_shapes, load_checkpoint, load_torch, save_torch, seed_eve
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256",
-         "EMA_CODEBOOK_SIZE=256", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
+         "EMA_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=1", "DECODER_WIDTH=64", "DECODER_DEPTH=1",
+         "DECODER_HEADS=2"]
 
 
 @pytest.fixture
