@@ -186,6 +186,6 @@ def test_a_process_that_dies_ends_the_run(tmp_path, folder):
 
 
 def test_a_wrong_constant_is_said_once(tmp_path, folder):
-    code, log = torchrun(tmp_path, ROOT / "train.py", [f"DATASET={folder}", "BATCH_SIZE=33"])
+    code, log = launch(tmp_path, ROOT / "train.py", [f"DATASET={folder}", "BATCH_SIZE=33"])
     assert code != 0
     assert log.count("train.py: BATCH_SIZE = 33, allowed: a multiple of processes times ACCUMULATE = 2 x 1") == 1
