@@ -216,9 +216,10 @@ def test_memory_stays_as_it_is_over_200_epochs(tmp_path, folder):
     lines = (tmp_path / "memory").read_text().splitlines()
     memory, handles, threads = zip(*(map(float, line.split()) for line in lines))
     assert len(memory) == 200
-    early, late = sorted(memory[20:60])[20], sorted(memory[160:])[20]  # medians, when all is allocated and at the end
-    # plots alone make it swing by 3 %; a leak of half a megabyte an epoch would be 7 %
-    assert late - early < 0.06 * early, f"{early:.0f} MB became {late:.0f} MB"
+    # medians at the end and before: until the 90th epoch the allocator takes more, for files and plots of all sizes
+    early, late = sorted(memory[90:130])[20], sorted(memory[160:])[20]
+    # plots alone make it swing by 3 %; a leak of half a megabyte an epoch would be 4 %
+    assert late - early < 0.03 * early, f"{early:.0f} MB became {late:.0f} MB"
     assert len(set(handles[20:])) == 1 and len(set(threads[20:])) == 1
     assert len(list(tmp_path.glob("checkpoints/*/*"))) == 4  # best, two epochs, last: the others are pruned
     assert math.isfinite(late)
