@@ -294,7 +294,8 @@ def ship(path: Path) -> Path:
 def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
     """Print where a shipped checkpoint's figures differ from its record, unless that is of other images.
 
-    False where they differ or one has no record. A recorded LPIPS or rFID that cannot be had here is named.
+    False where they differ or there is no record. Figures that only one of both has, such as an LPIPS that cannot be
+    had here, are named.
     """
     if name not in records:
         print(f"{name}: not compared, it has no record in {RECORDS.name}")
@@ -310,9 +311,9 @@ def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
         tolerance = TOLERANCE.get(base, 0) * (was if base.endswith("perplexity") else 1)
         if value != was and not (tolerance and abs(value - was) <= tolerance):
             differences.append(f"{key} is {value} and was {was}")
-    differences += [f"{key} has no record" for key in sorted(figures.keys() - recorded.keys())]
     verdict = "; ".join(differences) or "as recorded"
-    print(f"{name}: {verdict}" + "".join(f", {key} not compared" for key in sorted(unavailable)))
+    uncompared = sorted(unavailable | figures.keys() - recorded.keys())
+    print(f"{name}: {verdict}" + "".join(f", {key} not compared" for key in uncompared))
     return not differences
 
 
