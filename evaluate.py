@@ -74,7 +74,7 @@ def main():
     hashes = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
               for split, images in (("training", data.train_images), ("test", data.test_images))}
     data = data._replace(test_images=data.test_images.to(device))  # the training images may be too many
-    reference_encoder = build_encoder("cifar", 8).eval().to(device)
+    reference_encoder = build_encoder("cifar", max(1, data.test_images.shape[-1] // 8)).eval().to(device)
 
     figures = {name: measure(path, data, reference_encoder) for name, path in checkpoints.items()}
     each = dict.fromkeys(key for values in figures.values() for key in values if key.startswith("perplexity_"))

@@ -1,9 +1,9 @@
 """Encoders, decoders, VQRAE and patch discriminator.
 
-    images (B, 3, H, W) in [0, 1]
+    images (B, 3, H, W) in [0, 1], padded to h x w whole tokens
       -> encoder                      features z (B, C, h, w)
       -> adapter, quantizer           z_q (B, C, h, w), loss, indices (B, h, w)    VQRAE.quantize; from images: encode
-           -> post_quant_conv, decoder    images (B, 3, H, W)                      VQRAE.decode
+           -> post_quant_conv, decoder    images (B, 3, H, W), cropped             VQRAE.decode
            -> predictor                   features (B, C, h, w)                    VQRAE.predict_features
 """
 import contextlib
@@ -12,6 +12,8 @@ import math
 import re
 import threading
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -19,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
+from timm.layers import LayerNorm2d, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from quantizers import build_quantizer, check
 
@@ -29,7 +33,8 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, grid, grid), normalised over dim (except those of "cnn")
+# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w), normalised over dim (except those of "cnn").
+# A token stands for token_size x token_size pixels of the image, and patch x patch of the encoder's input.
 
 
 # Short names of some of timm's pretrained encoders. Any other plain ViT is given by its name in timm.
@@ -47,7 +52,7 @@ ENCODERS = {
 FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
 
 
-def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
+def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Module:
     """A pretrained encoder: "cifar", which ships with the repository, one of ENCODERS, or any plain ViT by its name in
     timm; or one of FROM_SCRATCH, which starts from random weights and learns in both stages.
 
@@ -55,19 +60,19 @@ def build_encoder(name: str, grid: int, pretrained: bool = True) -> nn.Module:
     Raises ValueError for an unknown name, RuntimeError where pretrained weights are neither on disk nor downloadable.
     """
     if name == "cifar":
-        encoder = ConvEncoder(grid)
+        encoder = ConvEncoder(token_size)
         if pretrained:
             encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.1 to 1.5 times as fast on a CPU
     if name in FROM_SCRATCH:
-        encoder = ConvEncoder(grid, fused=False) if name == "scratch" else CNNEncoder(grid)
+        encoder = ConvEncoder(token_size, fused=False) if name == "scratch" else CNNEncoder(token_size)
         return encoder.to(memory_format=torch.channels_last)
     known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
     similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
     is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
     check(name in ENCODERS or is_vit, "ENCODER", name,
           f'"cifar", {", ".join((*ENCODERS, *FROM_SCRATCH))} or a ViT of timm (nearest: {similar})')
-    return TimmEncoder(ENCODERS.get(name, name), grid, pretrained)
+    return TimmEncoder(ENCODERS.get(name, name), token_size, pretrained)
 
 
 def layer_norm(z: Tensor) -> Tensor:
@@ -113,10 +118,10 @@ class ConvEncoder(nn.Module):
     patch = 4
     dim = 256
 
-    def __init__(self, grid: int = 8, fused: bool = True):
+    def __init__(self, token_size: int = 4, fused: bool = True):
         """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
         super().__init__()
-        self.grid = grid
+        self.token_size = token_size
         self.deep = nn.Sequential(
             ConvNorm(3, 32, 3), nn.ReLU(),
             ConvNorm(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
@@ -135,7 +140,7 @@ class ConvEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (resize(images, self.patch * self.grid) - 0.5) / 0.25
+        x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
 
 
@@ -145,9 +150,9 @@ class CNNEncoder(nn.Module):
     patch = 8
     dim = 256
 
-    def __init__(self, grid: int):
+    def __init__(self, token_size: int):
         super().__init__()
-        self.grid = grid
+        self.token_size = token_size
         self.layers = nn.Sequential(
             nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.ReLU(),
@@ -156,24 +161,23 @@ class CNNEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers((resize(images, self.patch * self.grid) - 0.5) / 0.25).float()
+        return self.layers((resize(images, self.token_size, self.patch) - 0.5) / 0.25).float()
 
 
 class TimmEncoder(nn.Module):
     """A pretrained ViT of timm's: patch tokens of the last layer, final norm without affine.
 
-    Images are resized to grid * patch pixels a side; timm resamples the position embeddings to that grid.
+    timm resamples the position embeddings to each grid of tokens.
     """
 
-    def __init__(self, name: str, grid: int, pretrained: bool = True):
+    def __init__(self, name: str, token_size: int, pretrained: bool = True):
         super().__init__()
         patch = re.search(r"patch(\d+)", name)
         check(patch is not None, "ENCODER", name, "ViTs with their patch size in their name")
-        self.grid = grid
-        self.size = grid * int(patch[1])
+        self.token_size, self.patch = token_size, int(patch[1])
         weights = {"pretrained_cfg_overlay": {"file": weights_file(name), "custom_load": False}} if pretrained else {}
         try:
-            self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.size, **weights)
+            self.vit = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **weights)
         except Exception as error:  # a missing or unknown key, another shape, a damaged file
             raise RuntimeError(f"weights of {name} do not load: {' '.join(str(error).split())} ({weights})") from None
         # after loading, because timm does not check that all weights of a SigLIP without its pooling are there
@@ -186,9 +190,9 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(self.vit.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.vit.forward_features((resize(images, self.size) - self.mean) / self.std)
-        tokens = tokens[:, self.vit.num_prefix_tokens :].float()  # class and register tokens dropped
-        return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        x = (resize(images, self.token_size, self.patch) - self.mean) / self.std
+        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :].float()  # no class or register tokens
+        return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
 
 
 def reachable(url: str, seconds: float = 8) -> bool:
@@ -225,11 +229,17 @@ def weights_file(name: str) -> str:
         raise RuntimeError(f"the weights of {source.hf_hub_id} could not be downloaded: {reason}") from None
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """images (B, 3, H, W) -> (B, 3, size, size), unchanged if they have that size"""
-    if images.shape[-2:] == (size, size):
+def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
+    """images (B, 3, H, W), padded by reflection to h x w whole tokens of token_size pixels, and resized to `patch` pixels
+    a token -> (B, 3, h * patch, w * patch)"""
+    height, width = images.shape[-2:]
+    h, w = math.ceil(height / token_size), math.ceil(width / token_size)
+    if (height, width) != (h * token_size, w * token_size):
+        images = F.pad(images, (0, w * token_size - width, 0, h * token_size - height), mode="reflect")
+    if token_size == patch:
         return images
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    size = h * patch, w * patch
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,13 +277,18 @@ class Conv(nn.Module):
         return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
 
 
+# "layer": over the channels of each position, so that a reconstruction does not depend on far corners of the image.
+# "group": over the whole image, as in checkpoints made when all images had one size.
+NORMS = {"layer": LayerNorm2d, "group": partial(nn.GroupNorm, 1)}
+
+
 class ResidualBlock(nn.Module):
-    """Residual block of GroupNorm and two 3x3 convolutions with `hidden` channels between them. The second convolution
+    """Residual block of a norm and two 3x3 convolutions with `hidden` channels between them. The second convolution
     starts at zero, so that the block starts as the identity."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, norm: str = "layer"):
         super().__init__()
-        self.norm = nn.GroupNorm(1, dim)
+        self.norm = NORMS[norm](dim)
         self.conv1, self.conv2 = Conv(dim, hidden), Conv(hidden, dim)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
@@ -283,20 +298,20 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): `depth` residual blocks at the resolution
-    of the tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
+    """Tokens (B, dim, h, w) to images of token_size pixels a token: `depth` residual blocks at the resolution of the
+    tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
 
-    def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int):
+    def __init__(self, dim: int, token_size: int, width: int, depth: int, norm: str):
         super().__init__()
-        doublings = round(math.log2(image_size / grid))
-        check(grid * 2**doublings == image_size, "DECODER", "conv",
-              f'"vit" where IMAGE_SIZE / GRID = {image_size} / {grid} is no power of 2')
-        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
+        doublings = round(math.log2(token_size))
+        check(2**doublings == token_size, "DECODER", "conv",
+              f'"vit" where IMAGE_SIZE / GRID = {token_size} is no power of 2')
+        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width, norm) for _ in range(depth))]
         for _ in range(doublings):
             narrow = max(width // 2, 32)
-            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
+            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow, norm)]
             width = narrow
-        self.layers = nn.Sequential(*layers, nn.GroupNorm(1, width))
+        self.layers = nn.Sequential(*layers, NORMS[norm](width))
         self.head = Conv(width, 3)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -304,34 +319,37 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Tokens (B, dim, grid, grid) to images (B, 3, image_size, image_size): transformer blocks, then one patch a token.
+    """Tokens (B, dim, h, w) to images of token_size pixels a token: transformer blocks, then one patch a token.
 
-    A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams.
+    A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams. Positions are
+    sines and cosines (2-D, fixed), so that any grid has them.
     """
 
-    def __init__(self, dim: int, image_size: int, grid: int, width: int, depth: int, heads: int):
+    def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        stride = image_size // grid
-        overlap = stride // 2
-        self.fold = nn.Fold(image_size, kernel_size=stride + 2 * overlap, padding=overlap, stride=stride)
+        check(width % 4 == 0, "DECODER_WIDTH", width, 'a multiple of 4 with DECODER = "vit"')
+        overlap = token_size // 2
+        self.token_size = token_size
+        self.patch = {"kernel_size": token_size + 2 * overlap, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
-        self.position = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
         self.blocks = transformer(width, depth, heads)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 3 * self.fold.kernel_size**2)
+        self.head = nn.Linear(width, 3 * self.patch["kernel_size"] ** 2)
 
     def forward(self, z: Tensor) -> Tensor:
-        tokens = self.blocks(self.project_in(z.flatten(2).transpose(1, 2)) + self.position)
-        patches = self.head(self.norm(tokens)).float().transpose(1, 2)
-        return 0.5 + 0.25 * self.fold(patches)
+        h, w = z.shape[-2:]
+        tokens = self.project_in(z.flatten(2).transpose(1, 2))
+        positions = build_sincos2d_pos_embed([h, w], tokens.shape[-1], device=z.device)
+        patches = self.head(self.norm(self.blocks(tokens + positions))).float().transpose(1, 2)
+        return 0.5 + 0.25 * F.fold(patches, (h * self.token_size, w * self.token_size), **self.patch)
 
 
 class CNNDecoder(nn.Module):
     """CNNEncoder in reverse."""
 
-    def __init__(self, dim: int, image_size: int, grid: int):
+    def __init__(self, dim: int, token_size: int):
         super().__init__()
-        check(image_size == 8 * grid, "GRID", grid, f'{image_size // 8} with ENCODER = "cnn": an eighth of IMAGE_SIZE')
+        check(token_size == 8, "IMAGE_SIZE / GRID", token_size, '8 with ENCODER = "cnn"')
         self.layers = nn.Sequential(
             nn.Conv2d(dim, 256, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(256, 128, 4, stride=2, padding=1), nn.ReLU(),
@@ -356,13 +374,16 @@ class VQRAE(nn.Module):
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
                  normalize: bool = False, decoder: str | None = None, decoder_width: int | None = None,
-                 decoder_depth: int | None = None, decoder_heads: int | None = None, pretrained: bool = True):
+                 decoder_depth: int | None = None, decoder_heads: int | None = None, norm: str = "layer",
+                 pretrained: bool = True):
         """
+        image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
         normalize: whether set_normalization is to be called, as train.py does, before training
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
+        norm: of convolutional blocks, one of NORMS
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())
@@ -372,7 +393,8 @@ class VQRAE(nn.Module):
               f"a divisor of IMAGE_SIZE = {image_size}")
         check(adapter_depth is None or adapter_depth >= 0, "ADAPTER_DEPTH", adapter_depth, "None, 0 or more")
         check(post_quant_kernel == 0 or post_quant_kernel % 2 == 1, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
-        self.encoder = build_encoder(encoder, grid, pretrained)
+        self.token_size = image_size // grid
+        self.encoder = build_encoder(encoder, self.token_size, pretrained)
         dim = self.encoder.dim
         vit = isinstance(self.encoder, TimmEncoder)
         kind = decoder or ("cnn" if encoder == "cnn" else "vit" if vit else "conv")
@@ -386,9 +408,10 @@ class VQRAE(nn.Module):
         def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:
                 return OnGrid(*transformer(dim, number, self.encoder.heads))
-            return nn.Sequential(*(ResidualBlock(dim, hidden) for _ in range(number)))
+            return nn.Sequential(*(ResidualBlock(dim, hidden, norm) for _ in range(number)))
 
-        self.adapter = blocks((1 if vit else 3) if adapter_depth is None else adapter_depth)
+        adapter_depth = (1 if vit else 3) if adapter_depth is None else adapter_depth
+        self.adapter = blocks(adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH
         # two narrow convolutional blocks predict better than a wide one: they see more of the neighbouring tokens
@@ -397,11 +420,16 @@ class VQRAE(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
         self.register_buffer("feature_std", torch.ones(dim, 1, 1))
         if kind == "cnn":
-            self.decoder = CNNDecoder(dim, image_size, grid)
+            self.decoder = CNNDecoder(dim, self.token_size)
         elif kind == "conv":
-            self.decoder = ConvDecoder(dim, image_size, grid, width, depth)
+            self.decoder = ConvDecoder(dim, self.token_size, width, depth, norm)
         else:
-            self.decoder = ViTDecoder(dim, image_size, grid, width, depth, heads)
+            self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
+        # How many tokens away a token can see when images are encoded and when they are decoded; None: the whole image.
+        # The shipped encoder: 8; a residual block: 2; after the tokens' resolution, less than 3 in all.
+        local = norm == "layer" and not vit
+        self.encoder_reach = 8 + 2 * adapter_depth if local else None
+        self.decoder_reach = 3 + 2 * depth + post_quant_kernel // 2 if local and kind != "vit" else None
         self.set_stage(1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -409,28 +437,47 @@ class VQRAE(nn.Module):
         return self.quantizer(self.adapter(self._check_features(z, "z")))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)"""
-        return self.quantize(self.encoder(check_images(images)))
+        """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)
 
-    def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode: clamping stops gradients"""
-        z = (self.post_quant_conv(self._check_features(z_q, "z_q")) - self.feature_mean) / self.feature_std
-        images = self.decoder(z)
+        h = ceil(H / token_size), w = ceil(W / token_size): images are padded by reflection to whole tokens.
+        """
+        check_images(images)
+        check(min(images.shape[-2:]) >= self.token_size, "images", tuple(images.shape),
+              f"{self.token_size} x {self.token_size} pixels or more, a token")
+        return self.quantize(self.encoder(images))
+
+    def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode: clamping stops gradients
+
+        size: (H, W), that of the images that were encoded; None: that of whole tokens
+        """
+        height, width = self._image_size(self._check_features(z_q, "z_q"), size)
+        z = (self.post_quant_conv(z_q) - self.feature_mean) / self.feature_std
+        images = self.decoder(z)[..., :height, :width]
         return images if self.training else images.clamp(0, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), loss (scalar), indices (B, h, w)"""
         z_q, loss, indices = self.encode(images)
-        return self.decode(z_q), loss, indices
+        return self.decode(z_q, images.shape[-2:]), loss, indices
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64"""
-        return self.encode(images)[2]
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips."""
+        return in_strips(lambda strip: self.encode(strip)[2], images, self.token_size, 1, self.encoder_reach)
 
-    def decode_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks"""
-        return self.decode(self.quantizer.indices_to_codes(indices, codebooks))
+    def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
+                            size: tuple[int, int] | None = None) -> Tensor:
+        """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks; size as in
+        decode. Large images in strips, where no gradient is asked for."""
+        def decode(strip: Tensor) -> Tensor:
+            return self.decode(self.quantizer.indices_to_codes(strip, codebooks))
+
+        valid = isinstance(indices, Tensor) and indices.ndim == 3
+        check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, h, w)")
+        height, width = self._image_size(indices, size)
+        reach = None if torch.is_grad_enabled() else self.decoder_reach
+        return in_strips(decode, indices, 1, self.token_size, reach)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens"""
@@ -489,12 +536,39 @@ class VQRAE(nn.Module):
         self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
         self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
 
+    def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The (H, W) of images of these tokens (..., h, w); ValueError for a size that needs another number of them."""
+        grid = tuple(tokens.shape[-2:])
+        size = [n * self.token_size for n in grid] if size is None else size
+        check(tuple(math.ceil(n / self.token_size) for n in size) == grid, "size", tuple(size), f"one of {grid} tokens "
+              f"of {self.token_size} x {self.token_size} pixels, the last of which may be cut off")
+        return size
+
     def _check_features(self, z: Tensor, name: str) -> Tensor:
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
-        shape = (self.encoder.dim, self.encoder.grid, self.encoder.grid)
-        check(z.shape[1:] == shape, name, tuple(z.shape), f"(B, {', '.join(map(str, shape))})")
+        check(z.ndim == 4 and z.shape[1] == self.encoder.dim, name, tuple(z.shape), f"(B, {self.encoder.dim}, h, w)")
         check(z.dtype.is_floating_point, name, z.dtype, "a floating-point type")
         return z
+
+
+def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
+              strip_tokens: int = 2**15) -> Tensor:
+    """function(x) for x (..., H, W), on strips of some strip_tokens tokens, so that memory is bounded, with a progress
+    bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
+
+    A strip is computed with `reach` more rows of tokens above and below, as far as the function looks, which makes it
+    equal to that part of the whole; reach None: x at once.
+    """
+    h, w = (-(-n // rows_in) for n in x.shape[-2:])
+    if reach is None or h <= 5 * reach or h * w * len(x) <= strip_tokens:
+        return function(x)
+    rows = max(strip_tokens // (w * len(x)), 4 * reach) // 2 * 2
+    strips = []
+    for top in tqdm(range(0, h, rows), "strips", leave=False):
+        start = max(0, (top - reach) // 2 * 2)  # even: the encoder's deepest grid has one position for 2 x 2 tokens
+        strip = function(x[..., start * rows_in : (top + rows + reach) * rows_in, :])
+        strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
+    return torch.cat(strips, -2)
 
 
 def check_images(images: Tensor) -> Tensor:

@@ -301,7 +301,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
-                  for name, value in model.config.items() if loaded.config[name] != value]
+                  for name, value in model.config.items() if name != "norm" and loaded.config[name] != value]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
@@ -314,7 +314,7 @@ def build_teacher(model: VQRAE) -> nn.Module | None:
     """The frozen encoder, as pretrained; None for an encoder that is trained from scratch."""
     if model.from_scratch:
         return None
-    teacher = copy.deepcopy(model.encoder) if model.stage == 1 else build_encoder(ENCODER, GRID).to(device)
+    teacher = copy.deepcopy(model.encoder) if model.stage == 1 else build_encoder(ENCODER, model.token_size).to(device)
     if PRECISION == "bf16":  # once, where autocast would cast its weights in each step
         for layer in utils.autocast_layers(teacher).values():
             layer.to(torch.bfloat16)

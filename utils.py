@@ -302,10 +302,11 @@ class FeatureCache:
         self.encoder, self.images, self.dtype = encoder, images, dtype
         self.device = next(encoder.parameters()).device
         count = len(images) * (2 if flip else 1)
-        self.gigabytes = count * encoder.dim * encoder.grid**2 * dtype.itemsize / 1e9
+        h, w = (math.ceil(size / encoder.token_size) for size in images.shape[-2:])
+        self.gigabytes = count * encoder.dim * h * w * dtype.itemsize / 1e9
         self.kept = None
         if self.gigabytes <= limit_gb:
-            self.kept = torch.empty((count, encoder.grid, encoder.grid, encoder.dim), dtype=dtype, device=self.device)
+            self.kept = torch.empty((count, h, w, encoder.dim), dtype=dtype, device=self.device)
             self.missing = torch.ones(count, dtype=torch.bool)  # on the host, where looking at it costs nothing
 
     def fill(self, batches: Tensor):
@@ -662,7 +663,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path),
           "a checkpoint of train.py's, fsq_stage2_best.pt or the like")
     try:
-        model = VQRAE(**content["config"], pretrained=False)
+        model = VQRAE(**{"norm": "group"} | content["config"], pretrained=False)  # the norm before there was a choice
         model.load_state_dict(content["model"])
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint {path} does not fit this code: {str(error).splitlines()[0]}") from None

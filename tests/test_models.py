@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 import timm
@@ -21,7 +22,8 @@ SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_h
 
 
 def build(quantizer="fsq", quantizer_options=None, **options):
-    return VQRAE("cifar", quantizer, quantizer_options or OPTIONS.get(quantizer), **SMALL | options)
+    arguments = {"encoder": "cifar"} | SMALL | options
+    return VQRAE(quantizer=quantizer, quantizer_options=quantizer_options or OPTIONS.get(quantizer), **arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,10 +36,11 @@ def test_shipped_encoder():
     torch.load(file, weights_only=True)
     recipe = json.loads(file.with_suffix(".json").read_text())
     assert recipe["DATASET"] and recipe["linear_probe_accuracy"] > 0.85
-    z = build_encoder("cifar", 8)(torch.rand(2, 3, 32, 32))
+    z = build_encoder("cifar", 4)(torch.rand(2, 3, 32, 32))
     assert z.shape == (2, 256, 8, 8)
     assert z.mean(1).abs().max() < 1e-5 and (z.var(1, correction=0) - 1).abs().max() < 1e-3
-    assert build_encoder("cifar", 8)(torch.rand(2, 3, 64, 50)).shape == (2, 256, 8, 8)  # resized to its input
+    assert build_encoder("cifar", 4)(torch.rand(2, 3, 64, 50)).shape == (2, 256, 16, 13)  # padded to whole tokens
+    assert build_encoder("cifar", 8)(torch.rand(2, 3, 64, 50)).shape == (2, 256, 8, 7)  # and resized to its input
 
 
 def test_folding_the_norms_changes_nothing():
@@ -60,7 +63,7 @@ def test_cutout_is_a_square_of_that_side(cutout):
 
 
 def test_unfolding_the_norms_changes_nothing():
-    shipped = build_encoder("cifar", 8)
+    shipped = build_encoder("cifar", 4)
     encoder, images = copy.deepcopy(shipped), torch.rand(64, 3, 32, 32)
     unfuse(encoder, images)
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()) == 11
@@ -113,7 +116,7 @@ def test_pretrained_features_are_the_last_blocks_patch_tokens(name, small, cache
     size, patch = source.patch_embed.img_size[0], source.patch_embed.patch_size[0]
     images = torch.rand(1, 3, size, size)
     with torch.no_grad():
-        z = build_encoder(name, size // patch).eval()(images)
+        z = build_encoder(name, patch).eval()(images)
         mean, std = (torch.tensor(source.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         tokens = source.norm_pre(source.patch_drop(source._pos_embed(source.patch_embed((images - mean) / std))))
         for block in source.blocks:
@@ -128,11 +131,20 @@ def test_pretrained_features_are_the_last_blocks_patch_tokens(name, small, cache
 def test_position_embeddings_are_resampled_as_timm_does(name, small, cache):
     source = timm_model(name)
     cache(name, source.state_dict())
-    encoder = build_encoder(name, 8)
+    encoder = build_encoder(name, 4).eval()
     prefix = 0 if source.no_embed_class else source.num_prefix_tokens
-    expected = resample_abs_pos_embed(source.pos_embed, (8, 8), num_prefix_tokens=prefix)
-    assert torch.allclose(encoder.vit.pos_embed, expected, atol=1e-6) and expected.shape[1] == 64 + prefix
-    assert encoder(torch.rand(1, 3, 32, 32)).shape == (1, source.embed_dim, 8, 8)
+    for height, width in ((32, 32), (20, 44)):
+        h, w = height // 4, width // 4
+        patch = encoder.patch
+        fixed = timm.create_model(ENCODERS[name], img_size=(h * patch, w * patch)).eval()
+        positions = resample_abs_pos_embed(source.pos_embed, (h, w), num_prefix_tokens=prefix)
+        fixed.load_state_dict(source.state_dict() | {"pos_embed": positions})
+        fixed.norm = torch.nn.LayerNorm(64, elementwise_affine=False)
+        images = torch.rand(1, 3, height, width)
+        resized = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.no_grad():
+            tokens = fixed.forward_features((resized - encoder.mean) / encoder.std)[:, fixed.num_prefix_tokens :]
+            assert torch.allclose(encoder(images), tokens.transpose(1, 2).unflatten(2, (h, w)), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
@@ -155,7 +167,7 @@ def one_step_of_each_stage(model, images):
     """Encode, decode from indices, and take a training step of each stage."""
     with torch.no_grad():
         indices = model.eval().encode_to_indices(images)
-        assert indices.shape == (len(images), model.encoder.grid, model.encoder.grid)
+        assert indices.shape == (len(images), *(size // model.token_size for size in images.shape[2:]))
         assert model.decode_from_indices(indices).shape == images.shape
         teacher_z = model.encoder(images)
     for stage in (1, 2):
@@ -191,7 +203,7 @@ def test_each_encoder_learns_at_its_true_size(name):
 
 def test_decoder_follows_a_vit_encoder(small):
     model = VQRAE("vit_tiny_patch16_224", "fsq", OPTIONS["fsq"], image_size=32, grid=4, pretrained=False)
-    assert model.decoder.position.shape == (16, 64) and len(model.decoder.blocks) == 2
+    assert model.decoder.project_in.out_features == 64 and len(model.decoder.blocks) == 2
     assert model.decoder.blocks[0].attn.num_heads == 4
     assert model(torch.rand(1, 3, 32, 32))[0].shape == (1, 3, 32, 32)
 
@@ -322,6 +334,83 @@ def test_decoder_and_adapter_kinds(small):
                     {"image_size": 48, "grid": 8, "decoder": "conv"}):
         with pytest.raises(ValueError, match="DECODER"):
             VQRAE(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images of any size
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (33, 30), (32, 128)])
+@pytest.mark.parametrize("options", [{}, {"decoder": "vit", "decoder_heads": 2}, {"encoder": "cnn", "grid": 4}])
+def test_any_size(size, options):
+    model = build(**options).eval()
+    images = torch.rand(2, 3, *(max(n, model.token_size) for n in size))
+    grid = tuple(math.ceil(n / model.token_size) for n in images.shape[2:])
+    with torch.no_grad():
+        reconstructions, _, indices = model(images)
+        assert reconstructions.shape == images.shape and indices.shape == (2, *grid)
+        assert torch.equal(model.encode_to_indices(images), indices)
+        assert torch.equal(model.decode_from_indices(indices, size=images.shape[2:]), reconstructions)
+        assert model.decode_from_indices(indices).shape[2:] == tuple(n * model.token_size for n in grid)
+        if not model.from_scratch:
+            assert model.features_from_indices(indices).shape == (2, 256, *grid)
+    padded = F.pad(images, (0, -images.shape[3] % model.token_size, 0, -images.shape[2] % model.token_size), "reflect")
+    assert torch.equal(model.encode_to_indices(padded), indices)
+
+
+def test_any_size_with_a_vit(small):
+    model = VQRAE("dinov2_s", "fsq", OPTIONS["fsq"], image_size=32, grid=8, pretrained=False).eval()
+    images = torch.rand(1, 3, 18, 49)
+    with torch.no_grad():
+        indices = model.encode_to_indices(images)
+        assert indices.shape == (1, 5, 13)
+        assert model.decode_from_indices(indices, size=(18, 49)).shape == images.shape
+
+
+@pytest.mark.parametrize("encoder, grid", [("cifar", 8), ("cnn", 4)])
+def test_strips_equal_the_whole(encoder, grid, monkeypatch):
+    """With blocks that do something (they start as the identity), and borders of strips where they may be."""
+    model = build(encoder=encoder, grid=grid, decoder_depth=2, adapter_depth=3, post_quant_kernel=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                parameter.normal_(std=0.02)
+        images = torch.rand(1, 3, 171 * model.token_size - 2, 3 * model.token_size)
+        indices = model.encode(images)[2]
+        whole = model.decode(model.quantizer.indices_to_codes(indices), images.shape[2:])
+        strips = []
+        monkeypatch.setattr(models, "tqdm", lambda tops, *args, **kwargs: strips.append(tops) or tops)
+        monkeypatch.setattr(models.in_strips, "__defaults__", (100,))
+        assert (model.encode_to_indices(images) == indices).float().mean() > 0.99  # rounding may decide between codes
+        assert torch.allclose(model.decode_from_indices(indices, size=images.shape[2:]), whole, atol=1e-5)
+    assert len(strips) == 2 and min(map(len, strips)) > 1
+
+
+def test_a_token_sees_no_further_than_its_reach():
+    model = build(decoder_depth=2, adapter_depth=3, post_quant_kernel=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                parameter.normal_(std=0.02)
+    for function, x, reach, rows in (
+            (lambda x: model.adapter(model.encoder(x)), torch.rand(1, 3, 240, 16), model.encoder_reach, 4),
+            (model.decode, torch.randn(1, 256, 60, 4), model.decoder_reach, 1)):
+        x.requires_grad_()
+        y = function(x)
+        token = slice(30, 31) if rows == 4 else slice(120, 124)
+        gradient, = torch.autograd.grad(y[:, :, token].sum(), x)
+        seen = (gradient.abs().sum((0, 1, 3)) > 0).nonzero() // rows - 30
+        assert seen.abs().max() <= reach and seen.abs().max() > reach / 2
+
+
+@pytest.mark.parametrize("size", [(31, 32), (37, 32), (32, 33)])
+def test_a_size_that_does_not_fit_the_indices(size):
+    model = build().eval()
+    decode = model.decode_from_indices
+    indices = torch.zeros(1, 9, 8, dtype=torch.int64)
+    assert decode(indices, size=(33, 29)).shape == (1, 3, 33, 29)
+    with pytest.raises(ValueError, match="size"):
+        decode(indices, size=size)
 
 
 def test_normalization_is_of_the_features_and_in_the_checkpoint():
