@@ -230,8 +230,8 @@ def weights_file(name: str) -> str:
 
 
 def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
-    """images (B, 3, H, W), padded by reflection to h x w whole tokens of token_size pixels, and resized to `patch` pixels
-    a token -> (B, 3, h * patch, w * patch)"""
+    """images (B, 3, H, W), padded by reflection to h x w tokens of token_size pixels, and resized to `patch` pixels a
+    token -> (B, 3, h * patch, w * patch)"""
     height, width = images.shape[-2:]
     h, w = math.ceil(height / token_size), math.ceil(width / token_size)
     if (height, width) != (h * token_size, w * token_size):
