@@ -81,16 +81,18 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution and BatchNorm. fuse() folds the second into the first, after pretraining."""
+    """Convolution, 2x2 max pooling if asked for, and BatchNorm. fuse() folds the last into the first, after pretraining
+    (through the pooling, too: BatchNorm's scale is positive there)."""
 
-    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1):
+    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
         padding = kernel // 2 if kernel % 2 else 0
         self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, bias=False)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         self.norm = nn.BatchNorm2d(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(self.pool(self.conv(x)))
 
     def fuse(self):
         self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), nn.Identity()
@@ -142,6 +144,44 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
+
+
+class AirbenchEncoder(nn.Module):
+    """The encoder that ships with the repository, made by pretrain.py: a token for 4x4 pixels.
+
+    Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of airbench's network
+    (2404.00498), which sees most of a 32x32 image, at half the tokens' resolution, and 64 of a linear patch embedding.
+    """
+
+    patch = 4
+    dim = 256
+
+    def __init__(self, token_size: int = 4, fused: bool = True):
+        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
+        super().__init__()
+        self.token_size = token_size
+        self.whiten = nn.Conv2d(3, 24, 3, padding=1)
+        layers, dim_in = [nn.GELU()], 24
+        for width in (64, 256, 384):
+            layers += [ConvNorm(dim_in, width, 3, pool=True), nn.GELU(), ConvNorm(width, width, 3), nn.GELU()]
+            dim_in = width
+        self.deep = nn.Sequential(*layers, ConvNorm(dim_in, self.dim - 64, 1))
+        self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
+        if fused:
+            self.fuse()
+
+    def fuse(self):
+        """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fuse()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
+        shallow = self.shallow(x)
+        deep = F.interpolate(self.deep(self.whiten(x)), scale_factor=2)[..., : shallow.shape[-2], : shallow.shape[-1]]
+        return layer_norm(torch.cat([deep, shallow], dim=1))
 
 
 class CNNEncoder(nn.Module):

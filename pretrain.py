@@ -1,11 +1,12 @@
 """How the shipped encoder was made: a small convolutional network learns CIFAR-10's classes and its pixels.
 
-    python pretrain.py OUT=first
-    python pretrain.py START=first/cifar_encoder.pt EPOCHS=10 LEARNING_RATE=0.1 CUTOUT=7
+    python pretrain.py
 
-The second, which goes on from the first with stronger augmentation, writes checkpoints/pretrained/cifar_encoder.pt
-(16-bit weights, BatchNorm folded in) and, beside it, cifar_encoder.json with both recipes and what was measured. Run
-once, by us; train.py only loads the result.
+writes checkpoints/pretrained/airbench_encoder.pt (16-bit weights, BatchNorm folded in) and, beside it,
+airbench_encoder.json with the recipe and what was measured. Run once, by us; train.py only loads the result.
+
+Most of the recipe is airbench's (2404.00498, github.com/KellerJordan/cifar10-airbench): the network, whitened input,
+convolutions that start as the identity, label smoothing, alternating flips, Muon with weights of fixed norm.
 """
 import json
 import sys
@@ -17,59 +18,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ConvEncoder, ConvNorm
+from models import AirbenchEncoder, ConvNorm
 from quantizers import check, fast_bf16
 from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
 DATASET = "cifar10"  # or a folder of the same images, with train/<class>/ and test/<class>/
-# training: 14 epochs keep a 2-core CPU busy for 40 minutes
-START = None  # an encoder to go on from; None: start anew
-EPOCHS = 14
-BATCH_SIZE = 256
-LEARNING_RATE = 0.2  # SGD's peak, reached after a fifth of the steps, then down to 0
-CUTOUT = 0  # side of the square that is greyed out in each image, in pixels
-WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.1
+# training: two minutes an epoch on a 2-core CPU
+EPOCHS = 16
+BATCH_SIZE = 500
+LEARNING_RATE = (0.1, 5e-3)  # of Muon, for the deep convolutions, and of AdamW, for all else; both are constant for the
+# first half of the steps, after a warm-up over 50, and then fall to 0
+LABEL_SMOOTHING = 0.2
 PIXEL_WEIGHT = 1.0  # of the pixels' squared error, read off each token by one linear layer; 0: classes alone
 SEED = 0
-OUT = "checkpoints/pretrained"  # where cifar_encoder.pt and cifar_encoder.json go
+OUT = "checkpoints/pretrained"  # where airbench_encoder.pt and airbench_encoder.json go
 
 
-def augment(images: Tensor, pad: int = 4, cutout: int = 0) -> Tensor:
-    """Images (B, 3, H, W) shifted by up to `pad` pixels (borders reflected), half of them mirrored, each with a square
-    of `cutout` pixels a side greyed out."""
+def augment(images: Tensor, mirror: Tensor, pad: int = 2) -> Tensor:
+    """Images (B, 3, H, W) shifted by up to `pad` pixels (borders reflected), those in `mirror` (B,) bool mirrored."""
     (b, _, h, w), device = images.shape, images.device
     padded = F.pad(images, (pad,) * 4, mode="reflect")
     y = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(h, device=device)
     x = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(w, device=device)
-    x = torch.where(torch.rand(b, 1, device=device) < 0.5, x, x.flip(1))
+    x = torch.where(mirror[:, None], x.flip(1), x)
     image = torch.arange(b, device=device)[:, None, None]
-    images = padded[image, :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
-    offsets = [torch.arange(n, device=device) - torch.randint(n, (b, 1), device=device) + cutout // 2 for n in (h, w)]
-    rows, columns = [(offset >= 0) & (offset < cutout) for offset in offsets]
-    return torch.where((rows[:, :, None] & columns[:, None])[:, None], 0.5, images)
+    return padded[image, :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def unfuse(encoder: ConvEncoder, images: Tensor):
-    """Put BatchNorms behind the convolutions into which they were folded, without changing the features of images
-    (B, 3, 32, 32)."""
-    def on_first_pass(module, _, x):
-        mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
-        size = module.conv.weight.flatten(1).norm(dim=1)
-        module.norm = nn.BatchNorm2d(len(mean))
-        module.norm.weight.copy_(std)
-        module.norm.bias.copy_(mean)
-        module.norm.running_mean.copy_((mean - module.conv.bias) / size)
-        module.norm.running_var.copy_((std / size) ** 2)
-        module.conv.weight.div_(size.view(-1, 1, 1, 1))  # to length 1, so that the learning rate means what it meant
-        module.conv.bias = None
-
-    hooks = [m.register_forward_hook(on_first_pass) for m in encoder.modules() if isinstance(m, ConvNorm)]
-    encoder(images)
-    for hook in hooks:
-        hook.remove()
+def initialize(encoder: AirbenchEncoder, images: Tensor):
+    """Fixed filters that whiten the 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both
+    signs. The other convolutions start as the identity, and BatchNorm's scales stay fixed."""
+    patches = F.unfold((images - 0.5) / 0.25, 3).transpose(1, 2).flatten(0, 1)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    components = (components / (variances + 5e-4).sqrt()).T.flip(0)[: len(encoder.whiten.weight) // 2]
+    encoder.whiten.weight.copy_(torch.cat([components, -components]).view_as(encoder.whiten.weight))
+    encoder.whiten.weight.requires_grad = False
+    nn.init.zeros_(encoder.whiten.bias)
+    for module in encoder.modules():
+        if isinstance(module, ConvNorm):
+            module.norm.weight.requires_grad = False
+            if module is not encoder.shallow:
+                nn.init.dirac_(module.conv.weight[: module.conv.in_channels])
+    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # shallow channels then have 0.16 of the features' variance
 
 
 @torch.no_grad()
@@ -81,8 +73,6 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
 def main():
     try:
         constants = read_constants(globals())
-        check(START is None or Path(START).is_file() and Path(START).with_suffix(".json").is_file(), "START", START,
-              "None, or an encoder that this script has written")
         data = load_dataset(DATASET, image_size=32)
         check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
         check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE,
@@ -94,39 +84,48 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = data.train_images.to(device), data.train_labels.to(device)
 
-    encoder = ConvEncoder(fused=START is not None)
-    if START:
-        encoder.load_state_dict(torch.load(START, weights_only=True))
-        unfuse(encoder, to_float(data.train_images[torch.randperm(len(data.train_images))[:1000]]))
+    encoder = AirbenchEncoder(fused=False)
+    initialize(encoder, to_float(data.train_images[:5000]))
     encoder = encoder.to(device, memory_format=torch.channels_last)
     class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
-    if START:  # heads that know nothing yet would lead the encoder astray; at zero they tell it nothing
-        for head in (class_head, pixel_head):
-            nn.init.zeros_(head.weight)
-    parameters = [*encoder.parameters(), *class_head.parameters(), *pixel_head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
+    filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvNorm)]
+    # torch's Muon takes matrices: (dim_out, k * k * dim_in), in the same memory, as weights are channels_last
+    matrices = [nn.Parameter(as_matrix(weight.detach())) for weight in filters]
+    learned = [p for module in (encoder, class_head, pixel_head) for p in module.parameters() if p.requires_grad]
+    others = [p for p in learned if all(p is not weight for weight in filters)]
+    optimizers = [torch.optim.Muon(matrices, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
+                  torch.optim.AdamW(others, lr=LEARNING_RATE[1], weight_decay=0)]
     steps = EPOCHS * (len(images) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(step / (0.2 * steps), (steps - step) / (0.8 * steps)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / steps))
+                 for optimizer in optimizers]
 
     start = time.time()
+    mirror = torch.rand(len(images), device=device) < 0.5
     for epoch in range(1, EPOCHS + 1):
         encoder.train()
         sums = torch.zeros(2, device=device)
+        mirror = ~mirror  # alternating flips: two epochs show each image once either way
         order = torch.randperm(len(images), device=device)
         batches = order[: len(images) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
         for index in tqdm(batches, f"epoch {epoch}/{EPOCHS}", leave=False):
-            batch = augment(to_float(images[index]), cutout=CUTOUT).contiguous(memory_format=torch.channels_last)
+            batch = augment(to_float(images[index]), mirror[index]).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device)):
                 z = encoder(batch)
                 logits, pixels = class_head(z.mean((2, 3))), pixel_head(z)
             class_loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=LABEL_SMOOTHING)
             pixel_loss = F.mse_loss(F.pixel_shuffle(pixels.float(), encoder.patch), (batch - 0.5) / 0.25)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in learned:
+                parameter.grad = None
             (class_loss + PIXEL_WEIGHT * pixel_loss).backward()
-            optimizer.step()
-            schedule.step()
+            for weight, matrix in zip(filters, matrices):
+                matrix.grad = as_matrix(weight.grad)
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step()
+                schedule.step()
+            with torch.no_grad():  # BatchNorm undoes their norm: a fixed one keeps the learning rate's meaning
+                for matrix in matrices:
+                    matrix.mul_(len(matrix) ** 0.5 / matrix.norm())
             sums += torch.stack([class_loss, pixel_loss]).detach()
         encoder.eval()
         with torch.no_grad():
@@ -143,12 +142,15 @@ def main():
     recipe = {name: value for name, value in constants.items() if name != "OUT"}
     recipe |= {"DATASET": data.name, "linear_probe_accuracy": round(probe, 4), "seconds": round(time.time() - start),
                "parameters": sum(p.numel() for p in encoder.parameters()), "device": device}
-    if START:
-        recipe["START"] = json.loads(Path(START).with_suffix(".json").read_text())
     weights = {name: value.half().contiguous().cpu() for name, value in encoder.state_dict().items()}
-    save_torch(Path(OUT, "cifar_encoder.pt"), weights)
-    write_file(Path(OUT, "cifar_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
-    print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
+    save_torch(Path(OUT, "airbench_encoder.pt"), weights)
+    write_file(Path(OUT, "airbench_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
+    print(f"linear probe {probe:.4f}, wrote {OUT}/airbench_encoder.pt")
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A convolution's weights (dim_out, dim_in, k, k) -> (dim_out, k * k * dim_in)"""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 if __name__ == "__main__":
