@@ -35,7 +35,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
 from quantizers import EMAVQ, SimVQ, check, fast_bf16
-from utils import BF16Weights, FeatureCache, draw_shapes, read_constants, to_float
+from utils import BF16Weights, FeatureCache, draw_shapes, read_constants
 
 BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # functions below
 ROUNDS = 5
@@ -119,17 +119,18 @@ def training():
     precision = "bf16" if fast_bf16(device) else "fp32"
     print_heading("stage 1", "ordinary", "ours")
     count = BATCH_SIZE * BATCHES
-    images = draw_shapes(32, train=count, test=10).train_images
+    data = draw_shapes(32, train=count, test=10)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "shapes").mkdir()
-        for i, image in enumerate(images):
+        for i, image in enumerate(data.train_images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder, "shapes", f"{i}.png"))
         loader = DataLoader(ImageFolder(folder, ToTensor()), BATCH_SIZE, True, num_workers=2, persistent_workers=True)
-        images = images.to(device)
+        data = data._replace(train_images=data.train_images.to(device))
         for encoder in ("cifar", "dinov2_s") if device == "cuda" else ("cifar",):
             fp32_teacher, fp32_step = build_training("fp32", 1, encoder)
             teacher, step = build_training(precision, 1, encoder)
-            features = FeatureCache(teacher, images, 4.0, torch.bfloat16 if precision == "bf16" else torch.float32)
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            features = FeatureCache(teacher, data, device, 4.0, dtype)
             features.fill(torch.arange(count).view(-1, BATCH_SIZE))
 
             def ordinary():
@@ -141,7 +142,7 @@ def training():
 
             def ours():
                 for index in torch.randperm(count).to(device).split(BATCH_SIZE):
-                    step(to_float(images[index]), features[index])
+                    step(*features[index])
 
             compare(f"{count} images, {encoder}", ordinary, ours)
 

@@ -17,6 +17,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,16 @@ from tqdm import tqdm
 import utils
 from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
 from quantizers import QUANTIZERS, check, fast_bf16
-from utils import BF16Weights, Dataset, FeatureCache, Muon, select_images, to_float
+from utils import BF16Weights, Dataset, FeatureCache, Muon
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
 ranks = int(os.environ.get("WORLD_SIZE", 1))
 
 # images
-DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes
-IMAGE_SIZE = 32
+DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
+# several, ("cifar10", "photos"): the steps take turns
+IMAGE_SIZE = 32  # pixels a side; several, (32, 64): the steps take turns, with random crops, and fewer of larger ones
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
@@ -97,46 +99,48 @@ def main():
         constants = utils.read_constants(globals())
         check_constants()
         build_model(pretrained=False)  # constants that do not fit each other fail here, before anything is downloaded
-        dataset = [DATASET]
+        names = [DATASET]
         if rank > 0:
-            dist.broadcast_object_list(dataset)  # the first process downloads and decodes; the others wait for it
+            dist.broadcast_object_list(names)  # the first process downloads and decodes; the others wait for it
         lpips = utils.load_lpips().to(device) if PERCEPTUAL == "lpips" else None
         utils.seed_everything(SEED)
         model = build_model()
         teacher = build_teacher(model)
-        data = utils.load_dataset(dataset[0], IMAGE_SIZE)
+        data = utils.load_datasets(names[0], IMAGE_SIZE)
         if DATASET == "auto":
-            constants["DATASET"] = dataset[0] = data.name
+            constants["DATASET"] = names[0] = data[0].name
         if ranks > 1 and rank == 0:
-            dist.broadcast_object_list(dataset)
-        check(len(data.train_images) >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE,
-              f"at most the {len(data.train_images)} training images")
+            dist.broadcast_object_list(names)
+        images = max(len(part.train_images) for part in data)
+        check(images >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {images} training images")
         run = Run(constants, data)
     except torch.OutOfMemoryError:  # a RuntimeError, too, and reported at the end of this file
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(1 if rank > 0 and isinstance(error, ValueError) else f"train.py: {error}")  # a wrong constant: once
-    say(f"{run.name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
+    images = ", ".join(f"{len(part.train_images):,} training and {len(part.test_images):,} test images of {part.label}"
+                       for part in data)
+    say(f"{run.name}: {images}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.finished:
         return say(f"this run is finished: see {run.outputs} and {run.checkpoints}, or change a constant for another")
     if run.saved["stage"]:
         say(f"resuming after stage {run.saved['stage']}, epoch {run.saved['epoch']}")
 
-    if data.train_images.nbytes + data.test_images.nbytes <= IMAGES_GB * 1e9:
-        data = data._replace(train_images=data.train_images.to(device), test_images=data.test_images.to(device))
-    features = None
-    if teacher is not None:
-        dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
-        features = FeatureCache(teacher, data.train_images, FEATURE_CACHE_GB, dtype, FLIP)
-        if features.kept is None and FEATURE_CACHE_GB:
-            say(f"the frozen features take {features.gigabytes:.1f} GB, more than FEATURE_CACHE_GB = {FEATURE_CACHE_GB}"
+    if sum(part.train_images.nbytes + part.test_images.nbytes for part in data) <= IMAGES_GB * 1e9:
+        data = [part._replace(train_images=part.train_images.to(device), test_images=part.test_images.to(device))
+                for part in data]
+    dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
+    features = [FeatureCache(teacher, part, device, FEATURE_CACHE_GB, dtype, FLIP) for part in data]
+    for cache in features:
+        if cache.gigabytes > FEATURE_CACHE_GB > 0:
+            say(f"the frozen features take {cache.gigabytes:.1f} GB, more than FEATURE_CACHE_GB = {FEATURE_CACHE_GB}"
                 ", and are computed anew in each step")
     if NORMALIZE and START_CHECKPOINT is None:
-        sample = shuffled(len(data.train_images), BATCH_SIZE, 0)[: BATCH_SIZE // (ranks * ACCUMULATE)]
-        model.set_normalization(features.compute(sample.to(data.train_images.device)).float())
+        sample = shuffled(len(data[0].train_images), BATCH_SIZE, 0)[: micro_batch_size()]
+        model.set_normalization(features[0][sample.to(data[0].train_images.device)][1])
 
-    say(f"PSNR, SSIM, codes used and perplexity are of {len(data.test_images[:EVAL_IMAGES]):,} test images:\n"
+    say(f"PSNR, SSIM, codes used and perplexity are of {EVAL_IMAGES or 'all'} test images:\n"
         " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
         for stage in STAGES:
@@ -150,10 +154,11 @@ def main():
 
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None,
-                features: FeatureCache | None, data: Dataset, run: "Run"):
+                features: list[FeatureCache], data: list[Dataset], run: "Run"):
     """Train one stage, from its first epoch or where `run` was stopped, and leave grids, curves and checkpoints."""
     model.set_stage(stage).train()
-    count = min(EPOCH_IMAGES or len(data.train_images), len(data.train_images))
+    images_in_all = max(len(part.train_images) for part in data)
+    count = min(EPOCH_IMAGES or images_in_all, images_in_all)
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
     warmup = max(1, steps // 20)
@@ -162,7 +167,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
         for optimizer in optimizers]
     utils.seed_everything(SEED, stage)
-    discriminator = PatchDiscriminator(IMAGE_SIZE).to(device)
+    discriminator = PatchDiscriminator(data[0].size).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     gan_start = math.ceil(GAN_START * steps) if stage == 1 and GAN_WEIGHT > 0 else math.inf
 
@@ -182,19 +187,22 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
         place, start = f"stage {stage}, epoch {epoch}", time.time()
-        order = shuffled(len(data.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
-        # this process's share of each batch: (steps, micro-batches, images)
-        order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
-        if features is not None:
-            features.fill(order.flatten(0, 1))
-        order = order.to(data.train_images.device)
+        orders = []  # of each dataset and size: this process's share of its batches (steps, micro-batches, images)
+        for i, part in enumerate(data):
+            order = shuffled(len(part.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
+            order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
+            number = max(1, micro_batch_size() * data[0].size**2 // part.size**2)  # as many pixels in each step
+            order = order[i :: len(data), :, :number]
+            features[i].fill(order.flatten(0, 1))
+            orders.append(order.to(part.train_images.device))
         log = torch.zeros(steps_per_epoch, len(loss_names) + 1, device=device)  # a row a step: losses, gradient's norm
-        progress = tqdm(order, f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False, disable=rank > 0)
-        for step, micro_batches in enumerate(progress):
+        progress = tqdm(range(steps_per_epoch), f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False,
+                        disable=rank > 0)
+        for step in progress:
+            turn, number = step % len(data), step // len(data)
             gan = (epoch - 1) * steps_per_epoch + step >= gan_start
-            for i, index in enumerate(micro_batches):
-                images = to_float(select_images(data.train_images, index).to(device))
-                teacher_z = None if features is None else features[index]
+            for i, index in enumerate(orders[turn][number]):
+                images, teacher_z = features[turn][index]
                 if ranks > 1:  # the last micro-batch's backward pass sends the gradients of all
                     last = i == ACCUMULATE - 1
                     objective.require_backward_grad_sync = discriminate_ddp.require_backward_grad_sync = last
@@ -226,12 +234,40 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         gan_steps = min(max(epoch * steps_per_epoch - gan_start, 0), steps_per_epoch)
         losses, seconds = mean_losses(log, gan_steps), time.time() - start
         if rank == 0:
-            metrics, _, reconstructions = utils.evaluate(model, data.test_images[:EVAL_IMAGES], micro_batch_size())
-            row = {"dataset": data.name, "stage": stage, "epoch": epoch, **losses, **metrics,
-                   "images_per_second": steps_per_epoch * BATCH_SIZE / seconds, "seconds": seconds}
+            measured = measure(model, data, EVAL_IMAGES)
+            row = {"dataset": run.dataset, "stage": stage, "epoch": epoch, **losses, **mean_metrics(measured),
+                   "images_per_second": ranks * sum(order.numel() for order in orders) / seconds, "seconds": seconds}
             say(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
                 f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}")
-            run.save_epoch(row, model, state, data.test_images[:8], reconstructions[:8])
+            run.save_epoch(row, model, state, measured)
+
+
+class Measured(NamedTuple):
+    """What utils.evaluate returns, with the images (N, 3, H, W), uint8."""
+
+    metrics: dict[str, float]
+    counts: Tensor
+    reconstructions: Tensor
+    images: Tensor
+
+
+def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, Measured]:
+    """Reconstruct up to `count` test images (None: all) of each part of the data, by its label."""
+    measured = {}
+    for part in data:
+        images = part.test_crops()[:count]
+        batch_size = max(1, micro_batch_size() * data[0].size**2 // part.size**2)
+        measured[part.label] = Measured(*utils.evaluate(model, images, batch_size), images)
+    return measured
+
+
+def mean_metrics(measured: dict[str, Measured]) -> dict[str, float]:
+    """The metrics of all parts of the data, averaged, and with several parts PSNR and SSIM of each."""
+    metrics = {label: part.metrics for label, part in measured.items()}
+    names = next(iter(metrics.values()))
+    mean = {name: sum(values[name] for values in metrics.values()) / len(metrics) for name in names}
+    each = {f"{name}, {label}": values[name] for label, values in metrics.items() for name in ("psnr", "ssim")}
+    return mean | (each if len(metrics) > 1 else {})
 
 
 class Objective(nn.Module):
@@ -296,7 +332,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     options |= {"codebooks": CODEBOOKS, "combine": COMBINE} if CODEBOOKS > 1 else {}
-    model = VQRAE(ENCODER, QUANTIZER, options, IMAGE_SIZE, GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE, DECODER,
+    model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE, DECODER,
                   DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
@@ -358,11 +394,12 @@ def shuffled(n: int, count: int, epoch: int) -> Tensor:
 class Run:
     """The files of a run, in outputs/<name>/ and checkpoints/<name>/. The same constants find the same files again."""
 
-    def __init__(self, constants: dict, data: Dataset):
-        content = {"training images": len(data.train_images), "test images": len(data.test_images)}  # a folder may grow
+    def __init__(self, constants: dict, data: list[Dataset]):
+        content = {part.label: (len(part.train_images), len(part.test_images)) for part in data}  # a folder may grow
         if START_CHECKPOINT is not None:  # and a file may change
             content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
-        self.name = f"{data.name}_{ENCODER}_{QUANTIZER}_{utils.digest(constants | content)}"
+        self.dataset = "+".join(dict.fromkeys(part.name for part in data))
+        self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(constants | content)}"
         self.constants = constants
         self.outputs, self.checkpoints = Path("outputs", self.name), Path("checkpoints", self.name)
         self.finished = (self.outputs / "results.json").exists()
@@ -384,11 +421,11 @@ class Run:
             sys.exit(f"train.py: {self.last} is of other code than this: go back to that, or delete it to begin anew")
         return self.saved["epoch"] + 1
 
-    def save_epoch(self, row: dict, model: VQRAE, state: dict, images: Tensor, reconstructions: Tensor):
-        """Write an epoch's grid of images and reconstructions, the metrics so far with plots, and checkpoints."""
+    def save_epoch(self, row: dict, model: VQRAE, state: dict, measured: dict[str, Measured]):
+        """Write an epoch's grids of images and reconstructions, the metrics so far with plots, and checkpoints."""
         stage, epoch = row["stage"], row["epoch"]
         self.history.append(row)
-        utils.save_grid(self.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, reconstructions, columns=4)
+        self.save_grids(f"stage{stage}_epoch_{epoch:03}", measured, 8, columns=4)
         utils.write_csv(self.outputs / "metrics.csv", self.history)
         losses = [name for name in loss_names if name != "gan_loss"]  # a mean of logits may be negative: in the table
         metrics = ["psnr", "ssim", "usage", "perplexity"]
@@ -404,17 +441,25 @@ class Run:
         utils.save_torch(self.last, {"stage": stage, "epoch": epoch, "history": self.history,
                                      **{name: part.state_dict() for name, part in state.items()}})
 
-    def measure_best(self, data: Dataset):
+    def save_grids(self, name: str, measured: dict[str, Measured], count: int, columns: int):
+        for label, part in measured.items():
+            path = self.outputs / (f"{name}.png" if len(measured) == 1 else f"{name}_{label}.png")
+            utils.save_grid(path, part.images[:count], part.reconstructions[:count], columns)
+
+    def measure_best(self, data: list[Dataset]):
         """Measure the last stage's best epoch on all test images; results.json then marks a finished run."""
         best = utils.load_checkpoint(self.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt").to(device)
-        metrics, counts, reconstructions = utils.evaluate(best, data.test_images, micro_batch_size())
-        count = f"{len(data.test_images):,} test images"
-        utils.save_grid(self.outputs / "final.png", data.test_images[:64], reconstructions[:64], columns=16)
-        if len(counts):
-            utils.plot_usage(self.outputs / "usage.png", counts, metrics, f"{self.name}, {count}")
-        say(f"all {count}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, {metrics['usage']:.1%} of codes "
-            f"used, perplexity {metrics['perplexity']:,.0f}\nsee {self.outputs}/ and {self.checkpoints}/")
-        results = {"run": self.name, "stage": STAGES[-1], "test_images": len(data.test_images), **metrics}
+        measured = measure(best, data, None)
+        self.save_grids("final", measured, 64, columns=16)
+        for label, (metrics, counts, _, images) in measured.items():
+            title = f"{label}, all {len(images):,} test images"
+            if len(counts) and label == data[0].label:
+                utils.plot_usage(self.outputs / "usage.png", counts, metrics, f"{self.name}\n{title}")
+            say(f"{title}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, {metrics['usage']:.1%} of codes "
+                f"used, perplexity {metrics['perplexity']:,.0f}")
+        say(f"see {self.outputs}/ and {self.checkpoints}/")
+        count = sum(len(part.images) for part in measured.values())
+        results = {"run": self.name, "stage": STAGES[-1], "test_images": count, **mean_metrics(measured)}
         utils.write_file(self.outputs / "results.json", json.dumps(results, indent=2).encode())
 
 
@@ -436,6 +481,10 @@ def say(line: str):
     """Print, from the first process alone."""
     if rank == 0:
         print(line, flush=True)
+
+
+def sizes() -> list[int]:
+    return [IMAGE_SIZE] if isinstance(IMAGE_SIZE, int) else sorted(IMAGE_SIZE)
 
 
 def micro_batch_size() -> int:
@@ -481,8 +530,8 @@ def check_constants():
     def one_of(values):
         return ", ".join(f'"{value}"' for value in values)
 
-    check_each("DATASET ENCODER QUANTIZER", lambda v: isinstance(v, str), "a name in quotes")
-    check_each("IMAGE_SIZE GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
+    check_each("ENCODER QUANTIZER", lambda v: isinstance(v, str), "a name in quotes")
+    check_each("GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
     check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2), "a whole number of 2 or more")
     check_each("KEEP_CHECKPOINTS", lambda v: whole(v, 0), "a whole number of 0 or more")
     check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EPOCH_IMAGES EVAL_IMAGES EMA_CODE_DIM",
@@ -500,10 +549,14 @@ def check_constants():
     for name, values in {"QUANTIZER": QUANTIZERS, "PRECISION": ("bf16", "fp32"), "OPTIMIZER": ("muon", "adamw"),
                          "PERCEPTUAL": ("encoder", "lpips"), "COMBINE": ("residual", "product")}.items():
         check_each(name, lambda v: isinstance(v, str) and v in values, one_of(values))
-    check(DATASET in utils.DATASETS or Path(DATASET).is_dir(), "DATASET", DATASET,
-          one_of(utils.DATASETS) + " or a folder with train/ and test/ in it")
-    check(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more")
-    check(IMAGE_SIZE % GRID == 0, "GRID", GRID, f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}")
+    names = DATASET if isinstance(DATASET, (tuple, list)) else (DATASET,)
+    known = [name for name in utils.DATASETS if name != "auto" or names == (DATASET,)]
+    check(names and all(isinstance(name, str) and (name in known or Path(name).is_dir()) for name in names), "DATASET",
+          DATASET, one_of(known) + " or a folder with train/ and test/ in it, or several of them")
+    valid = whole(IMAGE_SIZE, 16) or isinstance(IMAGE_SIZE, (tuple, list)) and IMAGE_SIZE
+    check(valid and all(whole(n, 16) for n in sizes()), "IMAGE_SIZE", IMAGE_SIZE, "16 or more, or several such sizes")
+    check(sizes()[0] % GRID == 0 and not any(n % (sizes()[0] // GRID) for n in sizes()), "GRID", GRID,
+          f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}, all of whole tokens")
     check(isinstance(FSQ_LEVELS, (tuple, list)) and FSQ_LEVELS and all(whole(n, 2) and n <= 2**16 for n in FSQ_LEVELS)
           and math.prod(FSQ_LEVELS) <= 2**24, "FSQ_LEVELS", FSQ_LEVELS,
           "whole numbers from 2 to 2**16, such as (8, 8, 8, 5, 5, 5), and at most 2**24 codes in all")

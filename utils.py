@@ -1,9 +1,11 @@
 """Constants, datasets, cached features, metrics, plots and checkpoints."""
 import ast
+import contextlib
 import csv
 import difflib
 import hashlib
 import io
+import itertools
 import math
 import os
 import random
@@ -11,7 +13,6 @@ import socket
 import sys
 import zipfile
 from collections.abc import Iterable
-from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import datasets
 from torchvision.models import VGG16_Weights
+from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -76,7 +78,8 @@ def seed_everything(*numbers: int):
 
 
 class Dataset(NamedTuple):
-    """A dataset in memory. Labels are None where a folder has no classes."""
+    """A dataset in memory. Labels are None where a folder has no classes. If `size` is smaller than the images,
+    training takes random crops of that size, at random scales, and testing the images' centres."""
 
     name: str  # part of every run's name, so that runs on different datasets have different outputs
     train_images: Tensor  # (N, 3, H, W) uint8
@@ -84,6 +87,16 @@ class Dataset(NamedTuple):
     test_images: Tensor
     test_labels: Tensor | None
     classes: list[str]
+    size: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.size}x{self.size}"
+
+    def test_crops(self) -> Tensor:
+        """The centres (N, 3, size, size) of the test images"""
+        start = (self.test_images.shape[-1] - self.size) // 2
+        return self.test_images[..., start : start + self.size, start : start + self.size]
 
 
 DATASETS = {"auto": "CIFAR-10 or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn here"}
@@ -110,6 +123,36 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
     return load_folder(Path(name), image_size, data_dir)
 
 
+def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], data_dir: str = "data") -> list[Dataset]:
+    """Each dataset named, in each of the sizes that its images have, for training on several of either.
+
+    Images are not enlarged: CIFAR-10 takes part in sizes up to 32, a folder up to the median of its images' shorter
+    sides. They are kept at up to four times the largest size, to take crops at random scales from. With one name and
+    one size alone: whole images, resized as load_dataset does.
+    """
+    if isinstance(names, str) and isinstance(sizes, int):
+        return [load_dataset(names, sizes, data_dir)]
+    data = []
+    sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
+    for name in [names] if isinstance(names, str) else names:
+        size = 32 if name.startswith("cifar") else max(sizes) if name == "shapes" else median_side(Path(name, "train"))
+        fitting = [n for n in sizes if n <= size]
+        check(fitting, "IMAGE_SIZE", sizes, f"sizes of which one is at most {size}, that of the images of {name}")
+        whole = load_dataset(name, min(size, 4 * max(sizes)), data_dir)
+        data += [whole._replace(size=n) for n in fitting]
+    return data
+
+
+def median_side(folder: Path) -> int:
+    """The median of the shorter sides of a folder's images, in pixels, of 100 at most"""
+    sides = []
+    for file in itertools.islice(image_files(folder), 100):
+        with contextlib.suppress(Exception), Image.open(file) as image:  # broken ones are named when they are decoded
+            sides.append(min(image.size))
+    check(sides, "DATASET", str(folder), "a folder with images that can be read")
+    return int(np.median(sides))
+
+
 def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
@@ -130,7 +173,8 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     if image_size != 32:
         images = [torch.cat([F.interpolate(batch.float(), image_size, mode="bicubic", antialias=True)
                              .round().clamp(0, 255).byte() for batch in split.split(1000)]) for split in images]
-    return Dataset(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+    return Dataset(name, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes,
+                   image_size)
 
 
 def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
@@ -147,9 +191,7 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
     splits, classes = [], None
     for split in ("train", "test"):
         root = path / split
-        files = (Path(folder, file) for folder, _, names in os.walk(root, followlinks=True) for file in names)
-        files = sorted(f for f in files if f.suffix.lower() in Image.registered_extensions() and f.is_file())
-        random.Random(0).shuffle(files)
+        files = image_files(root)
         class_of = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
         split_classes = sorted(set(class_of) - {None})
         check(classes in (None, split_classes), "DATASET", str(path),
@@ -159,7 +201,15 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
         images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{path_digest}")
         check(len(images), "DATASET", str(path), f"images in {root}, but none there can be read")
         splits += [images, torch.tensor([classes.index(label) for label in class_of])[readable] if classes else None]
-    return Dataset(name, *splits, classes)
+    return Dataset(name, *splits, classes, image_size)
+
+
+def image_files(root: Path) -> list[Path]:
+    """All image files below root, shuffled with a fixed seed"""
+    files = (Path(folder, file) for folder, _, names in os.walk(root, followlinks=True) for file in names)
+    files = sorted(f for f in files if f.suffix.lower() in Image.registered_extensions() and f.is_file())
+    random.Random(0).shuffle(files)
+    return files
 
 
 def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -207,7 +257,8 @@ def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: 
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
     images = torch.cat([_draw(batch, image_size, generator) for batch in labels.split(1000)])
-    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES)
+    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES,
+                   image_size)
 
 
 def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -292,21 +343,26 @@ def select_images(images: Tensor, index: Tensor) -> Tensor:
 
 
 class FeatureCache:
-    """A frozen encoder's features of the training images, and of mirrored ones as in select_images, on its own device.
+    """Batches of a dataset's training images, with a frozen encoder's features, which are kept on its device.
 
-    fill() computes those of an epoch that are not there yet; [] looks a batch up. In bf16 under autocast or in fp32, as
-    the training around it. Above limit_gb nothing is kept, and [] computes each batch.
+    fill() computes those of an epoch that are not there yet; [] gives a batch. In bf16 under autocast or in fp32, as
+    the training around it. Above limit_gb, and for random crops, nothing is kept, and [] computes each batch.
+    encoder None: no features.
     """
 
-    def __init__(self, encoder: nn.Module, images: Tensor, limit_gb: float, dtype: torch.dtype, flip: bool = False):
-        self.encoder, self.images, self.dtype = encoder, images, dtype
-        self.device = next(encoder.parameters()).device
-        count = len(images) * (2 if flip else 1)
-        h, w = (math.ceil(size / encoder.token_size) for size in images.shape[-2:])
-        self.gigabytes = count * encoder.dim * h * w * dtype.itemsize / 1e9
-        self.kept = None
+    def __init__(self, encoder: nn.Module | None, data: Dataset, device: str, limit_gb: float, dtype: torch.dtype,
+                 flip: bool = False):
+        self.encoder, self.images, self.device, self.dtype = encoder, data.train_images, torch.device(device), dtype
+        stored, self.kept, self.gigabytes = self.images.shape[-1], None, 0.0
+        scales = (data.size / stored) ** 2, 1
+        self.crop = None if data.size == stored else RandomResizedCrop(data.size, scales, ratio=(1, 1))
+        if encoder is None or self.crop:
+            return
+        count = len(self.images) * (2 if flip else 1)
+        side = math.ceil(data.size / encoder.token_size)
+        self.gigabytes = count * encoder.dim * side**2 * dtype.itemsize / 1e9
         if self.gigabytes <= limit_gb:
-            self.kept = torch.empty((count, h, w, encoder.dim), dtype=dtype, device=self.device)
+            self.kept = torch.empty((count, side, side, encoder.dim), dtype=dtype, device=self.device)
             self.missing = torch.ones(count, dtype=torch.bool)  # on the host, where looking at it costs nothing
 
     def fill(self, batches: Tensor):
@@ -317,20 +373,27 @@ class FeatureCache:
         if self.kept is None:
             return
         for index in tqdm([index for index in batches if self.missing[index].any()], "encoding", leave=False):
-            features = self.compute(index.to(self.images.device))
+            features = self.encode(self.select(index.to(self.images.device)))
             self.kept[index.to(self.device)] = features.permute(0, 2, 3, 1)
             self.missing[index] = False
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """index (B,), on the images' device -> features (B, C, h, w), fp32"""
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """index (B,), on the images' device -> images (B, 3, size, size) in [0, 1], features (B, C, h, w), fp32"""
+        images = self.select(index)
+        if self.encoder is None:
+            return images, None
         if self.kept is None:
-            return self.compute(index).float()
-        return self.kept[index.to(self.device)].float().permute(0, 3, 1, 2)
+            return images, self.encode(images).float()
+        return images, self.kept[index.to(self.device)].float().permute(0, 3, 1, 2)
+
+    def select(self, index: Tensor) -> Tensor:
+        images = to_float(select_images(self.images, index).to(self.device))
+        return torch.stack([self.crop(image) for image in images]) if self.crop else images
 
     @torch.no_grad()
-    def compute(self, index: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.encoder(to_float(select_images(self.images, index).to(self.device))).to(self.dtype)
+            return self.encoder(images).to(self.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,7 +662,7 @@ def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics:
 # Files and checkpoints
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_atomically(path: Path, suffix: str = ".tmp"):
     """Open a file for writing that gets its name when it is complete: no reader and no killed run has half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -136,8 +136,9 @@ def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference
 
 
 # its random depths, too, and so does the revival of EMA-VQ's codes
-@pytest.mark.parametrize("reference", ["ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5"], indirect=True)
-def test_a_killed_run_of_residual_codebooks_ends_as_if_nothing_had_been(reference, tmp_path):
+@pytest.mark.parametrize("reference", ["ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5", "fsq IMAGE_SIZE=(16,32) GRID=4"],
+                         indirect=True)
+def test_a_killed_run_with_what_is_rare_ends_as_if_nothing_had_been(reference, tmp_path):
     assert exit_code(start(tmp_path, reference[0], "step", 4)) == -signal.SIGKILL, (tmp_path / "log").read_text()
     finish_and_compare(tmp_path, reference)
 

@@ -77,6 +77,26 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
 
 
+def test_several_sizes_and_datasets(train, folder, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        pixels = draw_shapes(60, train=40, test=1).train_images
+        for i, image in enumerate(pixels):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
+    train(f"DATASET={(str(folder), str(tmp_path / 'photos'))}", "IMAGE_SIZE=(32, 48)", *SMALL)
+    outputs, = Path("outputs").iterdir()
+    assert outputs.name.startswith("folder-tiny+folder-photos_cifar_fsq_")
+    labels = ["folder-tiny 32x32", "folder-photos 32x32", "folder-photos 48x48"]  # images are not enlarged
+    for row in rows(outputs / "metrics.csv"):
+        psnr = [float(row[f"psnr, {label}"]) for label in labels]
+        assert float(row["psnr"]) == pytest.approx(sum(psnr) / 3) and len(set(psnr)) == 3
+    grids = [Image.open(outputs / f"final_{label}.png").size for label in labels]
+    assert grids[0] == grids[1] != grids[2]
+    model = load_checkpoint(next(Path("checkpoints", outputs.name).glob("*stage2_best.pt")))
+    assert model.token_size == 4
+    assert all(f"{label}, all " in capsys.readouterr().out for label in labels[:1])
+
+
 def test_several_codebooks(train, folder):
     arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ema_vq", "EMA_CODEBOOK_SIZE=16", "CODEBOOKS=2",
                  "EPOCHS=(1, 1)"]

@@ -23,6 +23,7 @@ import models
 import utils
 from models import VQRAE
 from utils import (
+    Dataset,
     FeatureCache,
     digest,
     draw_shapes,
@@ -30,6 +31,7 @@ from utils import (
     linear_probe,
     load_checkpoint,
     load_dataset,
+    load_datasets,
     load_torch,
     plot_curves,
     psnr,
@@ -271,7 +273,7 @@ def test_reachable_has_a_time_out(monkeypatch):
 
 def test_features_are_computed_once():
     class Encoder(torch.nn.Module):
-        dim, grid, seen = 4, 2, 0
+        dim, token_size, seen = 4, 4, 0
 
         def __init__(self):
             super().__init__()
@@ -282,26 +284,60 @@ def test_features_are_computed_once():
             return images[:, :1, :2, :2].repeat(1, 4, 1, 1)
 
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    dataset = Dataset("noise", images, None, images, None, [], 8)
     both = torch.cat([images, images.flip(3)])
     # of two batches each
     epochs = torch.tensor([[[1, 3, 5], [0, 2, 4]], [[5, 1, 3], [4, 6, 0]], [[6, 4, 2], [2, 1, 0]]])
     # a batch with a missing image is computed as a whole, and each batch where nothing is kept
     for limit, dtype, seen in ((1.0, torch.bfloat16, 9), (1.0, torch.float32, 9), (0.0, torch.bfloat16, 18)):
         encoder = Encoder()
-        features = FeatureCache(encoder, images, limit, dtype)
+        features = FeatureCache(encoder, dataset, "cpu", limit, dtype)
         for batches in epochs:
             features.fill(batches)
             for index in batches:
                 expected = Encoder()(to_float(images[index]))
-                assert torch.allclose(features[index], expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
+                batch, z = features[index]
+                assert torch.equal(batch, to_float(images[index]))
+                assert torch.allclose(z, expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
         assert encoder.seen == seen
     encoder = Encoder()
-    features = FeatureCache(encoder, images, 1.0, torch.float32, flip=True)
+    features = FeatureCache(encoder, dataset, "cpu", 1.0, torch.float32, flip=True)
     for batches in torch.tensor([[[1, 13, 5], [11, 3, 15]], [[13, 5, 1], [3, 15, 11]]]):
         features.fill(batches)
         for index in batches:  # a mirrored image has features of its own
-            assert torch.equal(features[index], Encoder()(to_float(both[index])))
+            assert torch.equal(features[index][1], Encoder()(to_float(both[index])))
     assert encoder.seen == 6
+
+
+def test_random_crops_are_parts_of_their_images_at_random_scales():
+    """Of an image whose red is x and whose green is y, both from 0 to 1, a crop shows where it is and how large."""
+    y, x = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 64), indexing="ij")
+    image = torch.stack([x, y, torch.zeros(64, 64)]).round().byte()
+    dataset = Dataset("ramps", image.expand(400, 3, 64, 64), None, image[None], None, [], 16)
+    crops, features = FeatureCache(None, dataset, "cpu", 1.0, torch.float32)[torch.arange(400)]
+    assert crops.shape == (400, 3, 16, 16) and features is None
+    horizontal = (crops[:, 0, 8, -1] - crops[:, 0, 8, 0]) * 63 / 15  # pixels of the image for a pixel of the crop
+    vertical = (crops[:, 1, -1, 8] - crops[:, 1, 0, 8]) * 63 / 15
+    assert torch.allclose(horizontal, vertical, atol=0.3)
+    assert horizontal.min() < 1.5 and horizontal.max() > 3 and len(crops[:, 0, 8, 8].unique()) > 50
+    assert (dataset.test_crops() == image[:, 24:40, 24:40]).all()
+
+
+def test_datasets_in_the_sizes_that_their_images_have(tmp_path):
+    for folder, side in (("small", 40), ("large", 200)):
+        for split in ("train", "test"):
+            (tmp_path / folder / split).mkdir(parents=True)
+            for i in range(3):
+                pixels = np.random.default_rng(i).integers(0, 256, (side, side + 30 * i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / split / f"{i}.png")
+    small, large = (str(tmp_path / name) for name in ("small", "large"))
+    data = load_datasets((small, large), (32, 48), str(tmp_path))
+    assert [part.label for part in data] == ["folder-small 32x32", "folder-large 32x32", "folder-large 48x48"]
+    assert [part.train_images.shape[-1] for part in data] == [40, 192, 192]  # not enlarged, and 4 * 48 at most
+    whole, = load_datasets(large, 32, str(tmp_path))
+    assert whole.train_images.shape[-1] == whole.size == 32
+    with pytest.raises(ValueError, match="IMAGE_SIZE.*40"):
+        load_datasets(small, (64, 128), str(tmp_path))
 
 
 def test_selecting_images_and_mirrored_images():
