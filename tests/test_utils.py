@@ -20,6 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import datasets
 
 import models
+import shapes
 import utils
 from models import VQRAE
 from utils import (
@@ -64,7 +65,7 @@ def test_shapes():
     ("cross", 4 * 0.66 - 0.66**2), ("heart", 1 + np.pi / 4)])
 def test_shapes_have_the_area_of_their_kind(shape, area):
     y, x = torch.meshgrid(*[torch.linspace(-1.5, 1.5, 601)] * 2, indexing="ij")
-    assert (utils._distance(shape, x, y) < 0).float().mean().item() * 9 == pytest.approx(area, rel=0.02)
+    assert (shapes.outline_distance(shape, x, y) < 0).float().mean().item() * 9 == pytest.approx(area, rel=0.02)
 
 
 def test_folder(folder):
