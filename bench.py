@@ -34,8 +34,9 @@ from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
+from optimization import BF16Weights
 from quantizers import EMAVQ, SimVQ, check, fast_bf16
-from utils import BF16Weights, FeatureCache, draw_shapes, read_constants
+from utils import FeatureCache, draw_shapes, read_constants
 
 BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # functions below
 ROUNDS = 5

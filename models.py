@@ -612,13 +612,13 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Return images; ValueError unless they are (B, 3, H, W) floats in [0, 1], B at least 1."""
+    """Return images in fp32; ValueError unless they are (B, 3, H, W) floats in [0, 1], B at least 1."""
     check(isinstance(images, Tensor), "images", type(images).__name__, "a tensor")
     check(images.ndim == 4 and images.shape[1] == 3 and images.numel(), "images", tuple(images.shape), "(B, 3, H, W)")
     check(images.dtype.is_floating_point, "images", images.dtype, "floating-point numbers in [0, 1]")
     low, high = images.aminmax()
     check(low >= 0 and high <= 1, "images", f"{low:.3g} to {high:.3g}", "numbers in [0, 1]")  # NaN fails, too
-    return images
+    return images.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ class FSQ(Quantizer):
         check(math.prod(levels) <= 2**24, "levels", levels, "at most 2**24 codes in all")
         check(dim >= len(levels), "dim", dim, f"at least one channel for each of the {len(levels)} levels")
         super().__init__(dim, math.prod(levels))
-        self.fsq = library.FSQ(list(levels), dim=dim, preserve_symmetry=True)  # symmetric: 2411.19842, section 3.2
+        with torch.device("cpu"):  # the library reads numbers back, which are not to be had on "meta"
+            self.fsq = library.FSQ(list(levels), dim=dim, preserve_symmetry=True)  # symmetric: 2411.19842, section 3.2
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         levels = self.fsq.quantize(self.fsq.project_in(x))

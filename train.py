@@ -22,14 +22,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
 from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
+from optimization import BF16Weights, Muon, autocast_layers
 from quantizers import QUANTIZERS, check, fast_bf16
-from utils import BF16Weights, Dataset, FeatureCache, Muon
+from utils import Dataset, FeatureCache
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets them
@@ -94,6 +96,7 @@ loss_names = ("loss", "l2_loss", "perceptual_loss", "quantizer_loss", "predict_l
 
 
 def main():
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it is closed
     try:
         start_process()
         constants = utils.read_constants(globals())
@@ -150,7 +153,10 @@ def main():
         saved = f"{run.last} has all epochs above, and the same command goes on from there"
         sys.exit(f"\ntrain.py: stopped; {saved if run.last.exists() else 'no epoch was finished, so nothing is saved'}")
     if rank == 0:
-        run.measure_best(data)
+        try:
+            run.measure_best(data)
+        except ValueError as error:
+            sys.exit(f"train.py: {error}; delete {run.last} to train anew")
 
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None,
@@ -163,17 +169,14 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     steps = EPOCHS[stage - 1] * steps_per_epoch
     warmup = max(1, steps // 20)
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
-    schedules = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-        for optimizer in optimizers]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     utils.seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(data[0].size).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     gan_start = math.ceil(GAN_START * steps) if stage == 1 and GAN_WEIGHT > 0 else math.inf
 
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
-    for i, (optimizer, schedule) in enumerate(zip(optimizers, schedules)):
-        state |= {f"optimizer_{i}": optimizer, f"schedule_{i}": schedule}
+    state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     first_epoch = run.resume(stage, state)
     objective, discriminate = Objective(stage, model, teacher, lpips), discriminator
     if PRECISION == "bf16":
@@ -200,7 +203,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                         disable=rank > 0)
         for step in progress:
             turn, number = step % len(data), step // len(data)
-            gan = (epoch - 1) * steps_per_epoch + step >= gan_start
+            done = (epoch - 1) * steps_per_epoch + step
+            gan = done >= gan_start
             for i, index in enumerate(orders[turn][number]):
                 images, teacher_z = features[turn][index]
                 if ranks > 1:  # the last micro-batch's backward pass sends the gradients of all
@@ -221,9 +225,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                     losses["discriminator_loss"].backward(share)
                 log[step, :-1] += torch.stack([losses[name].detach() for name in loss_names])
             log[step, -1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules):
+            for optimizer, rate in zip(optimizers, rates):
+                cosine = 0.5 + 0.5 * math.cos(math.pi * done / steps)
+                optimizer.param_groups[0]["lr"] = rate * min((done + 1) / warmup, cosine)
                 optimizer.step()
-                schedule.step()
             model.zero_grad(set_to_none=True)
             if gan:
                 gan_optimizer.step()
@@ -237,9 +242,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             measured = measure(model, data, EVAL_IMAGES)
             row = {"dataset": run.dataset, "stage": stage, "epoch": epoch, **losses, **mean_metrics(measured),
                    "images_per_second": ranks * sum(order.numel() for order in orders) / seconds, "seconds": seconds}
+            run.save_epoch(row, model, state, measured)
             say(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
                 f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}")
-            run.save_epoch(row, model, state, measured)
 
 
 class Measured(NamedTuple):
@@ -352,7 +357,7 @@ def build_teacher(model: VQRAE) -> nn.Module | None:
         return None
     teacher = copy.deepcopy(model.encoder) if model.stage == 1 else build_encoder(ENCODER, model.token_size).to(device)
     if PRECISION == "bf16":  # once, where autocast would cast its weights in each step
-        for layer in utils.autocast_layers(teacher).values():
+        for layer in autocast_layers(teacher).values():
             layer.to(torch.bfloat16)
     return teacher.eval().requires_grad_(False)
 
@@ -395,16 +400,35 @@ class Run:
     """The files of a run, in outputs/<name>/ and checkpoints/<name>/. The same constants find the same files again."""
 
     def __init__(self, constants: dict, data: list[Dataset]):
-        content = {part.label: (len(part.train_images), len(part.test_images)) for part in data}  # a folder may grow
-        if START_CHECKPOINT is not None:  # and a file may change
+        # a folder is known by its files, wherever it is, and a checkpoint by its content
+        parts = [[part.label, len(part.train_images), len(part.test_images), part.digest] for part in data]
+        content = constants | {"DATASET": parts}
+        if START_CHECKPOINT is not None:
             content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
+        description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))
-        self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(constants | content)}"
+        self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(description)}"
         self.constants = constants
         self.outputs, self.checkpoints = Path("outputs", self.name), Path("checkpoints", self.name)
         self.finished = (self.outputs / "results.json").exists()
         self.last = self.checkpoints / "last.pt"
-        self.saved = utils.load_torch(self.last) if self.last.exists() else {"stage": 0, "epoch": 0, "history": []}
+        described = self.outputs / "constants.json"
+        check(not described.exists() or described.read_bytes() == description, "constants of this run",
+              str(described), "the same as here: delete that folder")
+        if rank == 0 and not self.finished:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.checkpoints / "lock")  # of this process, and gone with it
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout:
+                raise ValueError(f"{self.checkpoints} belongs to a run that is going on: end it, or wait") from None
+            for leftover in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a killed process
+                leftover.unlink()
+            utils.write_file(described, description)
+        if ranks > 1:
+            dist.barrier()  # the last of another run's files may just have been written
+        nothing = {"stage": 0, "epoch": 0, "history": []}
+        self.saved = utils.load_torch(self.last, *nothing) if self.last.exists() else nothing
         self.history = self.saved["history"]
 
     def resume(self, stage: int, state: dict) -> int:
@@ -417,7 +441,7 @@ class Run:
                 part.load_state_dict(self.saved.pop(name))
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, KeyError, ValueError):
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
             sys.exit(f"train.py: {self.last} is of other code than this: go back to that, or delete it to begin anew")
         return self.saved["epoch"] + 1
 
@@ -511,17 +535,18 @@ def mean_losses(log: Tensor, gan_steps: int) -> dict[str, float]:
 
 
 def check_constants():
-    """ValueError, naming the constant, its value and what is allowed, before anything is downloaded."""
+    """ValueError, naming the constant, its value and what is allowed, before anything is downloaded. What the model and
+    the quantizer check themselves is not repeated here."""
     constants = globals()
 
-    def whole(value, low):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    def whole(value, low, high=2**31 - 1):
+        return type(value) is int and low <= value <= high
 
-    def real(value, low, high=math.inf):
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    def real(value, low, high=1e9):
+        return type(value) in (int, float) and low <= value <= high
 
     def pair(value, ok):
-        return isinstance(value, (tuple, list)) and len(value) == 2 and all(ok(v) for v in value)
+        return type(value) in (tuple, list) and len(value) == 2 and all(map(ok, value))
 
     def check_each(names, ok, allowed):
         for name in names.split():
@@ -530,40 +555,35 @@ def check_constants():
     def one_of(values):
         return ", ".join(f'"{value}"' for value in values)
 
-    check_each("ENCODER QUANTIZER", lambda v: isinstance(v, str), "a name in quotes")
+    check_each("ENCODER QUANTIZER", lambda v: type(v) is str, "a name in quotes")
     check_each("GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
-    check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2), "a whole number of 2 or more")
-    check_each("KEEP_CHECKPOINTS", lambda v: whole(v, 0), "a whole number of 0 or more")
-    check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EPOCH_IMAGES EVAL_IMAGES EMA_CODE_DIM",
-               lambda v: v is None or whole(v, 1), "None or a whole number of 1 or more")
-    check_each("SIMVQ_CODE_DIM", lambda v: v is None or whole(v, 2), "None or a whole number of 2 or more")
-    check_each("ADAPTER_DEPTH", lambda v: v is None or whole(v, 0), "None or a whole number of 0 or more")
+    check(type(IMAGE_SIZE) in (int, tuple, list) and sizes() and all(whole(n, 16, 4096) for n in sizes()), "IMAGE_SIZE",
+          IMAGE_SIZE, "16 to 4096, or several such sizes")
+    check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2, 2**24), "2 to 2**24")
+    check_each("KEEP_CHECKPOINTS SEED POST_QUANT_KERNEL", lambda v: whole(v, 0), "a whole number from 0 to 2**31 - 1")
+    check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EMA_CODE_DIM SIMVQ_CODE_DIM",
+               lambda v: v is None or whole(v, 1, 4096), "None or 1 to 4096")
+    check_each("EPOCH_IMAGES EVAL_IMAGES", lambda v: v is None or whole(v, 1), "None or a whole number of 1 or more")
+    check_each("ADAPTER_DEPTH", lambda v: v is None or whole(v, 0, 4096), "None or 0 to 4096")
     check_each("L2_WEIGHT GAN_WEIGHT PREDICT_WEIGHT PREDICT_IMAGE DISTILL_WEIGHT DDCL_COMM_WEIGHT FEATURE_CACHE_GB "
-               "IMAGES_GB", lambda v: real(v, 0), "a number of 0 or more")
+               "IMAGES_GB", lambda v: real(v, 0), "a number from 0 to 1e9")
     check_each("GAN_START RANDOM_DEPTH", lambda v: real(v, 0, 1), "0 to 1")
-    check_each("PERCEPTUAL_WEIGHT", lambda v: pair(v, lambda w: real(w, 0)), "two numbers of 0 or more")
-    check_each("LEARNING_RATE", lambda v: pair(v, lambda w: real(w, 1e-12)), "two numbers above 0")
+    check_each("DDCL_DELTA", lambda v: real(v, 0.03, 1), "1 / n for a whole n from 1 to 32")
+    check_each("PERCEPTUAL_WEIGHT", lambda v: pair(v, lambda w: real(w, 0)), "two numbers from 0 to 1e9")
+    check_each("LEARNING_RATE", lambda v: pair(v, lambda w: real(w, 1e-12)), "two numbers from 1e-12 to 1e9")
     check_each("EPOCHS", lambda v: pair(v, lambda w: whole(w, 1)), "two whole numbers of 1 or more")
-    check_each("SEED", lambda v: whole(v, 0) and v < 2**31, "a whole number from 0 to 2**31 - 1")
-    check_each("FLIP NORMALIZE EMA_REVIVE", lambda v: isinstance(v, bool), "True or False")
+    check_each("STAGES", lambda v: v in ((1,), (1, 2), (2,)) and all(type(s) is int for s in v), "(1,), (1, 2), (2,)")
+    check_each("FSQ_LEVELS", lambda v: type(v) in (tuple, list), "whole numbers in brackets")
+    check_each("FLIP NORMALIZE EMA_REVIVE", lambda v: type(v) is bool, "True or False")
     for name, values in {"QUANTIZER": QUANTIZERS, "PRECISION": ("bf16", "fp32"), "OPTIMIZER": ("muon", "adamw"),
                          "PERCEPTUAL": ("encoder", "lpips"), "COMBINE": ("residual", "product")}.items():
-        check_each(name, lambda v: isinstance(v, str) and v in values, one_of(values))
+        check_each(name, lambda v: type(v) is str and v in values, one_of(values))
     names = DATASET if isinstance(DATASET, (tuple, list)) else (DATASET,)
     known = [name for name in utils.DATASETS if name != "auto" or names == (DATASET,)]
     check(names and all(isinstance(name, str) and (name in known or Path(name).is_dir()) for name in names), "DATASET",
           DATASET, one_of(known) + " or a folder with train/ and test/ in it, or several of them")
-    valid = whole(IMAGE_SIZE, 16) or isinstance(IMAGE_SIZE, (tuple, list)) and IMAGE_SIZE
-    check(valid and all(whole(n, 16) for n in sizes()), "IMAGE_SIZE", IMAGE_SIZE, "16 or more, or several such sizes")
     check(sizes()[0] % GRID == 0 and not any(n % (sizes()[0] // GRID) for n in sizes()), "GRID", GRID,
           f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}, all of whole tokens")
-    check(isinstance(FSQ_LEVELS, (tuple, list)) and FSQ_LEVELS and all(whole(n, 2) and n <= 2**16 for n in FSQ_LEVELS)
-          and math.prod(FSQ_LEVELS) <= 2**24, "FSQ_LEVELS", FSQ_LEVELS,
-          "whole numbers from 2 to 2**16, such as (8, 8, 8, 5, 5, 5), and at most 2**24 codes in all")
-    check(real(DDCL_DELTA, 0.03, 1) and abs(1 / DDCL_DELTA - round(1 / DDCL_DELTA)) < 0.06, "DDCL_DELTA", DDCL_DELTA,
-          "1 / n for a whole n from 1 to 32 (on the command line 0.0667 for 1 / 15)")
-    check(POST_QUANT_KERNEL == 0 or whole(POST_QUANT_KERNEL, 1) and POST_QUANT_KERNEL % 2, "POST_QUANT_KERNEL",
-          POST_QUANT_KERNEL, "0 or an odd number")
     check(not RANDOM_DEPTH or CODEBOOKS > 1 and COMBINE == "residual", "RANDOM_DEPTH", RANDOM_DEPTH,
           "0 without residual codebooks")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,
@@ -572,10 +592,8 @@ def check_constants():
           f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
     check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE,
           f"False with ENCODER = {ENCODER!r}, whose features change")
-    check(isinstance(STAGES, (tuple, list)) and tuple(STAGES) in ((1,), (1, 2), (2,)), "STAGES", STAGES,
-          "(1,), (1, 2), (2,)")
-    check(START_CHECKPOINT is None and 1 in STAGES
-          or isinstance(START_CHECKPOINT, str) and Path(START_CHECKPOINT).is_file(),
+    is_file = type(START_CHECKPOINT) is str and Path(START_CHECKPOINT).is_file()
+    check(is_file or START_CHECKPOINT is None and 1 in STAGES,
           "START_CHECKPOINT", START_CHECKPOINT, "the path of a file, in quotes, or, with 1 in STAGES, None")
 
 

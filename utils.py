@@ -3,22 +3,30 @@ import ast
 import contextlib
 import csv
 import difflib
+import glob
 import hashlib
+import http.client
 import io
-import itertools
 import math
 import os
+import pickle
 import random
-import socket
+import reprlib
 import sys
+import time
+import urllib.request
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
@@ -32,8 +40,9 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from models import VQRAE, Conv, reachable
-from quantizers import Quantizer, check
+import shapes
+from models import VQRAE, reachable
+from quantizers import check
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -43,10 +52,10 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
     """Replace constants in `namespace` by NAME=value arguments (None: the command line's) and return all constants.
 
     `python train.py QUANTIZER=simvq BATCH_SIZE=64` does what editing the two lines would. Values are Python literals;
-    anything else is a string. Raises ValueError for an unknown name.
+    anything else is a string. Raises ValueError for an unknown name, or a value that is_plain() refuses.
     """
-    types = int | float | str | tuple | list | None
-    constants = {name: value for name, value in namespace.items() if name.isupper() and isinstance(value, types)}
+    others = type | ModuleType | Path | dict  # that have names in capitals, too
+    constants = {name: value for name, value in namespace.items() if name.isupper() and not isinstance(value, others)}
     for argument in sys.argv[1:] if arguments is None else arguments:
         name, sign, text = argument.partition("=")
         similar = ", ".join(difflib.get_close_matches(name.upper(), constants, n=3))
@@ -54,15 +63,27 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
               "NAME=value" + (f" with a NAME such as {similar}" if similar else ""))
         try:
             constants[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             constants[name] = text
+    for name, value in constants.items():  # NumPy's numbers would make checkpoints that load_torch refuses
+        check(is_plain(value), name, reprlib.repr(value), "numbers up to 2**63, text, True, False, None, or some in ()")
     namespace.update(constants)
     return constants
 
 
-def digest(constants: dict) -> str:
-    """The first six hexadecimal digits of a hash of the constants."""
-    return hashlib.sha256(repr(sorted(constants.items())).encode()).hexdigest()[:6]
+def is_plain(value: object, depth: int = 3) -> bool:
+    """Whether a value is a short one of Python's own types, such as literals have, which takes no time to print."""
+    if type(value) in (tuple, list, dict):
+        values = [*value, *value.values()] if type(value) is dict else value
+        return depth > 0 and len(value) <= 100 and all(is_plain(v, depth - 1) for v in values)
+    if type(value) is str:
+        return len(value) <= 4096
+    return value is None or type(value) in (bool, int, float) and abs(value) <= 2**63
+
+
+def digest(value: object) -> str:
+    """Twelve hexadecimal digits that tell this value from others."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def seed_everything(*numbers: int):
@@ -88,6 +109,7 @@ class Dataset(NamedTuple):
     test_labels: Tensor | None
     classes: list[str]
     size: int
+    digest: str = ""  # of a folder's files: their names, sizes and times of change
 
     @property
     def label(self) -> str:
@@ -146,7 +168,7 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
 def median_side(folder: Path) -> int:
     """The median of the shorter sides of a folder's images, in pixels, of 100 at most"""
     sides = []
-    for file in itertools.islice(image_files(folder), 100):
+    for file in find_images(folder)[:100]:
         with contextlib.suppress(Exception), Image.open(file) as image:  # broken ones are named when they are decoded
             sides.append(min(image.size))
     check(sides, "DATASET", str(folder), "a folder with images that can be read")
@@ -158,16 +180,8 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     try:
         train = source(data_dir, train=True)  # verifies the files' checksums
     except RuntimeError:
-        if not reachable(source.url):
-            raise RuntimeError(f"{name} is not in {data_dir}/ and {source.url} cannot be reached") from None
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(15)  # torchvision sets no time-out: a stalled download would never end
-        try:
-            train = source(data_dir, train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"{name} could not be downloaded from {source.url} ({error})") from None
-        finally:
-            socket.setdefaulttimeout(timeout)
+        download(source.url, Path(data_dir, source.filename), "md5", source.tgz_md5, f"{name} is not in {data_dir}/")
+        train = source(data_dir, train=True, download=True)  # unpacks it
     test = source(data_dir, train=False)
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
     if image_size != 32:
@@ -187,140 +201,110 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
     """
     path = path.resolve()
     name = f"folder-{path.name}"
-    path_digest = hashlib.sha256(str(path).encode()).hexdigest()[:6]  # tells apart folders of the same name
-    splits, classes = [], None
+    splits, classes, states = [], None, []
     for split in ("train", "test"):
         root = path / split
-        files = image_files(root)
+        files = find_images(root)
+        random.Random(0).shuffle(files)
         class_of = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
         split_classes = sorted(set(class_of) - {None})
         check(classes in (None, split_classes), "DATASET", str(path),
               f"the same class folders in train/ and test/, not {classes} and {split_classes}")
         classes = split_classes
         check(not classes or None not in class_of, "DATASET", str(path), f"{root}: all in class folders, or none")
-        images, readable = decode_files(files, image_size, Path(data_dir), f"{name}_{split}_{image_size}_{path_digest}")
+        states.append(digest([(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]))
+        decoded = Path(data_dir, f"{name}_{split}_{image_size}_{digest(str(path))}_{states[-1]}.uint8")
+        images, readable = decode_files(files, image_size, decoded)
         check(len(images), "DATASET", str(path), f"images in {root}, but none there can be read")
         splits += [images, torch.tensor([classes.index(label) for label in class_of])[readable] if classes else None]
-    return Dataset(name, *splits, classes, image_size)
+    return Dataset(name, *splits, classes, image_size, digest(states))
 
 
-def image_files(root: Path) -> list[Path]:
-    """All image files below root, shuffled with a fixed seed"""
-    files = (Path(folder, file) for folder, _, names in os.walk(root, followlinks=True) for file in names)
-    files = sorted(f for f in files if f.suffix.lower() in Image.registered_extensions() and f.is_file())
-    random.Random(0).shuffle(files)
-    return files
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
 
 
-def decode_files(files: list[Path], image_size: int, data_dir: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, image_size, image_size) uint8, mapped from a file in data_dir; which of `files` they are (N,) bool.
+def find_images(root: Path) -> list[Path]:
+    """All files below root that have an image's name, sorted. Links to folders are followed, to each folder once."""
+    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files, visited = [], {str(parent) for parent in root.parents}  # a link to one of these would go round for ever
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        files += [Path(folder, name) for name in names]
+    return sorted(f for f in files if f.suffix.lower() in extensions and f.is_file())
 
-    The file is made unless it exists for the same paths, sizes and times of change. It holds the images, one after the
-    other, then a byte for each of `files` that says whether it could be read.
+
+def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, image_size, image_size) uint8, mapped from the file `decoded`, and which of `files` they are (N,).
+
+    That file is made unless it is there and intact. It holds the images, one after the other, then a byte for each of
+    `files` that says whether it could be read, then a checksum.
     """
     def decode(file: Path) -> bytes:
         try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
+            with Image.open(file, formats=FORMATS) as image:
+                image = to_rgb(ImageOps.exif_transpose(image))
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
         except Exception as error:  # Pillow raises nearly anything for a broken file
-            tqdm.write(f"skipping {file}: {error}")
+            tqdm.write(f"skipping {str(file)!r}: {summarize(error)}")
             return b""
 
-    state = ["EXIF", *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]  # how it is decoded, and what
-    decoded = data_dir / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.uint8"
-    if not decoded.exists():
-        for outdated in data_dir.glob(f"{name}_*.uint8"):  # made before the folder changed
-            outdated.unlink(missing_ok=True)  # another process may delete it at the same time
-        readable = bytearray()
-        with open_atomically(decoded, f".{os.getpid()}.tmp") as output, ThreadPool() as pool:
+    def write():
+        readable, checksum = bytearray(), 0
+        with open_atomically(decoded) as output, ThreadPool() as pool, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for a small file of very many pixels
             for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit=" batches", leave=False):
-                decoded_images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
-                output.writelines(decoded_images)
-                readable.extend(map(bool, decoded_images))
-            output.write(readable)
-    size = decoded.stat().st_size
-    mapped = torch.from_file(str(decoded), shared=False, size=size, dtype=torch.uint8) if size else torch.ByteTensor()
-    images, readable = mapped.split([size - len(files), len(files)])
+                images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
+                readable.extend(map(bool, images))
+                images = b"".join(images)
+                checksum = zlib.crc32(images, checksum)
+                output.write(images)
+            output.write(readable + zlib.crc32(readable, checksum).to_bytes(4))
+
+    def read() -> Tensor | None:
+        size = decoded.stat().st_size if decoded.exists() else 0
+        if size < len(files) + 4:
+            return None
+        content = torch.from_file(str(decoded), shared=False, size=size, dtype=torch.uint8)
+        return content[:-4] if zlib.crc32(content[:-4].numpy()) == int.from_bytes(content[-4:].numpy()) else None
+
+    name = decoded.name.rsplit("_", 1)[0]
+    content = read()
+    if content is None:
+        decoded.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(decoded.parent / "lock"):
+            content = read()  # another process may have made it meanwhile
+            if content is None:
+                for outdated in decoded.parent.glob(f"{glob.escape(name)}_*"):  # or left by a process that was killed
+                    outdated.unlink()
+                write()
+                content = read()
+    images, readable = content.split([len(content) - len(files), len(files)])
     if not readable.all():
         print(f"{name}: {(readable == 0).sum()} of {len(files)} files could not be read and were skipped")
     return images.view(-1, 3, image_size, image_size), readable.bool()
 
 
-SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As a viewer shows it: what is transparent on white; grey of 16 bits from 0 to 65535, of floats from 0 to 1."""
+    if image.mode[0] in "IF":
+        grey = np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535)
+        image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
-    """Ten kinds of shapes, anti-aliased, of any colour, position, size, rotation and texture, on any background."""
+    """Drawn images of the ten kinds in shapes.py, image_size pixels a side."""
     check(image_size >= 1, "image_size", image_size, "1 or more")
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(train + test)[torch.randperm(train + test, generator=generator)] % len(SHAPES)
-    images = torch.cat([_draw(batch, image_size, generator) for batch in labels.split(1000)])
-    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], SHAPES,
+    images, labels = shapes.draw(train + test, image_size, seed)
+    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], shapes.SHAPES,
                    image_size)
-
-
-def _draw(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """labels (B,) -> images (B, 3, size, size), uint8"""
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
-
-    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")  # -1 to 1
-
-    def rotate(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
-
-    def texture() -> Tensor:
-        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks"""
-        u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x, y)
-        frequency, phase = uniform(3, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-        kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
-        waves = (frequency * u + phase).sin()
-        mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
-        first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-        return first + (second - first) * (mix[:, None] + 1) / 2
-
-    scale = uniform(0.3, 0.7, 1, 1)
-    u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1))
-    u, v = u / scale, v / scale
-    distance = torch.empty(len(labels), size, size)  # to the outline, in units of the shape's radius; negative inside
-    for label, shape in enumerate(SHAPES):
-        of_kind = labels == label
-        distance[of_kind] = _distance(shape, u[of_kind], v[of_kind])
-    coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
-    background, foreground = texture(), texture()
-    noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
-    return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
-
-
-def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of points to the outline of a shape of radius 1 (for the ellipse, nearly)."""
-    radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
-
-    def box(width: float, height: float) -> Tensor:
-        return torch.maximum(x.abs() - width, y.abs() - height)
-
-    if shape == "circle":
-        return radius - 1
-    if shape == "ring":
-        return (radius - 0.75).abs() - 0.25
-    if shape == "ellipse":
-        return (x**2 + (2.2 * y) ** 2).sqrt() - 1
-    if shape in ("triangle", "square", "hexagon"):
-        sector = 2 * math.pi / {"triangle": 3, "square": 4, "hexagon": 6}[shape]
-        return radius * (angle % sector - sector / 2).cos() - math.cos(sector / 2)
-    if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
-        folded = (angle % (math.pi / 2.5) - math.pi / 5).abs()
-        px, py = radius * (math.pi / 5 - folded).cos(), radius * (math.pi / 5 - folded).sin()
-        notch = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-        return ((px - 1) * notch[1] + py * (1 - notch[0])) / math.hypot(1 - notch[0], notch[1])
-    if shape == "cross":
-        return torch.minimum(box(1, 0.33), box(0.33, 1))
-    if shape == "crescent":
-        return torch.maximum(radius - 1, 0.8 - ((x - 0.5) ** 2 + y**2).sqrt())
-    lobes = torch.minimum(((x - 0.5) ** 2 + y**2).sqrt(), (x**2 + (y - 0.5) ** 2).sqrt()) - 0.5
-    return torch.minimum(box(0.5, 0.5), lobes)  # heart: a square with a half disc on two sides
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -397,108 +381,6 @@ class FeatureCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimization
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): a matrix's update is its momentum U S V^T with all singular values set to about 1,
-    U V^T, so that rare directions move as much as common ones, scaled to the RMS of AdamW's updates (2502.16982).
-
-    Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for many matrices in few kernel launches:
-    on a GPU it is these that small matrices take time for.
-    """
-
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None]
-            if not matrices:
-                continue
-            gradients = [p.grad for p in matrices]
-            for p in matrices:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            orthogonalize(updates, pad=updates[0].is_cuda)  # a CPU's time goes to arithmetic: padding would only cost
-            torch._foreach_mul_(updates, [-group["lr"] * 0.2 * math.sqrt(max(p.shape)) for p in matrices])
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, updates)
-
-
-def orthogonalize(matrices: list[Tensor], pad: bool):
-    """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
-
-    Matrices of one shape are computed together; with `pad` those of similar ones, too, with zeros, which stay zeros.
-    """
-    stacks = {}
-    for matrix in matrices:
-        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-        key = (len(wide) - 1).bit_length() if pad else wide.shape  # up to the next power of two
-        stacks.setdefault(key, []).append(wide)
-    for stack in stacks.values():
-        rows, columns = (max(matrix.shape[side] for matrix in stack) for side in (0, 1))
-        x = torch.zeros(len(stack), rows, columns, dtype=torch.bfloat16, device=stack[0].device)
-        torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
-        x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
-        for _ in range(5):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-        torch._foreach_copy_(stack, [padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)])
-
-
-class ToBF16(torch.autograd.Function):
-    """fp32 tensors to bf16 in few kernel launches, and their gradients back to fp32."""
-
-    @staticmethod
-    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        copies = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in tensors]
-        torch._foreach_copy_(copies, tensors)
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [gradient for gradient in gradients if gradient is not None]
-        copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
-        torch._foreach_copy_(copies, given)
-        copies = iter(copies)
-        return tuple(None if gradient is None else next(copies) for gradient in gradients)
-
-
-def autocast_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a module, by name, whose weights autocast casts to bf16: all convolutions and linear layers but
-    the quantizer's own."""
-    quantizers = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Quantizer))
-    return {name: part for name, part in module.named_modules()
-            if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Conv)) and not name.startswith(quantizers)}
-
-
-class BF16Weights(nn.Module):
-    """A module called with its layers' weights in bf16, cast all at once: autocast casts each by itself, two kernel
-    launches for each weight and step. The results are the same, and gradients arrive at the fp32 weights (together, at
-    the end of the backward pass: of several GPUs, DistributedDataParallel then sends them all at once).
-
-    Layers named `head` are left to autocast: one node of autograd's graph casts all others, so that the gradient of one
-    of them alone, as the adaptive weight of a GAN asks for the head's, would go through the whole network.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-        self.names = [f"{name}.{kind}" for name, layer in autocast_layers(module).items() if not name.endswith(".head")
-                      for kind, weight in layer.named_parameters() if weight.requires_grad]
-
-    def forward(self, *arguments):
-        weights = ToBF16.apply(*map(self.module.get_parameter, self.names))
-        return torch.func.functional_call(self.module, dict(zip(self.names, weights)), arguments)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
@@ -558,13 +440,12 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
 def load_lpips() -> nn.Module:
     """LPIPS (1801.03924) on VGG16: called with two batches (B, 3, H, W) in [0, 1] and normalize=True, it gives the
     distance of each pair. RuntimeError where torchvision's VGG16 is not on disk and cannot be downloaded."""
-    weights = VGG16_Weights.IMAGENET1K_V1.url
-    if not Path(torch.hub.get_dir(), "checkpoints", Path(weights).name).exists() and not reachable(weights):
-        raise RuntimeError(f'LPIPS needs {weights}, which cannot be reached; PERCEPTUAL = "encoder" needs no download')
-    try:
-        return LearnedPerceptualImagePatchSimilarity("vgg").net
-    except OSError as error:
-        raise RuntimeError(f"LPIPS needs {weights}, which could not be downloaded ({error})") from None
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not path.exists():  # its name ends in the first digits of its hash
+        reason = 'LPIPS needs it; PERCEPTUAL = "encoder" needs no download'
+        download(url, path, "sha256", path.stem.split("-")[1], reason)
+    return LearnedPerceptualImagePatchSimilarity("vgg").net
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
@@ -663,10 +544,10 @@ def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics:
 
 
 @contextlib.contextmanager
-def open_atomically(path: Path, suffix: str = ".tmp"):
+def open_atomically(path: Path):
     """Open a file for writing that gets its name when it is complete: no reader and no killed run has half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + suffix)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -677,6 +558,25 @@ def open_atomically(path: Path, suffix: str = ".tmp"):
         raise OSError(error.errno, f"{error.strerror or error}", str(path)) from None
     finally:  # after an error or Ctrl-C, what was written may be large
         temporary.unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, algorithm: str, checksum: str, reason: str):
+    """Download a file whose hash begins with `checksum`. RuntimeError where the server cannot be reached, is silent for
+    15 seconds, sends less than 10 kB a second (DOWNLOAD_RATE), or sends another file; it ends with `reason`."""
+    try:
+        if not reachable(url):
+            raise OSError("it cannot be reached")
+        with urllib.request.urlopen(url, timeout=15) as source, open_atomically(path) as file, \
+                tqdm(desc=path.name, total=source.length, unit="B", unit_scale=True, leave=False) as progress:
+            start, content = time.time(), hashlib.new(algorithm)
+            while block := source.read1(2**20):
+                file.write(block), content.update(block), progress.update(len(block))
+                if progress.n < 10_000 * (time.time() - start - 30):
+                    raise OSError("the server sends less than 10 kB a second")
+            if not content.hexdigest().startswith(checksum):
+                raise OSError("what came is broken off, or another file")
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(f"{url} could not be downloaded: {error}. {reason}") from None
 
 
 def write_file(path: Path, content: bytes):
@@ -698,17 +598,33 @@ def save_torch(path: Path, content: dict):
     write_file(path, buffer.getbuffer())
 
 
-def load_torch(path: str | Path) -> dict:
-    """Load a file written by torch.save, tensors and plain values alone. ValueError where it is broken or missing."""
-    check(Path(path).is_file(), "checkpoint", str(path), "an existing file")
+def summarize(error: Exception) -> str:
+    """The first line of an error's text, in characters that any terminal shows."""
+    line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in line[:300])
+
+
+def load_torch(path: str | Path, *keys: str) -> dict:
+    """Load a dict with these keys, of tensors and plain values alone, written by torch.save. ValueError where the file
+    is broken, missing or another."""
+    check(isinstance(path, str | Path) and Path(path).is_file(), "checkpoint", str(path), "an existing file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # verifies the checksums, which torch.load does not
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, zlib and pickle raise many kinds for a broken file
-        raise ValueError(f"checkpoint {path} cannot be read: " + str(error).split("\n")[0]) from None
+        verified = io.BytesIO()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as copy:
+            records = archive.infolist()
+            if sum(record.file_size for record in records) > Path(path).stat().st_size:
+                raise ValueError("it is compressed")  # and may be much larger than memory
+            for record in records:  # reading verifies checksums; torch does not, and would trust the directory
+                copy.writestr(record.filename, archive.read(record))
+        verified.seek(0)
+        content = torch.load(verified, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
+            raise ValueError(f"it has not all of {', '.join(keys)}")
+        return content
+    except pickle.UnpicklingError:
+        raise ValueError(f"checkpoint {path} cannot be read: it holds more than tensors and plain values") from None
+    except Exception as error:  # zipfile, zlib and torch raise many kinds for a broken file
+        raise ValueError(f"checkpoint {path} cannot be read: {summarize(error)}") from None
 
 
 def save_checkpoint(path: Path, model: VQRAE, **metadata):
@@ -722,12 +638,22 @@ def load_checkpoint(path: str | Path) -> VQRAE:
 
     Raises ValueError for a file that is broken or no such checkpoint. Metadata (metrics, constants): load_torch(path).
     """
-    content = load_torch(path)
-    check(isinstance(content, dict) and {"config", "stage", "model"} <= content.keys(), "checkpoint", str(path),
-          "a checkpoint of train.py's, fsq_stage2_best.pt or the like")
+    content = load_torch(path, "config", "stage", "model")
+    config, weights = content["config"], content["model"]
     try:
-        model = VQRAE(**{"norm": "group"} | content["config"], pretrained=False)  # the norm before there was a choice
-        model.load_state_dict(content["model"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {path} does not fit this code: {str(error).splitlines()[0]}") from None
-    return model.set_stage(content["stage"]).eval()
+        check(is_plain(config), "config", type(config).__name__, "a dict of short values")
+        config = {"norm": "group"} | config  # the only norm there was before there was a choice
+        with torch.device("meta"):  # without memory: the config may ask for more than there is
+            expected = VQRAE(**config, pretrained=False).state_dict()
+        check(weights.keys() == expected.keys(), "weights", len(weights), f"the model's {len(expected)}")
+        for name, tensor in expected.items():
+            stored = weights[name]
+            same = stored.shape == tensor.shape and stored.is_floating_point() == tensor.is_floating_point()
+            check(same, name, (tuple(stored.shape), stored.dtype), f"{tuple(tensor.shape)}, {tensor.dtype}")
+            enough = stored.untyped_storage().nbytes() >= stored.nbytes  # unless one number is expanded to many
+            check(enough and stored.isfinite().all(), name, "NaN or infinity", "finite numbers")
+        model = VQRAE(**config, pretrained=False)
+        model.load_state_dict(weights)
+        return model.set_stage(content["stage"]).eval()
+    except Exception as error:  # a config of nonsense may lead anywhere
+        raise ValueError(f"checkpoint {path} does not fit this code: {summarize(error)}") from None

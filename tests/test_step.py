@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import optimization
 import train
-import utils
 from models import VQRAE, PatchDiscriminator
-from utils import BF16Weights, Muon, autocast_layers
+from optimization import BF16Weights, Muon, autocast_layers
 
 # operations that launch no kernel: another view of the same memory, or new memory
 NO_KERNEL = set("""view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias as_strided
@@ -37,8 +37,8 @@ def test_a_step_launches_few_kernels(stage, monkeypatch):
     """The default model, in stage 1 with the GAN. A GPU casts 45 activations more, around GroupNorm: fewer than 500."""
     monkeypatch.setattr(train, "PRECISION", "bf16")
     monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
-    orthogonalize = utils.orthogonalize
-    monkeypatch.setattr(utils, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad=True))
+    orthogonalize = optimization.orthogonalize
+    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad=True))
     model = train.build_model()
     teacher = train.build_teacher(model)
     objective = BF16Weights(train.Objective(stage, model.set_stage(stage).train(), teacher, None))
@@ -109,8 +109,8 @@ def test_weights_cast_at_once_are_those_of_autocast():
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_muon_is_the_librarys(pad, monkeypatch):
-    orthogonalize = utils.orthogonalize
-    monkeypatch.setattr(utils, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad))
+    orthogonalize = optimization.orthogonalize
+    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad))
     shapes = [(8, 72), (8, 72), (72, 8), (10, 30), (30, 10), (16, 16), (5, 5), (3, 40)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     librarys = copy.deepcopy(ours)

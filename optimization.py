@@ -1,0 +1,107 @@
+"""Muon, and layers' weights cast to bf16 all at once: what makes a step of train.py learn more, or take less time."""
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from models import Conv
+from quantizers import Quantizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024): a matrix's update is its momentum U S V^T with all singular values set to about 1,
+    U V^T, so that rare directions move as much as common ones, scaled to the RMS of AdamW's updates (2502.16982).
+
+    Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for many matrices in few kernel launches:
+    on a GPU it is these that small matrices take time for.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            if not matrices:
+                continue
+            gradients = [p.grad for p in matrices]
+            for p in matrices:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            orthogonalize(updates, pad=updates[0].is_cuda)  # a CPU's time goes to arithmetic: padding would only cost
+            torch._foreach_mul_(updates, [-group["lr"] * 0.2 * math.sqrt(max(p.shape)) for p in matrices])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, updates)
+
+
+def orthogonalize(matrices: list[Tensor], pad: bool):
+    """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
+
+    Matrices of one shape are computed together; with `pad` those of similar ones, too, with zeros, which stay zeros.
+    """
+    stacks = {}
+    for matrix in matrices:
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+        key = (len(wide) - 1).bit_length() if pad else wide.shape  # up to the next power of two
+        stacks.setdefault(key, []).append(wide)
+    for stack in stacks.values():
+        rows, columns = (max(matrix.shape[side] for matrix in stack) for side in (0, 1))
+        x = torch.zeros(len(stack), rows, columns, dtype=torch.bfloat16, device=stack[0].device)
+        torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
+        x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        torch._foreach_copy_(stack, [padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)])
+
+
+class ToBF16(torch.autograd.Function):
+    """fp32 tensors to bf16 in few kernel launches, and their gradients back to fp32."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in tensors]
+        torch._foreach_copy_(copies, tensors)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+        torch._foreach_copy_(copies, given)
+        copies = iter(copies)
+        return tuple(None if gradient is None else next(copies) for gradient in gradients)
+
+
+def autocast_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a module, by name, whose weights autocast casts to bf16: all convolutions and linear layers but
+    the quantizer's own."""
+    quantizers = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Quantizer))
+    return {name: part for name, part in module.named_modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Conv)) and not name.startswith(quantizers)}
+
+
+class BF16Weights(nn.Module):
+    """A module called with its layers' weights in bf16, cast all at once: autocast casts each by itself, two kernel
+    launches for each weight and step. The results are the same, and gradients arrive at the fp32 weights (together, at
+    the end of the backward pass: of several GPUs, DistributedDataParallel then sends them all at once).
+
+    Layers named `head` are left to autocast: one node of autograd's graph casts all others, so that the gradient of one
+    of them alone, as the adaptive weight of a GAN asks for the head's, would go through the whole network.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.names = [f"{name}.{kind}" for name, layer in autocast_layers(module).items() if not name.endswith(".head")
+                      for kind, weight in layer.named_parameters() if weight.requires_grad]
+
+    def forward(self, *arguments):
+        weights = ToBF16.apply(*map(self.module.get_parameter, self.names))
+        return torch.func.functional_call(self.module, dict(zip(self.names, weights)), arguments)
