@@ -59,15 +59,15 @@ def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Mod
     pretrained: False leaves the weights random, to be loaded from a checkpoint.
     Raises ValueError for an unknown name, RuntimeError where pretrained weights are neither on disk nor downloadable.
     """
-    if name == "cifar":
-        encoder = ConvEncoder(token_size)
+    if name in SHIPPED:
+        encoder = SHIPPED[name](token_size)
         if pretrained:
-            encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
+            encoder.load_state_dict(torch.load(PRETRAINED_DIR / f"{name}_encoder.pt", weights_only=True))
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.1 to 1.5 times as fast on a CPU
     if name in FROM_SCRATCH:
-        encoder = ConvEncoder(token_size, fused=False) if name == "scratch" else CNNEncoder(token_size)
+        encoder = AirbenchEncoder(token_size, fused=False) if name == "scratch" else CNNEncoder(token_size)
         return encoder.to(memory_format=torch.channels_last)
-    known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
+    known = [*SHIPPED, *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
     similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
     is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
     check(name in ENCODERS or is_vit, "ENCODER", name,
@@ -111,7 +111,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The encoder that ships with the repository, made by pretrain.py: 32x32 images to an 8x8 grid.
+    """The first encoder that shipped with the repository: 32x32 images to an 8x8 grid.
 
     Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of a residual network with a
     receptive field 49 pixels wide (a corner token does not see the whole image), and 64 of a linear patch embedding.
@@ -182,6 +182,10 @@ class AirbenchEncoder(nn.Module):
         shallow = self.shallow(x)
         deep = F.interpolate(self.deep(self.whiten(x)), scale_factor=2)[..., : shallow.shape[-2], : shallow.shape[-1]]
         return layer_norm(torch.cat([deep, shallow], dim=1))
+
+
+# The encoders that ship with the repository; with the first, vqrae_fsq.pt and vqrae_simvq.pt were trained.
+SHIPPED = {"cifar": AirbenchEncoder, "cifar_first": ConvEncoder}
 
 
 class CNNEncoder(nn.Module):
@@ -506,18 +510,18 @@ class VQRAE(nn.Module):
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips."""
         return in_strips(lambda strip: self.encode(strip)[2], images, self.token_size, 1, self.encoder_reach)
 
+    @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks; size as in
-        decode. Large images in strips, where no gradient is asked for."""
+        decode. Large images in strips."""
         def decode(strip: Tensor) -> Tensor:
             return self.decode(self.quantizer.indices_to_codes(strip, codebooks))
 
         valid = isinstance(indices, Tensor) and indices.ndim == 3
         check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, h, w)")
         height, width = self._image_size(indices, size)
-        reach = None if torch.is_grad_enabled() else self.decoder_reach
-        return in_strips(decode, indices, 1, self.token_size, reach)[..., :height, :width]
+        return in_strips(decode, indices, 1, self.token_size, self.decoder_reach)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens"""

@@ -2,8 +2,8 @@
 
     python pretrain.py
 
-writes checkpoints/pretrained/airbench_encoder.pt (16-bit weights, BatchNorm folded in) and, beside it,
-airbench_encoder.json with the recipe and what was measured. Run once, by us; train.py only loads the result.
+writes checkpoints/pretrained/cifar_encoder.pt (16-bit weights, BatchNorm folded in) and, beside it,
+cifar_encoder.json with the recipe and what was measured. Run once, by us; train.py only loads the result.
 
 Most of the recipe is airbench's (2404.00498, github.com/KellerJordan/cifar10-airbench): the network, whitened input,
 convolutions that start as the identity, label smoothing, alternating flips, Muon with weights of fixed norm.
@@ -32,7 +32,7 @@ LEARNING_RATE = (0.1, 5e-3)  # of Muon, for the deep convolutions, and of AdamW,
 LABEL_SMOOTHING = 0.2
 PIXEL_WEIGHT = 1.0  # of the pixels' squared error, read off each token by one linear layer; 0: classes alone
 SEED = 0
-OUT = "checkpoints/pretrained"  # where airbench_encoder.pt and airbench_encoder.json go
+OUT = "checkpoints/pretrained"  # where cifar_encoder.pt and cifar_encoder.json go
 
 
 def augment(images: Tensor, mirror: Tensor, pad: int = 2) -> Tensor:
@@ -143,9 +143,9 @@ def main():
     recipe |= {"DATASET": data.name, "linear_probe_accuracy": round(probe, 4), "seconds": round(time.time() - start),
                "parameters": sum(p.numel() for p in encoder.parameters()), "device": device}
     weights = {name: value.half().contiguous().cpu() for name, value in encoder.state_dict().items()}
-    save_torch(Path(OUT, "airbench_encoder.pt"), weights)
-    write_file(Path(OUT, "airbench_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
-    print(f"linear probe {probe:.4f}, wrote {OUT}/airbench_encoder.pt")
+    save_torch(Path(OUT, "cifar_encoder.pt"), weights)
+    write_file(Path(OUT, "cifar_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
+    print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
 
 
 def as_matrix(weight: Tensor) -> Tensor:

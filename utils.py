@@ -244,9 +244,7 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
     """
     def decode(file: Path) -> bytes:
         try:
-            with Image.open(file, formats=FORMATS) as image:
-                image = to_rgb(ImageOps.exif_transpose(image))
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(open_image(file), (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
         except Exception as error:  # Pillow raises nearly anything for a broken file
             tqdm.write(f"skipping {str(file)!r}: {summarize(error)}")
@@ -288,8 +286,20 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
     return images.view(-1, 3, image_size, image_size), readable.bool()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """As a viewer shows it: what is transparent on white; grey of 16 bits from 0 to 65535, of floats from 0 to 1."""
+def load_image(path: str | Path) -> Tensor:
+    """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError where it cannot be read."""
+    check(Path(path).is_file(), "image", str(path), "an existing file")
+    try:
+        return to_float(torch.from_numpy(np.array(open_image(Path(path)))).permute(2, 0, 1)[None])
+    except Exception as error:  # Pillow raises nearly anything for a broken file
+        raise ValueError(f"image {str(path)!r} cannot be read: {summarize(error)}") from None
+
+
+def open_image(file: Path) -> Image.Image:
+    """In RGB and upright, as a viewer shows it: what is transparent on white, grey of 16 bits from 0 to 65535 and of
+    floats from 0 to 1."""
+    with Image.open(file, formats=FORMATS) as image:
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         grey = np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535)
         image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
@@ -642,7 +652,8 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     config, weights = content["config"], content["model"]
     try:
         check(is_plain(config), "config", type(config).__name__, "a dict of short values")
-        config = {"norm": "group"} | config  # the only norm there was before there was a choice
+        if "norm" not in config:  # made when there was one norm, and another encoder was called "cifar"
+            config = config | {"norm": "group", "encoder": config["encoder"].replace("cifar", "cifar_first")}
         with torch.device("meta"):  # without memory: the config may ask for more than there is
             expected = VQRAE(**config, pretrained=False).state_dict()
         check(weights.keys() == expected.keys(), "weights", len(weights), f"the model's {len(expected)}")

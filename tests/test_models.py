@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 import models
-from models import ENCODERS, PRETRAINED_DIR, VQRAE, ConvEncoder, PatchDiscriminator, build_encoder
-from pretrain import augment, unfuse
+from models import ENCODERS, PRETRAINED_DIR, VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
+from pretrain import augment, initialize
 
 OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -44,34 +44,40 @@ def test_shipped_encoder():
 
 
 def test_folding_the_norms_changes_nothing():
-    encoder = ConvEncoder(fused=False)
+    encoder = AirbenchEncoder(fused=False)
     encoder(torch.rand(16, 3, 32, 32))  # sets running statistics
     encoder.eval()
     images = torch.rand(4, 3, 32, 32)
     expected = encoder(images)
     fused = copy.deepcopy(encoder).fuse()
     assert torch.allclose(fused(images), expected, atol=1e-4)
-    assert ConvEncoder().state_dict().keys() == fused.state_dict().keys()
+    assert AirbenchEncoder().state_dict().keys() == fused.state_dict().keys()
 
 
-@pytest.mark.parametrize("cutout", [0, 7, 8])
-def test_cutout_is_a_square_of_that_side(cutout):
-    grey = augment(torch.ones(300, 3, 32, 32), cutout=cutout) == 0.5
-    sides = [grey.any(1).any(dim).sum(1) for dim in (1, 2)]
-    assert all(side.max() == cutout for side in sides)  # at a border less
-    assert torch.equal(grey.sum((1, 2, 3)), 3 * sides[0] * sides[1])
-
-
-def test_unfolding_the_norms_changes_nothing():
-    shipped = build_encoder("cifar", 4)
-    encoder, images = copy.deepcopy(shipped), torch.rand(64, 3, 32, 32)
-    unfuse(encoder, images)
-    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()) == 11
+def test_whitening():
+    """The filters' responses to the patches that they were computed from are uncorrelated and of variance 1."""
+    images = F.interpolate(torch.rand(200, 3, 16, 16), 32, mode="bicubic").clamp(0, 1)
+    encoder = AirbenchEncoder(fused=False)
+    initialize(encoder, images)
     with torch.no_grad():
-        expected = shipped(images)
-        for mode in (True, False):
-            assert torch.allclose(encoder.train(mode)(images), expected, atol=0.05)
-        assert torch.allclose(encoder.fuse()(images), expected, atol=0.05)
+        responses = F.conv2d((images - 0.5) / 0.25, encoder.whiten.weight).transpose(0, 1).flatten(1)
+    half = len(responses) // 2
+    assert torch.equal(responses[:half], -responses[half:])
+    second_moments = responses[:half] @ responses[:half].T / responses.shape[1]
+    assert torch.allclose(second_moments, torch.eye(half), atol=0.1)
+
+
+def test_images_are_shifted_and_mirrored():
+    image = torch.arange(3 * 32 * 32.0).view(1, 3, 32, 32)
+    mirror = torch.arange(100) % 2 == 0
+    shifted = augment(image.expand(100, 3, 32, 32), mirror, pad=2)
+    crops = F.pad(image, (2, 2, 2, 2), mode="reflect").unfold(2, 32, 1).unfold(3, 32, 1)[0].permute(1, 2, 0, 3, 4)
+    seen = set()
+    for result, mirrored in zip(shifted, mirror):
+        same = (crops == (result.flip(2) if mirrored else result)).all((2, 3, 4)).nonzero()
+        assert len(same) == 1
+        seen.add(tuple(same[0].tolist()))
+    assert len(seen) == 25
 
 
 @pytest.fixture

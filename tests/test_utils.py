@@ -32,6 +32,7 @@ from utils import (
     load_checkpoint,
     load_dataset,
     load_datasets,
+    load_image,
     load_torch,
     plot_curves,
     psnr,
@@ -307,6 +308,26 @@ def test_features_are_computed_once():
         for index in batches:  # a mirrored image has features of its own
             assert torch.equal(features[index][1], Encoder()(to_float(both[index])))
     assert encoder.seen == 6
+
+
+def test_loading_one_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
+    upright = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(load_image(tmp_path / "a.png"), upright)
+    grey = pixels[..., 0].astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert torch.allclose(load_image(tmp_path / "grey.png"), upright[:, :1].expand(1, 3, 7, 12), atol=1e-3)
+    alpha = np.concatenate([pixels, np.zeros_like(pixels[..., :1])], 2)
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    assert (load_image(tmp_path / "alpha.png") == 1).all()
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for name in ("broken.png", "missing.png"):
+        with pytest.raises(ValueError, match=name) as error:
+            load_image(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 def test_random_crops_are_parts_of_their_images_at_random_scales():
