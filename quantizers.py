@@ -172,63 +172,26 @@ class SimVQ(Quantizer):
         self.project_in = nn.Linear(dim, code_dim)
         self.simvq = library.SimVQ(code_dim, codebook_size)
         self.project_out = nn.Linear(code_dim, dim)
-        self._cache = None
-
-    @property
-    def codebook(self) -> Tensor:
-        """(codebook_size, code_dim), normalized. In eval mode without gradients, cached until the matrix changes."""
-        if self.training or torch.is_grad_enabled():
-            return F.normalize(self.simvq.codebook, dim=-1)
-        weight, frozen = self.simvq.code_transform.weight, self.simvq.frozen_codebook
-        version = None if frozen.is_inference() else frozen._version
-        # the weight is compared by value, because fused optimizers change it without increasing its version
-        cached = self._cache
-        if not (cached and cached[0] is frozen and cached[1] == version and torch.equal(cached[2], weight)):
-            self._cache = frozen, version, weight.clone(), F.normalize(self.simvq.codebook, dim=-1)
-        return self._cache[3]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's forward would copy the codebook for each image; its loss is the one below divided by code_dim
         x = F.normalize(self.project_in(x), dim=-1)
-        if self.training or torch.is_grad_enabled():
-            with torch.no_grad():
-                codebook = self.simvq.codebook
-                norms = codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                codebook.div_(norms)  # in place: each copy of 16,384 codes of 1,536 numbers takes 100 MB
-                indices = nearest_code(x, codebook)
-            transform, frozen = self.simvq.code_transform, self.simvq.frozen_codebook
-            codes = MappedCodes.apply(transform.weight, frozen, codebook, norms, indices)
-            del codebook  # free its memory
-        else:
-            indices = nearest_code(x, self.codebook)
-            codes = self.codebook[indices]
+        with torch.no_grad():
+            codebook = self.simvq.codebook
+            indices = nearest_code(x, F.normalize(codebook, dim=-1, out=codebook))  # in place: it may take 100 MB
+            del codebook
+        codes = self._codes(indices)
         # squared distances, 2 - 2 cos: codes move towards tokens, and tokens (with a smaller weight) towards codes
         commitment = self.simvq.input_to_quantize_commit_loss_weight
         loss = x.shape[1] * (F.mse_loss(codes, x.detach()) + commitment * F.mse_loss(x, codes.detach()))
         return self.project_out(straight_through(x, codes.detach())), loss, indices
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        return self.project_out(self.codebook[self._check_indices(indices)])
+        return self.project_out(self._codes(self._check_indices(indices)))
 
-
-class MappedCodes(torch.autograd.Function):
-    """codebook[indices] (N, D) of SimVQ's codebook, c = W f / |W f|, with the gradient of W: autograd itself would keep
-    several tensors of the codebook's size. W, the `weight`, is an argument only because backward returns gradients of
-    arguments: forward does not use it."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, frozen: Tensor, codebook: Tensor, norms: Tensor, indices: Tensor) -> Tensor:
-        codes = codebook[indices]
-        ctx.save_for_backward(frozen, codes, norms[indices], indices)
-        return codes
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        frozen, codes, norms, indices = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradient, codes)[:, None]  # this part would change |W f|, not c
-        gradient = torch.addcmul(gradient, along, codes, value=-1).div_(norms)
-        return gradient.T @ frozen[indices], None, None, None, None
+    def _codes(self, indices: Tensor) -> Tensor:
+        # mapped once more, with a gradient: through the whole codebook, autograd would keep several copies of that
+        return F.normalize(self.simvq.code_transform(self.simvq.frozen_codebook[indices]), dim=-1)
 
 
 class EMAVQ(Quantizer):
