@@ -322,14 +322,15 @@ class MultiCodebook(Quantizer):
 
     def __init__(self, kind: type[Quantizer], dim: int, codebooks: int, combine: str, code_dim: int | None = None,
                  **options):
-        valid = isinstance(codebooks, int) and 1 <= codebooks < 63 and kind in (FSQ, SimVQ, EMAVQ)
-        check(valid, "codebooks", codebooks, '1, or for "fsq", "simvq" and "ema_vq" up to 62')
         residual, combinations = combine == "residual", ("residual", "product")[: 1 if kind is FSQ else 2]
-        check(combine in combinations, "combine", combine, ", ".join(combinations))
+        check(kind in (FSQ, SimVQ, EMAVQ), "codebooks", codebooks, '1, or more with "fsq", "simvq" or "ema_vq"')
+        check(isinstance(codebooks, int) and 1 <= codebooks < 63, "codebooks", codebooks, "a whole number from 1 to 62")
+        check(combine in combinations, "combine", combine, ", ".join(f'"{name}"' for name in combinations))
         finer = [2 if residual and kind is SimVQ else 1]  # by this factor are each stage's codes shorter
         if kind is FSQ:
-            finer = kind(dim, **options).fsq._levels.tolist()
-            check(max(finer) ** codebooks <= 2**16, "codebooks", codebooks, "those with levels**codebooks <= 2**16")
+            finer = FSQ(dim, **options).fsq._levels.tolist()
+            most = max(finer)
+            check(most**codebooks <= 2**16, "codebooks", codebooks, f"{most}**codebooks levels in all, 2**16 at most")
         code_dim = len(finer) if kind is FSQ else dim if code_dim is None else code_dim
         valid = isinstance(code_dim, int) and (residual or code_dim % codebooks == 0)
         check(valid, "code_dim", code_dim, f"a whole number, for a product a multiple of codebooks = {codebooks}")
@@ -350,20 +351,21 @@ class MultiCodebook(Quantizer):
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, k, depth = self.project_in(x), len(self.parts), None
+        x = self.project_in(x)
         if self.kind is FSQ:  # half a step beyond the outermost levels: as many numbers round to these as to others
             limit = 1 + 1 / (self.parts[0].fsq._levels - 1)
             x = limit * torch.tanh(x / limit)
         elif self.kind is SimVQ:
             x = F.normalize(x.unflatten(1, (-1, self.width)), dim=-1).flatten(1)
+        depth = torch.full((self.images,), len(self.parts))  # on the CPU: looking for its values would wait for a GPU
         if self.training and self.random_depth:
-            random = torch.rand(self.images, device=x.device) < self.random_depth
-            random[0] = False  # no codebook goes without tokens
-            depth = torch.where(random, torch.randint(1, k + 1, random.shape, device=x.device), k)
-            depth = depth.repeat_interleave(len(x) // self.images)
-        codes, loss, indices = torch.zeros_like(x), 0, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            shallow = torch.rand(depth.shape) < self.random_depth
+            shallow[0] = False  # no codebook goes without tokens
+            depth = torch.where(shallow, torch.randint(1, len(self.parts) + 1, depth.shape), depth)
+        depth = depth.repeat_interleave(len(x) // self.images)
+        codes, indices, loss = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device), 0
         for i, (part, scale) in enumerate(zip(self.parts, self.scales)):
-            tokens = slice(None) if depth is None else (depth > i).nonzero()[:, 0]
+            tokens = (depth > i).nonzero()[:, 0].to(x.device)
             numbers = slice(None) if self.depths else slice(i * self.width, (i + 1) * self.width)
             left = (x - codes.detach())[tokens, numbers]
             code, part_loss, index = part.quantize(left / scale.detach())
@@ -381,23 +383,24 @@ class MultiCodebook(Quantizer):
         return codes if self.depths else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
     def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        # Beam search, as the nearest code of a codebook need not be the right one: the nearest sums go on to the next
-        # codebook, at first few, then more. These are all of them up to 2**24 codes. FSQ's nearest are the right ones.
-        size, digits, indices = self.codebook_sizes[0], torch.arange(self.codebook_sizes[0], device=tokens.device), []
-        codebooks = [self._stage_codes(i, digits) for i in range(len(self.parts))]
-        for token, numbers in zip(tokens, unproject(tokens, self.project_out)):
-            for beam in (1, 2**18 // size, 2**24 // size):
-                left, sums = numbers[None], digits[:1]
+        # Beam search: the code nearest to a sum of codes need not be one of them. So the `beam` nearest go on to the
+        # next codebook, and so on. The widest beam has all sums of up to 2**24 codes; for most tokens a few are enough.
+        size = self.codebook_sizes[0]
+        codebooks = [self._stage_codes(i, torch.arange(size, device=tokens.device)) for i in range(len(self.parts))]
+        found = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        for n, (token, numbers) in enumerate(zip(tokens, unproject(tokens, self.project_out))):
+            for beam in (8, 8 + 2**18 // size, 8 + 2**24 // size):
+                sums, left = found.new_zeros(1), numbers[None]  # each candidate's index, and what it leaves over
                 for i, codebook in enumerate(codebooks):
                     distances = torch.cdist(left, codebook).flatten()
-                    best = distances.topk(min(beam + 8, len(distances)), largest=False).indices
-                    left = left[best // size] - codebook[best % size]
-                    sums = sums[best // size] + best % size * size**i
+                    best = distances.topk(min(beam, len(distances)), largest=False).indices
+                    candidates, digits = best // size, best % size
+                    sums, left = sums[candidates] + digits * size**i, left[candidates] - codebook[digits]
                 error, best = (self.get_codebook_entry(sums) - token).square().sum(1).min(0)
-                if error <= 1e-11 * token.square().sum():
+                found[n] = sums[best]
+                if error <= 1e-11 * token.square().sum():  # but for rounding, the code itself
                     break
-            indices.append(sums[best])
-        return torch.stack(indices)
+        return found
 
 
 class NoQuantizer(Quantizer):
