@@ -457,9 +457,9 @@ def nearest_code(x: Tensor, codebook: Tensor, exact: bool = False, bf16: bool | 
     distances, which tells nearly equal codes apart. bf16: search in bf16 first; None: where that is much faster.
     """
     valid = x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1] and codebook.numel() > 0
-    check(valid, "x and codebook", (tuple(x.shape), tuple(codebook.shape)), "(N, D) and (K, D)")
-    valid = x.dtype == codebook.dtype and x.dtype in (torch.float32, torch.float64)
-    check(valid, "x and codebook", (x.dtype, codebook.dtype), "both float32 or both float64")
+    valid = valid and x.dtype == codebook.dtype and x.dtype in (torch.float32, torch.float64)
+    given = [(tuple(t.shape), t.dtype) for t in (x, codebook)]
+    check(valid, "x and codebook", given, "(N, D) and (K, D), both float32 or both float64")
     if bf16 is None:
         bf16 = x.shape[1] >= 128 and fast_bf16(x.device)
     if not bf16:
