@@ -173,63 +173,26 @@ class SimVQ(Quantizer):
         self.project_in = nn.Linear(dim, code_dim)
         self.simvq = library.SimVQ(code_dim, codebook_size)
         self.project_out = nn.Linear(code_dim, dim)
-        self._cache = None
-
-    @property
-    def codebook(self) -> Tensor:
-        """(codebook_size, code_dim), normalized. In eval mode without gradients, cached until the matrix changes."""
-        if self.training or torch.is_grad_enabled():
-            return F.normalize(self.simvq.codebook, dim=-1)
-        weight, frozen = self.simvq.code_transform.weight, self.simvq.frozen_codebook
-        version = None if frozen.is_inference() else frozen._version
-        # the weight is compared by value, because fused optimizers change it without increasing its version
-        cached = self._cache
-        if not (cached and cached[0] is frozen and cached[1] == version and torch.equal(cached[2], weight)):
-            self._cache = frozen, version, weight.clone(), F.normalize(self.simvq.codebook, dim=-1)
-        return self._cache[3]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's forward would copy the codebook for each image; its loss is the one below divided by code_dim
         x = F.normalize(self.project_in(x), dim=-1)
-        if self.training or torch.is_grad_enabled():
-            with torch.no_grad():
-                codebook = self.simvq.codebook
-                norms = codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                codebook.div_(norms)  # in place: each copy of 16,384 codes of 1,536 numbers takes 100 MB
-                indices = nearest_code(x, codebook)
-            transform, frozen = self.simvq.code_transform, self.simvq.frozen_codebook
-            codes = MappedCodes.apply(transform.weight, frozen, codebook, norms, indices)
-            del codebook  # free its memory
-        else:
-            indices = nearest_code(x, self.codebook)
-            codes = self.codebook[indices]
+        with torch.no_grad():
+            codebook = self.simvq.codebook
+            indices = nearest_code(x, F.normalize(codebook, dim=-1, out=codebook))  # in place: it may take 100 MB
+            del codebook
+        codes = self._codes(indices)
         # squared distances, 2 - 2 cos: codes move towards tokens, and tokens (with a smaller weight) towards codes
         commitment = self.simvq.input_to_quantize_commit_loss_weight
         loss = x.shape[1] * (F.mse_loss(codes, x.detach()) + commitment * F.mse_loss(x, codes.detach()))
         return self.project_out(straight_through(x, codes.detach())), loss, indices
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        return self.project_out(self.codebook[self._check_indices(indices)])
+        return self.project_out(self._codes(self._check_indices(indices)))
 
-
-class MappedCodes(torch.autograd.Function):
-    """codebook[indices] (N, D) of SimVQ's codebook, c = W f / |W f|, with the gradient of W: autograd itself would keep
-    several tensors of the codebook's size. W, the `weight`, is an argument only because backward returns gradients of
-    arguments: forward does not use it."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, frozen: Tensor, codebook: Tensor, norms: Tensor, indices: Tensor) -> Tensor:
-        codes = codebook[indices]
-        ctx.save_for_backward(frozen, codes, norms[indices], indices)
-        return codes
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        frozen, codes, norms, indices = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradient, codes)[:, None]  # this part would change |W f|, not c
-        gradient = torch.addcmul(gradient, along, codes, value=-1).div_(norms)
-        return gradient.T @ frozen[indices], None, None, None, None
+    def _codes(self, indices: Tensor) -> Tensor:
+        # mapped once more, with a gradient: through the whole codebook, autograd would keep several copies of that
+        return F.normalize(self.simvq.code_transform(self.simvq.frozen_codebook[indices]), dim=-1)
 
 
 class EMAVQ(Quantizer):
@@ -288,10 +251,9 @@ class EMAVQ(Quantizer):
             tokens = x.new_zeros(len(dead), x.shape[1] + 1)  # the last column is 1 where there is a token
             tokens[rows] = F.pad(x[torch.randperm(len(x), device=x.device)[: len(rows)]], (0, 1), value=1.0)
             sum_over_ranks(tokens)
-            tokens, revived = tokens[:, :-1], tokens[:, -1:] > 0
-            for state, value in ((ema.embed, tokens), (ema.embed_avg, tokens * average),
-                                 (ema.cluster_size.unsqueeze(-1), average)):
-                state[0, dead] = torch.where(revived, value, state[0, dead])
+            revived = tokens[:, -1] > 0
+            dead, tokens = dead[revived], tokens[revived, :-1]
+            ema.embed[0, dead], ema.embed_avg[0, dead], ema.cluster_size[0, dead] = tokens, tokens * average, average
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         return self.project_out(self.vq.codebook[self._check_indices(indices)])
@@ -361,14 +323,15 @@ class MultiCodebook(Quantizer):
 
     def __init__(self, kind: type[Quantizer], dim: int, codebooks: int, combine: str, code_dim: int | None = None,
                  **options):
-        valid = isinstance(codebooks, int) and 1 <= codebooks < 63 and kind in (FSQ, SimVQ, EMAVQ)
-        check(valid, "codebooks", codebooks, '1, or for "fsq", "simvq" and "ema_vq" up to 62')
         residual, combinations = combine == "residual", ("residual", "product")[: 1 if kind is FSQ else 2]
-        check(combine in combinations, "combine", combine, ", ".join(combinations))
+        check(kind in (FSQ, SimVQ, EMAVQ), "codebooks", codebooks, '1, or more with "fsq", "simvq" or "ema_vq"')
+        check(isinstance(codebooks, int) and 1 <= codebooks < 63, "codebooks", codebooks, "a whole number from 1 to 62")
+        check(combine in combinations, "combine", combine, ", ".join(f'"{name}"' for name in combinations))
         finer = [2 if residual and kind is SimVQ else 1]  # by this factor are each stage's codes shorter
         if kind is FSQ:
-            finer = kind(dim, **options).fsq._levels.tolist()
-            check(max(finer) ** codebooks <= 2**16, "codebooks", codebooks, "those with levels**codebooks <= 2**16")
+            finer = FSQ(dim, **options).fsq._levels.tolist()
+            most = max(finer)
+            check(most**codebooks <= 2**16, "codebooks", codebooks, f"{most}**codebooks levels in all, 2**16 at most")
         code_dim = len(finer) if kind is FSQ else dim if code_dim is None else code_dim
         valid = isinstance(code_dim, int) and (residual or code_dim % codebooks == 0)
         check(valid, "code_dim", code_dim, f"a whole number, for a product a multiple of codebooks = {codebooks}")
@@ -389,20 +352,21 @@ class MultiCodebook(Quantizer):
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, k, depth = self.project_in(x), len(self.parts), None
+        x = self.project_in(x)
         if self.kind is FSQ:  # half a step beyond the outermost levels: as many numbers round to these as to others
             limit = 1 + 1 / (self.parts[0].fsq._levels - 1)
             x = limit * torch.tanh(x / limit)
         elif self.kind is SimVQ:
             x = F.normalize(x.unflatten(1, (-1, self.width)), dim=-1).flatten(1)
+        depth = torch.full((self.images,), len(self.parts))  # on the CPU: looking for its values would wait for a GPU
         if self.training and self.random_depth:
-            random = torch.rand(self.images, device=x.device) < self.random_depth
-            random[0] = False  # no codebook goes without tokens
-            depth = torch.where(random, torch.randint(1, k + 1, random.shape, device=x.device), k)
-            depth = depth.repeat_interleave(len(x) // self.images)
-        codes, loss, indices = torch.zeros_like(x), 0, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            shallow = torch.rand(depth.shape) < self.random_depth
+            shallow[0] = False  # no codebook goes without tokens
+            depth = torch.where(shallow, torch.randint(1, len(self.parts) + 1, depth.shape), depth)
+        depth = depth.repeat_interleave(len(x) // self.images)
+        codes, indices, loss = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device), 0
         for i, (part, scale) in enumerate(zip(self.parts, self.scales)):
-            tokens = slice(None) if depth is None else (depth > i).nonzero()[:, 0]
+            tokens = (depth > i).nonzero()[:, 0].to(x.device)
             numbers = slice(None) if self.depths else slice(i * self.width, (i + 1) * self.width)
             left = (x - codes.detach())[tokens, numbers]
             code, part_loss, index = part.quantize(left / scale.detach())
@@ -420,23 +384,24 @@ class MultiCodebook(Quantizer):
         return codes if self.depths else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
     def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        # Beam search, as the nearest code of a codebook need not be the right one: the nearest sums go on to the next
-        # codebook, at first few, then more. These are all of them up to 2**24 codes. FSQ's nearest are the right ones.
-        size, digits, indices = self.codebook_sizes[0], torch.arange(self.codebook_sizes[0], device=tokens.device), []
-        codebooks = [self._stage_codes(i, digits) for i in range(len(self.parts))]
-        for token, numbers in zip(tokens, unproject(tokens, self.project_out)):
-            for beam in (1, 2**18 // size, 2**24 // size):
-                left, sums = numbers[None], digits[:1]
+        # Beam search: the code nearest to a sum of codes need not be one of them. So the `beam` nearest go on to the
+        # next codebook, and so on. The widest beam has all sums of up to 2**24 codes; for most tokens a few are enough.
+        size = self.codebook_sizes[0]
+        codebooks = [self._stage_codes(i, torch.arange(size, device=tokens.device)) for i in range(len(self.parts))]
+        found = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        for n, (token, numbers) in enumerate(zip(tokens, unproject(tokens, self.project_out))):
+            for beam in (8, 8 + 2**18 // size, 8 + 2**24 // size):
+                sums, left = found.new_zeros(1), numbers[None]  # each candidate's index, and what it leaves over
                 for i, codebook in enumerate(codebooks):
                     distances = torch.cdist(left, codebook).flatten()
-                    best = distances.topk(min(beam + 8, len(distances)), largest=False).indices
-                    left = left[best // size] - codebook[best % size]
-                    sums = sums[best // size] + best % size * size**i
+                    best = distances.topk(min(beam, len(distances)), largest=False).indices
+                    candidates, digits = best // size, best % size
+                    sums, left = sums[candidates] + digits * size**i, left[candidates] - codebook[digits]
                 error, best = (self.get_codebook_entry(sums) - token).square().sum(1).min(0)
-                if error <= 1e-11 * token.square().sum():
+                found[n] = sums[best]
+                if error <= 1e-11 * token.square().sum():  # but for rounding, the code itself
                     break
-            indices.append(sums[best])
-        return torch.stack(indices)
+        return found
 
 
 class NoQuantizer(Quantizer):
@@ -493,9 +458,9 @@ def nearest_code(x: Tensor, codebook: Tensor, exact: bool = False, bf16: bool | 
     distances, which tells nearly equal codes apart. bf16: search in bf16 first; None: where that is much faster.
     """
     valid = x.ndim == codebook.ndim == 2 and x.shape[1] == codebook.shape[1] and codebook.numel() > 0
-    check(valid, "x and codebook", (tuple(x.shape), tuple(codebook.shape)), "(N, D) and (K, D)")
-    valid = x.dtype == codebook.dtype and x.dtype in (torch.float32, torch.float64)
-    check(valid, "x and codebook", (x.dtype, codebook.dtype), "both float32 or both float64")
+    valid = valid and x.dtype == codebook.dtype and x.dtype in (torch.float32, torch.float64)
+    given = [(tuple(t.shape), t.dtype) for t in (x, codebook)]
+    check(valid, "x and codebook", given, "(N, D) and (K, D), both float32 or both float64")
     if bf16 is None:
         bf16 = x.shape[1] >= 128 and fast_bf16(x.device)
     if not bf16:

@@ -165,8 +165,8 @@ def test_properties_for_all_shapes_levels_and_types(levels, batch, height, width
     ("ema_vq", {"codebooks": 10**9}, "codebooks = 1000000000"), ("fsq", {"codebooks": 6}, "codebooks = 6, .*levels"),
     ("fsq", {"codebooks": 62, "levels": [2]}, "codebooks = 62, .*levels"),
     ("ddcl", {"codebooks": 2}, "codebooks = 2, allowed: 1"), ("none", {"codebooks": 2}, "codebooks = 2, allowed: 1"),
-    ("ema_vq", {"codebooks": 2, "combine": "sum"}, "combine = 'sum', allowed: residual, product"),
-    ("fsq", {"codebooks": 2, "combine": "product"}, "combine = 'product', allowed: residual"),
+    ("ema_vq", {"codebooks": 2, "combine": "sum"}, "combine = 'sum', allowed: \"residual\", \"product\""),
+    ("fsq", {"codebooks": 2, "combine": "product"}, "combine = 'product', allowed: \"residual\""),
     ("ema_vq", {"codebooks": 3, "combine": "product"}, "code_dim = 32, .*a multiple of codebooks = 3"),
     ("simvq", {"codebooks": 3, "combine": "product", "code_dim": 8}, "code_dim = 8, .*a multiple of codebooks = 3"),
     ("simvq", {"codebooks": 8, "combine": "product", "code_dim": 8, "codebook_size": 4}, "code_dim = 1, "),
@@ -313,40 +313,6 @@ def test_results_are_finite_up_to_the_largest_input(name):
     assert quantizer.indices_to_codes(indices).isfinite().all()
 
 
-def test_simvq_caches_its_codebook_until_the_matrix_changes():
-    quantizer = build("simvq").eval()
-    with torch.no_grad():
-        first = quantizer.codebook
-        assert quantizer.codebook is first
-        quantizer.simvq.code_transform.weight.mul_(torch.randn(DIM, 1))
-        second = quantizer.codebook
-        assert not torch.allclose(first, second)
-        quantizer.load_state_dict(build("simvq").state_dict())
-        assert not torch.allclose(quantizer.codebook, second)
-    assert quantizer.codebook.requires_grad
-    for fused in (True, False):
-        optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1, fused=fused)
-        z_q, loss, indices = quantizer.train()(torch.randn(2, 9, DIM))
-        (z_q.sum() + loss).backward()
-        optimizer.step()
-        with torch.no_grad():
-            assert torch.equal(quantizer.eval().codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
-    calls = []
-    quantizer.simvq.code_transform.register_forward_hook(lambda *args: calls.append(1))
-    with torch.no_grad():
-        for _ in range(3):
-            z_q, _, indices = quantizer(torch.randn(2, 9, DIM))
-            quantizer.indices_to_codes(indices)
-    assert not calls  # the codebook is computed once, not at each call
-    for assign in (False, True):
-        state = quantizer.state_dict() | {"simvq.frozen_codebook": torch.randn(512, DIM)}
-        quantizer.load_state_dict(state, assign=assign)
-        with torch.no_grad():
-            assert torch.equal(quantizer.codebook, F.normalize(quantizer.simvq.codebook, dim=-1))
-    with torch.inference_mode():
-        assert build("simvq").eval().codebook.shape == (512, DIM)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # FSQ
 
@@ -429,9 +395,6 @@ def test_simvq_learns_its_matrix_and_not_its_frozen_codebook():
     loss = (codes - x.detach()).square().sum(-1).mean() + 0.25 * (x - codes.detach()).square().sum(-1).mean()
     for gradient, expected in zip(gradients, torch.autograd.grad(z_q.square().sum() + loss, learned)):
         assert gradient.abs().sum() > 0 and torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-    gradient, = torch.autograd.grad(simvq(z)[1], learned[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):  # no second derivative: an error, not a zero
-        gradient.sum().backward()
     assert "simvq.frozen_codebook" in dict(simvq.named_buffers())
     assert not simvq.simvq.frozen_codebook.requires_grad
 
