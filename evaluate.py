@@ -3,23 +3,31 @@
     python evaluate.py                                        the shipped ones, compared with their recorded figures
                                                               where the images are the same (see RESULTS.md)
     python evaluate.py checkpoints/<run>/fsq_stage*_best.pt   your own; with NAME=value for the constants below
+    python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the shipped encoder's features need no download.
 """
+import bisect
+import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
@@ -32,9 +40,11 @@ from utils import (
     load_dataset,
     load_lpips,
     load_torch,
+    psnr,
     read_constants,
     save_figure,
     save_torch,
+    ssim,
     to_float,
     write_file,
 )
@@ -43,9 +53,11 @@ DATASET = "cifar10"  # the same names as in train.py
 TRAIN_IMAGES = None  # training images that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
+CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
 SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+montage_side = 31  # images a side, at most, of the picture that codecs get: they have a largest size
 RECORDS = PRETRAINED_DIR / "results.json"  # {checkpoint: {"images": hash of each split, "figures": {name: value}}}
 # how far a figure may be from its record, a perplexity relative to it; figures that are not here must be equal
 TOLERANCE = {"psnr": 0.01, "ssim": 0.001, "lpips": 0.001, "rfid": 0.02, "frechet": 0.001, "feature_distance": 0.0001,
@@ -58,29 +70,35 @@ TOKEN_COLUMNS = {"tokens": "tokens:d", "bits": "bits:.0f",
                  "usage, training": "train_usage:.1%", "perplexity, training": "train_perplexity:,.0f",
                  "probe z": "probe_z:.1%", "probe z_q": "probe_z_q:.1%", "probe predicted": "probe_predicted:.1%",
                  "quantizer": "quantizer_kb:,.0f kB", "images/s": "images_per_second:,.0f"}
+RATE_COLUMNS = {"bits an image": "bits:,.0f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
+CODEC_OPTIONS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"},  # Pillow's, besides quality
+                 "WebP": {"method": 6}, "AVIF": {"subsampling": "4:4:4"}}
+# learned codecs on CIFAR-10's original test images, from their papers: bits an image and PSNR, at 7/8 and 1 bit a pixel
+PUBLISHED = {"BMS hyperprior (1802.01436)": ((896, 27.8), (1024, 28.7)),
+             "RECOMBINER (2309.17182)": ((896, 28.1), (1024, 28.8))}
 
 
 def main():
     torch.backends.cudnn.allow_tf32 = False  # fp32 on a GPU, too
     try:
-        paths, data, records = set_up()
+        checkpoints, data, records = set_up()
     except torch.OutOfMemoryError:  # a RuntimeError, but no mistake in the arguments
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
-    if SHIP:
-        paths = [ship(path) for path in paths]
-    checkpoints = name_checkpoints(paths)
     hashes = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
               for split, images in (("training", data.train_images), ("test", data.test_images))}
     data = data._replace(test_images=data.test_images.to(device))  # the training images may be too many
-    reference_encoder = build_encoder("cifar", max(1, data.test_images.shape[-1] // 8)).eval().to(device)
+    networks = load_networks(data.test_images.shape[-1])
 
-    figures = {name: measure(path, data, reference_encoder) for name, path in checkpoints.items()}
+    figures, reconstructions = {}, {}
+    for name, path in checkpoints.items():
+        figures[name], images = measure(path, data, networks)
+        reconstructions[name] = images[: montage_side**2].cpu().clone()  # not a view of all of them
     each = dict.fromkeys(key for values in figures.values() for key in values if key.startswith("perplexity_"))
     columns_of_each = {f"{key.replace('_', ' ')}, test": f"{key}:,.0f" for key in each}  # of several codebooks
     for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS | columns_of_each):
-        print_table(figures, columns)
+        print(format_table(figures, columns), end="\n\n")
     print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
           f"{len(data.test_images):,} test images ({hashes['test']}...)")
     if SHIP:
@@ -88,13 +106,16 @@ def main():
         write_file(RECORDS, json.dumps(records, indent=2).encode())
     if CURVE:
         plot_curve(Path(CURVE), figures)
+    if CODECS:
+        compare_codecs(Path(CODECS), data, reconstructions, {name: figures[name].get("bits") for name in figures})
     shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR and not SHIP]
     if not all([compare(name, figures[name], records, hashes) for name in shipped]):
         sys.exit(1)
 
 
-def set_up() -> tuple[list[Path], Dataset, dict]:
-    """The checkpoints and constants of the command line, checked, with the dataset and the recorded figures."""
+def set_up() -> tuple[dict[str, Path], Dataset, dict]:
+    """The checkpoints, by name, and constants of the command line, checked, with the dataset and the recorded figures.
+    With SHIP, the checkpoints are those in checkpoints/pretrained, just written."""
     paths = [Path(argument) for argument in sys.argv[1:] if "=" not in argument]
     read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
@@ -103,6 +124,7 @@ def set_up() -> tuple[list[Path], Dataset, dict]:
           "None or 2 or more")
     check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None")
+    check(CODECS is None or isinstance(CODECS, str), "CODECS", CODECS, "None, or a path")
     paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
     check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
     configs = {str(path): load_checkpoint(path).config for path in paths}  # finds a broken file before measuring others
@@ -119,7 +141,7 @@ def set_up() -> tuple[list[Path], Dataset, dict]:
           "two images or more in each split: a probe and a Fréchet distance need a variance")
     check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE,
           "None, or a path where images have classes to probe")
-    return paths, data, records
+    return name_checkpoints([ship(path) for path in paths] if SHIP else paths), data, records
 
 
 def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
@@ -143,8 +165,34 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
     return checkpoints
 
 
-def measure(path: Path, data: Dataset, reference_encoder: nn.Module) -> dict:
-    """All figures that one checkpoint can have. reference_encoder: the shipped one, for distances in its features."""
+def load_networks(image_size: int) -> dict[str, nn.Module]:
+    """What distances between images are measured with: the shipped "encoder" and, where they can be had, "lpips" and
+    "rfid"."""
+    def load_inception() -> nn.Module:
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise RuntimeError("torchmetrics computes it with torch-fidelity, which is not installed")
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        weights = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+        if not weights.exists() and not reachable(URL_INCEPTION_V3):
+            raise RuntimeError(f"{URL_INCEPTION_V3} cannot be reached")
+        return FrechetInceptionDistance(2048)
+
+    networks = {"encoder": build_encoder("cifar", max(1, image_size // 8)).eval()}
+    for name, load in (("rFID", load_inception), ("LPIPS", load_lpips)):
+        try:
+            networks[name.lower()] = load()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError) as error:  # also a download that breaks off, or a file that is not what it was
+            reason, *_ = str(error).split(";")  # what follows is how to train without it
+            print(f"no {name}: {reason}")
+    return {name: network.to(device) for name, network in networks.items()}
+
+
+def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[dict, Tensor]:
+    """All figures that one checkpoint can have, and its reconstructions (N, 3, H, W), uint8, of the test images.
+    networks: those of load_networks."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
     train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
     metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, test["indices"])
@@ -162,13 +210,13 @@ def measure(path: Path, data: Dataset, reference_encoder: nn.Module) -> dict:
     if "constants" in content and not model.from_scratch:
         figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
 
-    figures |= measure_distances(data.test_images, reconstructions, reference_encoder)
+    figures |= measure_distances(data.test_images, reconstructions, networks)
     if data.train_labels is not None:
         train_labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
         untrained = {"predicted"} if figures.get("predict_weight") == 0 else set()
         for name in train.keys() - {"indices"} - untrained:
             figures[f"probe_{name}"] = linear_probe(train[name], train_labels, test[name], test_labels)
-    return figures
+    return figures, reconstructions
 
 
 @torch.no_grad()
@@ -186,59 +234,34 @@ def tokenize(model: VQRAE, images: Tensor, name: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def measure_distances(originals: Tensor, reconstructions: Tensor, reference_encoder: nn.Module) -> dict[str, float]:
-    """Between uint8 images (N, 3, H, W): LPIPS and rFID where they can be had; in features of reference_encoder, the
+def measure_distances(originals: Tensor, reconstructions: Tensor, networks: dict[str, nn.Module]) -> dict[str, float]:
+    """Between uint8 images (N, 3, H, W): LPIPS and rFID where `networks` has theirs; in features of its "encoder", the
     Fréchet distance of their means over an image and the mean squared distance of the features themselves."""
     pairs = list(zip(originals.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE)))
-    identity = nn.Identity()  # torchmetrics is given features instead of images
-    identity.num_features = reference_encoder.dim
+    encoder, identity = networks["encoder"], nn.Identity()  # torchmetrics is given features instead of images
+    identity.num_features = encoder.dim
     frechet, total = FrechetInceptionDistance(identity).to(device), 0
     for pair in pairs:
-        z = [reference_encoder(to_float(images)) for images in pair]
+        z = [encoder(to_float(images)) for images in pair]
         frechet.update(z[0].mean((2, 3)), real=True)
         frechet.update(z[1].mean((2, 3)), real=False)
         total = total + F.mse_loss(*z) * len(z[0])
     figures = {"frechet": frechet.compute().item(), "feature_distance": total.item() / len(originals)}
-    if inception_available():
-        try:
-            rfid = FrechetInceptionDistance(2048)
-        except (OSError, RuntimeError) as error:  # a download that breaks off, or a file that is not what it should be
-            print(f"no rFID: {error}")
-        else:
-            rfid = rfid.to(device)
-            for original, reconstruction in pairs:
-                rfid.update(original, real=True)
-                rfid.update(reconstruction, real=False)
-            figures["rfid"] = rfid.compute().item()
-    try:
-        lpips = load_lpips()
-    except RuntimeError as error:
-        reason, *_ = str(error).split(";")  # what follows is how to train without it
-        print(f"no LPIPS: {reason}")
-    else:  # outside of `try`: a full GPU memory is a RuntimeError, too
-        lpips = lpips.to(device)
-        sums = [lpips(to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
+    if "rfid" in networks:
+        networks["rfid"].reset()
+        for original, reconstruction in pairs:
+            networks["rfid"].update(original, real=True)
+            networks["rfid"].update(reconstruction, real=False)
+        figures["rfid"] = networks["rfid"].compute().item()
+    if "lpips" in networks:
+        sums = [networks["lpips"](to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
         figures["lpips"] = sum(sums).item() / len(originals)
     return figures
 
 
-def inception_available() -> bool:
-    """Whether FID's own Inception network is installed (torch-fidelity), with weights on disk or within reach."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        print("no rFID: torchmetrics computes it with torch-fidelity, which is not installed")
-        return False
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    weights = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
-    if weights.exists() or reachable(URL_INCEPTION_V3):
-        return True
-    print(f"no rFID: {URL_INCEPTION_V3} cannot be reached")
-    return False
-
-
-def print_table(figures: dict[str, dict], columns: dict[str, str]):
-    """A Markdown table, aligned; "-" for what could not be measured."""
-    rows = [["checkpoint", *columns]]
+def format_table(figures: dict[str, dict], columns: dict[str, str], first: str = "checkpoint") -> str:
+    """A Markdown table, aligned; "-" for what could not be measured. first: the heading of the rows' names"""
+    rows = [[first, *columns]]
     for name, values in figures.items():
         row = [name]
         for column in columns.values():
@@ -249,9 +272,7 @@ def print_table(figures: dict[str, dict], columns: dict[str, str]):
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    print()
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in rows)
 
 
 def plot_curve(path: Path, figures: dict[str, dict]):
@@ -277,6 +298,67 @@ def plot_curve(path: Path, figures: dict[str, dict]):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(title="at each point its PREDICT_WEIGHT")
     save_figure(path, figure)
+
+
+def encode_montage(images: Tensor, codec: str, quality: int) -> tuple[float, Tensor]:
+    """Encode n * n uint8 images (n * n, 3, H, W) side by side, as one picture, so that headers do not count. Returns
+    bits an image, and the images decoded."""
+    n, (height, width), file = math.isqrt(len(images)), images.shape[2:], io.BytesIO()
+    montage = Image.fromarray(make_grid(images, n, padding=0).permute(1, 2, 0).numpy())
+    montage.save(file, codec, quality=quality, **CODEC_OPTIONS[codec])
+    decoded = pil_to_tensor(Image.open(file).convert("RGB")).unflatten(2, (n, width)).unflatten(1, (n, height))
+    return 8 * file.getbuffer().nbytes / len(images), decoded.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def nearest_quality(encode: Callable[[int], tuple[float, Tensor]], bits: float) -> int:
+    """The quality from 1 to 100 at which encode's bits are nearest `bits`, by bisection: they grow with the quality."""
+    above = 1 + bisect.bisect_left(range(1, 101), bits, key=lambda quality: encode(quality)[0])
+    return min({max(above - 1, 1), min(above, 100)}, key=lambda quality: abs(encode(quality)[0] - bits))
+
+
+def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor], bits: dict[str, float | None]):
+    """Print PSNR and SSIM of checkpoints, by name, and of each codec at their bits an image, and plot PSNR over bits.
+    reconstructions (N, 3, H, W), uint8, of the first test images; bits: None without a quantizer, and then left out"""
+    names = [name for name, value in bits.items() if value]
+    if not names:
+        return print("no codecs: no checkpoint here has tokens of so many bits")
+    n = min(montage_side, math.isqrt(len(data.test_images)))
+    originals = data.test_images[: n * n].cpu()
+
+    def distortion(images: Tensor) -> dict[str, float]:
+        pairs = [(to_float(a), to_float(b)) for a, b in zip(images.split(BATCH_SIZE), originals.split(BATCH_SIZE))]
+        return {f.__name__: torch.cat([f(*pair) for pair in pairs]).mean().item() for f in (psnr, ssim)}
+
+    rows = {name: {"bits": bits[name], **distortion(reconstructions[name][: n * n])} for name in names}
+    low, high = min(bits[name] for name in names), max(bits[name] for name in names)
+    targets = sorted({bits[name] for name in names} | {0.6 * low, 0.8 * low, 1.25 * high, 1.6 * high})
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    Image.init()
+    for codec in CODEC_OPTIONS:
+        if codec.upper() not in Image.SAVE:
+            print(f"no {codec}: Pillow was built without it")
+            continue
+        encode, curve = functools.cache(functools.partial(encode_montage, originals, codec)), []
+        for target in tqdm(targets, codec, leave=False):
+            quality = nearest_quality(encode, target)
+            size, decoded = encode(quality)
+            curve.append({"bits": size, **distortion(decoded)})
+            if low <= target <= high:
+                rows[f"{codec}, quality {quality}"] = curve[-1]
+        axes.plot([point["bits"] for point in curve], [point["psnr"] for point in curve], ".-", label=codec)
+    for name in names:
+        axes.plot(rows[name]["bits"], rows[name]["psnr"], "o", label=name)
+    if originals.shape[2:] == (32, 32):
+        for (name, points), marker in zip(PUBLISHED.items(), "x+"):
+            axes.plot(*zip(*points), f"k{marker}", label=f"{name}, on CIFAR-10's originals, as published")
+    files = Path(DATASET, "test").rglob("*") if data.name.startswith("folder-") else []
+    copies = ", JPEG copies: easier than originals" if any(f.suffix.lower() in (".jpg", ".jpeg") for f in files) else ""
+    title = f"{n * n:,} test images of {data.name}{copies}"
+    axes.set(xlabel="bits an image", ylabel="mean PSNR of an image, dB", title=title)
+    axes.legend(fontsize=8)
+    save_figure(path, figure)
+    print(f"\n{title}; codecs have all of them in one picture:\n\n{format_table(rows, RATE_COLUMNS, 'images from')}\n")
 
 
 def ship(path: Path) -> Path:

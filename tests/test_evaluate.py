@@ -2,12 +2,15 @@
 import json
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
+from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
+from PIL import Image
 
 import evaluate
 from models import VQRAE, build_encoder
@@ -22,8 +25,9 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(evaluate, "PRETRAINED_DIR", tmp_path / "pretrained")
     monkeypatch.setattr(evaluate, "RECORDS", tmp_path / "pretrained" / "results.json")
     monkeypatch.setattr("utils.reachable", lambda url: False)
-    monkeypatch.setattr(evaluate, "inception_available", lambda: False)
-    for name, value in (("SHIP", False), ("DATASET", "cifar10"), ("TRAIN_IMAGES", None), ("CURVE", None)):
+    monkeypatch.setattr(evaluate, "reachable", lambda url: False)
+    for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
+                        "CODECS": None}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -162,8 +166,10 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
     assert "no curve" in capsys.readouterr().out and len(drawn) == 1
     with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
         shipped(tmp_path / "0.0.pt", "CURVE=3")
+    with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
+        shipped(tmp_path / "0.0.pt", "CURVE=None", "CODECS=True")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
-        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20")
+        shipped(tmp_path / "0.0.pt", "CODECS=None", "SHIP=True", "TRAIN_IMAGES=20")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
     with pytest.raises(SystemExit, match="evaluate.py: TRAIN_IMAGES = 1"):  # a probe needs a standard deviation
@@ -178,10 +184,10 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
 
 
 def test_frechet_distance_is_its_formula():
-    reference_encoder = build_encoder("cifar", 8).eval()
+    reference_encoder = build_encoder("cifar", 4).eval()
     images = draw_shapes(32, train=300, test=300).train_images
     others = (images.float() * 0.8).round().byte()
-    figures = evaluate.measure_distances(images, others, reference_encoder)
+    figures = evaluate.measure_distances(images, others, {"encoder": reference_encoder})
     with torch.no_grad():
         z = [reference_encoder(to_float(x)) for x in (images, others)]
         expected = ((z[0] - z[1]) ** 2).mean().item()
@@ -192,22 +198,82 @@ def test_frechet_distance_is_its_formula():
     frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
     assert figures["frechet"] == pytest.approx(frechet, rel=1e-3) and figures["frechet"] > 0.1
     assert figures["feature_distance"] == pytest.approx(expected, rel=1e-4)
-    assert evaluate.measure_distances(images, images, reference_encoder)["frechet"] == pytest.approx(0, abs=1e-3)
+    same = evaluate.measure_distances(images, images, {"encoder": reference_encoder})
+    assert same["frechet"] == pytest.approx(0, abs=1e-3)
 
 
 def test_rfid_whose_download_breaks_off_is_left_out(monkeypatch, capsys):
-    def either(feature):
-        if not isinstance(feature, torch.nn.Module):
-            raise OSError("connection reset")
-        return FrechetInceptionDistance(feature)
+    def break_off(feature):
+        raise OSError("connection reset")
 
+    modules = {name: ModuleType(name) for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3")}
+    for name, module in modules.items():
+        module.__spec__, module.URL_INCEPTION_V3 = ModuleSpec(name, None), "https://inception"
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("utils.reachable", lambda url: False)
-    monkeypatch.setattr(evaluate, "inception_available", lambda: True)
-    monkeypatch.setattr(evaluate, "FrechetInceptionDistance", either)
-    images = draw_shapes(32, train=4, test=4).train_images
-    figures = evaluate.measure_distances(images, images, build_encoder("cifar", 8).eval())
-    assert "frechet" in figures and "rfid" not in figures
-    assert "no rFID: connection reset" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "reachable", lambda url: True)
+    monkeypatch.setattr(evaluate, "FrechetInceptionDistance", break_off)
+    assert evaluate.load_networks(32).keys() == {"encoder"}
+    printed = capsys.readouterr().out
+    assert "no rFID: connection reset\nno LPIPS: " in printed and printed.count("\n") == 2
+
+
+def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, capsys, monkeypatch):
+    small_checkpoint(tmp_path / "small.pt")  # 64 tokens of 240 codes
+    bits = 64 * np.log2(240)
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append(figure))
+    shipped(tmp_path / "small.pt", "CODECS=codecs.png")
+    tables = capsys.readouterr().out
+    rows = {cells[1].strip(): [float(cell.replace(",", "")) for cell in cells[2:5]]
+            for cells in (line.split("|") for line in tables[tables.index("| images from"):].splitlines()[2:6])}
+    assert "\n36 test images of folder-tiny; codecs" in tables
+
+    images = evaluate.load_dataset(str(folder), 32).test_images[:36].permute(0, 2, 3, 1).numpy()
+    montage = Image.new("RGB", (192, 192))
+    for i, image in enumerate(images):
+        montage.paste(Image.fromarray(image), (i % 6 * 32, i // 6 * 32))
+
+    def encode(codec, quality):
+        file = BytesIO()
+        montage.save(file, codec, quality=quality, **evaluate.CODEC_OPTIONS[codec])
+        picture = np.asarray(Image.open(file).convert("RGB"), float)
+        decoded = np.stack([picture[i // 6 * 32 :][:32, i % 6 * 32 :][:, :32] for i in range(36)])
+        errors = ((decoded - images) ** 2).mean((1, 2, 3)) / 255**2
+        return 8 * len(file.getvalue()) / 36, (-10 * np.log10(errors)).mean()
+
+    sizes = {quality: encode("JPEG", quality)[0] for quality in range(1, 101)}
+    assert f"JPEG, quality {min(sizes, key=lambda quality: abs(sizes[quality] - bits))}" in rows
+    assert rows.pop("cifar fsq, stage 1")[0] == round(bits)
+    for name, (size, decibels, similarity) in rows.items():
+        codec, quality = name.split(", quality ")
+        expected = encode(codec, int(quality))
+        assert size == round(expected[0]) == pytest.approx(bits, rel=0.1)
+        assert decibels == pytest.approx(expected[1], abs=0.006) and 0.5 < similarity < 1
+
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines["BMS hyperprior (1802.01436), on CIFAR-10's originals, as published"] == [[896, 27.8], [1024, 28.7]]
+    assert lines["RECOMBINER (2309.17182), on CIFAR-10's originals, as published"] == [[896, 28.1], [1024, 28.8]]
+    assert lines["cifar fsq, stage 1"][0][0] == pytest.approx(bits)
+    for codec in evaluate.CODEC_OPTIONS:  # more bits, less error
+        assert len(lines[codec]) == 5 and np.all(np.diff(lines[codec], axis=0) > 0)
+
+
+def test_figures_of_jpeg_copies_say_so_and_missing_codecs_are_named(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(evaluate, "DATASET", str(tmp_path))
+    monkeypatch.delitem(Image.SAVE, "AVIF", raising=False)
+    data = draw_shapes(16, train=4, test=4)._replace(name="folder-copies")
+    (tmp_path / "test").mkdir()
+    for suffix, said in (("png", False), ("JPG", True)):
+        (tmp_path / "test" / f"0.{suffix}").touch()
+        evaluate.compare_codecs(Path("codecs.png"), data, {"a": data.test_images}, {"a": 200.0, "none": None})
+        assert ("JPEG copies" in drawn[-1].axes[0].get_title()) == said
+    assert "no AVIF: Pillow was built without it" in capsys.readouterr().out
+    assert [line.get_label() for line in drawn[0].axes[0].lines] == ["JPEG", "WebP", "a"]  # published: of 32 x 32
+    evaluate.compare_codecs(Path("codecs.png"), data, {"none": data.test_images}, {"none": None})
+    assert "no codecs: no checkpoint" in capsys.readouterr().out and len(drawn) == 2
 
 
 @pytest.mark.parametrize("where", ["load_dataset", "load_lpips"])

@@ -62,7 +62,7 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert {f.name for f in checkpoints.iterdir()} == {
         f"{quantizer}_stage1_best.pt", f"{quantizer}_stage1_epoch_1.pt", f"{quantizer}_stage1_epoch_2.pt",
         f"{quantizer}_stage2_best.pt", f"{quantizer}_stage2_epoch_1.pt", "last.pt"}
-    original = build_encoder("cifar", 8).state_dict()
+    original = build_encoder("cifar", 4).state_dict()
     for stage, changed in ((1, False), (2, True)):
         model = load_checkpoint(checkpoints / f"{quantizer}_stage{stage}_best.pt")
         assert model.stage == stage and not model.training

@@ -1,0 +1,114 @@
+"""The quantizers at equal bits a token: trains each of them at several sizes, and writes a table and a figure.
+
+    python compare.py                                             all of LINES, each as train.py does by default
+    python compare.py "BITS=(16,)" DATASET=photos EPOCH_IMAGES=10000    some sizes; other constants go to train.py
+
+outputs/quantizers.md and .png grow with each run. Finished runs are found again, so that the same command goes on where
+it was stopped, and a size added to LINES takes one more run. A token's bits are log2 of the number of codes.
+"""
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from evaluate import device, format_table, measure
+from models import build_encoder
+from quantizers import check
+from utils import load_dataset, load_torch, read_constants, save_figure, write_file
+
+BITS = (10, 13, 16, 20)  # which sizes of LINES to train
+# lines of the figure: constants of train.py, and what {} is in them at so many bits a token, or about. To search 2**20
+# codes takes too long
+LINES = {
+    "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
+            {10: (8, 5, 5, 5), 13: (8, 8, 5, 5, 5), 16: (8, 8, 8, 5, 5, 5), 20: (8, 8, 8, 8, 8, 6, 5)}),
+    "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
+    "SimVQ": ("QUANTIZER=simvq SIMVQ_CODE_DIM=8 SIMVQ_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "EMA-VQ": ("QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "residual EMA-VQ, two codebooks": (
+        "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=residual EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}",
+        {10: 32, 13: 90, 16: 256, 20: 1024}),
+    "product EMA-VQ, two codebooks": (
+        "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=product EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}",
+        {10: 32, 13: 90, 16: 256, 20: 1024}),
+}
+COLUMNS = {"bits": "token_bits:.1f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f", "probe z_q": "probe_z_q:.1%",
+           "probe predicted": "probe_predicted:.1%", "perplexity": "perplexity:,.0f", "usage": "usage:.1%",
+           "quantizer": "quantizer_mb:.2f MB", "images/s": "images_per_second:,.0f"}
+ROOT = Path(__file__).resolve().parent
+load_dataset = functools.cache(load_dataset)
+
+
+def main():
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("BITS=")]
+    try:
+        read_constants(globals(), [argument for argument in sys.argv[1:] if argument.startswith("BITS=")])
+        sizes = sorted({bits for _, values in LINES.values() for bits in values})
+        check(isinstance(BITS, (tuple, list)) and BITS and set(BITS) <= set(sizes), "BITS", BITS,
+              f"some of {sizes}, such as (16,)")
+    except ValueError as error:
+        sys.exit(f"compare.py: {error}")
+    rows = {}
+    for bits in BITS:
+        for line, (constants, values) in LINES.items():
+            if bits in values:
+                of_row = [constant.format(values[bits]) for constant in constants.split()]
+                name = train([*arguments, *of_row])
+                rows[f"{line}: {values[bits]}"] = {"line": line, **measure_run(name)}
+                table = format_table(rows, COLUMNS, "quantizer")
+                write_file(Path("outputs", "quantizers.md"), f"{table}\n".encode())
+                plot(Path("outputs", "quantizers.png"), rows)
+    print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
+
+
+def train(arguments: list[str]) -> str:
+    """Run train.py, and return the run's name, which its first lines say."""
+    print("\ntrain.py", *arguments, flush=True)
+    command, name = [sys.executable, ROOT / "train.py", *arguments], None
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if match := re.match(r"(.+): [\d,]+ training and [\d,]+ test images", line):
+            name = match[1]
+    if process.wait():
+        sys.exit("compare.py: this run failed; runs before it are kept, and the same command goes on from there")
+    return name
+
+
+def measure_run(name: str) -> dict:
+    """The figures of a finished run's last stage, of all test images; kept in its outputs/, as they take a while."""
+    path = Path("outputs", name, "figures.json")
+    if not path.exists():
+        stage = json.loads(Path("outputs", name, "results.json").read_text())["stage"]
+        checkpoint, = Path("checkpoints", name).glob(f"*_stage{stage}_best.pt")
+        content = load_torch(checkpoint)
+        data = load_dataset(content["constants"]["DATASET"], content["config"]["image_size"])
+        data = data._replace(test_images=data.test_images.to(device))
+        figures, _ = measure(checkpoint, data, {"encoder": build_encoder("cifar", 4).eval().to(device)})
+        figures["token_bits"] = figures["bits"] / figures["tokens"]
+        figures["quantizer_mb"] = figures["quantizer_kb"] / 1e3
+        write_file(path, json.dumps(figures, indent=2).encode())
+    return json.loads(path.read_text())
+
+
+def plot(path: Path, rows: dict[str, dict]):
+    """PSNR over bits a token, a line for each of LINES."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for line in LINES:
+        points = sorted((row["token_bits"], row["psnr"]) for row in rows.values() if row["line"] == line)
+        axes.plot([bits for bits, _ in points], [psnr for _, psnr in points], "o-", label=line)
+    axes.set(xlabel="bits a token", ylabel="PSNR, dB")
+    axes.legend()
+    save_figure(path, figure)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ncompare.py: stopped; the same command goes on from there")
