@@ -39,7 +39,7 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 
 # images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
-# several, ("cifar10", "photos"): the steps take turns
+# several, ("cifar10", "cifar10", "photos"): the steps take turns
 IMAGE_SIZE = 32  # pixels a side; several, (32, 64): the steps take turns, with random crops, and fewer of larger ones
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
@@ -121,8 +121,8 @@ def main():
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(1 if rank > 0 and isinstance(error, ValueError) else f"train.py: {error}")  # a wrong constant: once
-    images = ", ".join(f"{len(part.train_images):,} training and {len(part.test_images):,} test images of {part.label}"
-                       for part in data)
+    images = ", ".join(dict.fromkeys(f"{len(part.train_images):,} training and {len(part.test_images):,} test images "
+                                     f"of {part.label}" for part in data))
     say(f"{run.name}: {images}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.finished:
@@ -134,8 +134,9 @@ def main():
         data = [part._replace(train_images=part.train_images.to(device), test_images=part.test_images.to(device))
                 for part in data]
     dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
-    features = [FeatureCache(teacher, part, device, FEATURE_CACHE_GB, dtype, FLIP) for part in data]
-    for cache in features:
+    caches = {part.label: FeatureCache(teacher, part, device, FEATURE_CACHE_GB, dtype, FLIP) for part in data}
+    features = [caches[part.label] for part in data]
+    for cache in caches.values():
         if cache.gigabytes > FEATURE_CACHE_GB > 0:
             say(f"the frozen features take {cache.gigabytes:.1f} GB, more than FEATURE_CACHE_GB = {FEATURE_CACHE_GB}"
                 ", and are computed anew in each step")
@@ -259,7 +260,7 @@ class Measured(NamedTuple):
 def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, Measured]:
     """Reconstruct up to `count` test images (None: all) of each part of the data, by its label."""
     measured = {}
-    for part in data:
+    for part in {part.label: part for part in data}.values():
         images = part.test_crops()[:count]
         batch_size = max(1, micro_batch_size() * data[0].size**2 // part.size**2)
         measured[part.label] = Measured(*utils.evaluate(model, images, batch_size), images)

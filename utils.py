@@ -146,7 +146,8 @@ def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
 
 
 def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], data_dir: str = "data") -> list[Dataset]:
-    """Each dataset named, in each of the sizes that its images have, for training on several of either.
+    """Each dataset named, in each of the sizes that its images have, for training on several of either. One that is
+    named twice is there twice, and has twice as many of the steps.
 
     Images are not enlarged: CIFAR-10 takes part in sizes up to 32, a folder up to the median of its images' shorter
     sides. They are kept at up to four times the largest size, to take crops at random scales from. With one name and
@@ -154,15 +155,16 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
     """
     if isinstance(names, str) and isinstance(sizes, int):
         return [load_dataset(names, sizes, data_dir)]
-    data = []
+    data = {}
+    names = [names] if isinstance(names, str) else names
     sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
-    for name in [names] if isinstance(names, str) else names:
+    for name in dict.fromkeys(names):
         size = 32 if name.startswith("cifar") else max(sizes) if name == "shapes" else median_side(Path(name, "train"))
         fitting = [n for n in sizes if n <= size]
         check(fitting, "IMAGE_SIZE", sizes, f"sizes of which one is at most {size}, that of the images of {name}")
         whole = load_dataset(name, min(size, 4 * max(sizes)), data_dir)
-        data += [whole._replace(size=n) for n in fitting]
-    return data
+        data[name] = [whole._replace(size=n) for n in fitting]
+    return [part for name in names for part in data[name]]
 
 
 def median_side(folder: Path) -> int:

@@ -355,6 +355,7 @@ def test_datasets_in_the_sizes_that_their_images_have(tmp_path):
     data = load_datasets((small, large), (32, 48), str(tmp_path))
     assert [part.label for part in data] == ["folder-small 32x32", "folder-large 32x32", "folder-large 48x48"]
     assert [part.train_images.shape[-1] for part in data] == [40, 192, 192]  # not enlarged, and 4 * 48 at most
+    assert len(load_datasets((small, small, large), (32, 48), str(tmp_path))) == 4
     whole, = load_datasets(large, 32, str(tmp_path))
     assert whole.train_images.shape[-1] == whole.size == 32
     with pytest.raises(ValueError, match="IMAGE_SIZE.*40"):
