@@ -23,7 +23,8 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(evaluate, "RECORDS", tmp_path / "pretrained" / "results.json")
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "inception_available", lambda: False)
-    for name, value in (("SHIP", False), ("DATASET", "cifar10"), ("TRAIN_IMAGES", None), ("CURVE", None)):
+    for name, value in (("SHIP", False), ("DATASET", "cifar10"), ("TRAIN_IMAGES", None), ("CURVE", None),
+                        ("BATCH_SIZE", 250)):
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -162,8 +163,12 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
     assert "no curve" in capsys.readouterr().out and len(drawn) == 1
     with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
         shipped(tmp_path / "0.0.pt", "CURVE=3")
+    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
+        shipped(tmp_path / "0.0.pt", f"CURVE={tmp_path}")
+    with pytest.raises(SystemExit, match="evaluate.py: BATCH_SIZE = True"):
+        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
-        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20")
+        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20", "BATCH_SIZE=250")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
     with pytest.raises(SystemExit, match="evaluate.py: TRAIN_IMAGES = 1"):  # a probe needs a standard deviation
@@ -226,6 +231,6 @@ def test_a_full_gpu_memory_is_no_missing_network_or_dataset(where, folder, tmp_p
 
 def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):
     Path(tmp_path / "text.pt").write_text("hello")
-    for path in ("nowhere.pt", tmp_path / "text.pt"):
+    for path in ("nowhere.pt", tmp_path / "text.pt", "lr=0.1/fsq_stage1_best.pt"):
         with pytest.raises(SystemExit, match="evaluate.py: checkpoint"):
             shipped(path)
