@@ -96,7 +96,7 @@ def main():
 
 def set_up() -> tuple[list[Path], Dataset, dict]:
     """The checkpoints and constants of the command line, checked, with the dataset and the recorded figures."""
-    constants = [argument for argument in sys.argv[1:] if re.match(r"\w+=", argument)]
+    constants = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
     paths = [Path(argument) for argument in sys.argv[1:] if argument not in constants]
     read_constants(globals(), constants)
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
