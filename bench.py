@@ -323,7 +323,9 @@ def machine() -> str:
 if __name__ == "__main__":
     benchmarks = {f.__name__: f for f in (training, utilisation, search, tokenizing, start, scaling, run)}
     try:
-        read_constants(globals())
+        constants = read_constants(globals())
+        for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
+            check(type(constants[name]) is int and constants[name] >= 1, name, constants[name], "1 or more")
         check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
               f"some of {tuple(benchmarks)}, such as ('search',)")
     except ValueError as error:

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,11 +117,12 @@ def main():
 def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     """The checkpoints, by name, and constants of the command line, checked, with the dataset and the recorded figures.
     With SHIP, the checkpoints are those in checkpoints/pretrained, just written."""
-    paths = [Path(argument) for argument in sys.argv[1:] if "=" not in argument]
-    read_constants(globals(), [argument for argument in sys.argv[1:] if "=" in argument])
+    constants = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
+    paths = [Path(argument) for argument in sys.argv[1:] if argument not in constants]
+    read_constants(globals(), constants)
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    check(isinstance(BATCH_SIZE, int) and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
-    check(TRAIN_IMAGES is None or isinstance(TRAIN_IMAGES, int) and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
+    check(type(BATCH_SIZE) is int and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
+    check(TRAIN_IMAGES is None or type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
           "None or 2 or more")
     check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None")
@@ -139,8 +141,9 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
         data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels)
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
-    check(CURVE is None or isinstance(CURVE, str) and data.train_labels is not None, "CURVE", CURVE,
-          "None, or a path where images have classes to probe")
+    is_file_name = isinstance(CURVE, str) and not Path(CURVE).is_dir()
+    check(CURVE is None or is_file_name and data.train_labels is not None, "CURVE", CURVE,
+          "None, or a file's path where images have classes to probe")
     return name_checkpoints([ship(path) for path in paths] if SHIP else paths), data, records
 
 

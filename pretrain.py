@@ -75,9 +75,14 @@ def main():
         constants = read_constants(globals())
         data = load_dataset(DATASET, image_size=32)
         check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
-        check(isinstance(BATCH_SIZE, int) and 1 <= BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE,
-              "1 to the number of images")
-        check(isinstance(EPOCHS, int) and EPOCHS >= 1, "EPOCHS", EPOCHS, "a whole number of 1 or more")
+        for name, low in {"EPOCHS": 1, "BATCH_SIZE": 1, "SEED": 0}.items():
+            check(type(constants[name]) is int and constants[name] >= low, name, constants[name],
+                  f"a whole number of {low} or more")
+        for name in ("LABEL_SMOOTHING", "PIXEL_WEIGHT"):
+            check(type(constants[name]) in (int, float) and constants[name] >= 0, name, constants[name], "0 or more")
+        rates = isinstance(LEARNING_RATE, (tuple, list)) and [type(rate) in (int, float) for rate in LEARNING_RATE]
+        check(rates == [True, True] and min(LEARNING_RATE) > 0, "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
+        check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "at most the number of images")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     torch.manual_seed(SEED)

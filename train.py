@@ -418,7 +418,7 @@ class Run:
               str(described), "the same as here: delete that folder")
         if rank == 0 and not self.finished:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.checkpoints / "lock")  # of this process, and gone with it
+            self.lock = FileLock(self.checkpoints / "lock", is_singleton=True)  # of this process, and gone with it
             try:
                 self.lock.acquire(blocking=False)
             except Timeout:
@@ -536,8 +536,7 @@ def mean_losses(log: Tensor, gan_steps: int) -> dict[str, float]:
 
 
 def check_constants():
-    """ValueError, naming the constant, its value and what is allowed, before anything is downloaded. What the model and
-    the quantizer check themselves is not repeated here."""
+    """ValueError, naming the constant, its value and what is allowed, before anything is downloaded."""
     constants = globals()
 
     def whole(value, low, high=2**31 - 1):
@@ -552,9 +551,6 @@ def check_constants():
     def check_each(names, ok, allowed):
         for name in names.split():
             check(ok(constants[name]), name, constants[name], allowed)
-
-    def one_of(values):
-        return ", ".join(f'"{value}"' for value in values)
 
     check_each("ENCODER QUANTIZER", lambda v: type(v) is str, "a name in quotes")
     check_each("GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
@@ -578,11 +574,11 @@ def check_constants():
     check_each("FLIP NORMALIZE EMA_REVIVE", lambda v: type(v) is bool, "True or False")
     for name, values in {"QUANTIZER": QUANTIZERS, "PRECISION": ("bf16", "fp32"), "OPTIMIZER": ("muon", "adamw"),
                          "PERCEPTUAL": ("encoder", "lpips"), "COMBINE": ("residual", "product")}.items():
-        check_each(name, lambda v: type(v) is str and v in values, one_of(values))
+        check_each(name, lambda v: type(v) is str and v in values, ", ".join(f'"{value}"' for value in values))
     names = DATASET if isinstance(DATASET, (tuple, list)) else (DATASET,)
     known = [name for name in utils.DATASETS if name != "auto" or names == (DATASET,)]
     check(names and all(isinstance(name, str) and (name in known or Path(name).is_dir()) for name in names), "DATASET",
-          DATASET, one_of(known) + " or a folder with train/ and test/ in it, or several of them")
+          DATASET, f"{', '.join(known)} or a folder with train/ and test/ in it, or several of them")
     check(sizes()[0] % GRID == 0 and not any(n % (sizes()[0] // GRID) for n in sizes()), "GRID", GRID,
           f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}, all of whole tokens")
     check(not RANDOM_DEPTH or CODEBOOKS > 1 and COMBINE == "residual", "RANDOM_DEPTH", RANDOM_DEPTH,
@@ -593,9 +589,8 @@ def check_constants():
           f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
     check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE,
           f"False with ENCODER = {ENCODER!r}, whose features change")
-    is_file = type(START_CHECKPOINT) is str and Path(START_CHECKPOINT).is_file()
-    check(is_file or START_CHECKPOINT is None and 1 in STAGES,
-          "START_CHECKPOINT", START_CHECKPOINT, "the path of a file, in quotes, or, with 1 in STAGES, None")
+    check_each("START_CHECKPOINT", lambda v: v is None and 1 in STAGES or type(v) is str and Path(v).is_file(),
+               "the path of a file, in quotes, or, with 1 in STAGES, None")
 
 
 if __name__ == "__main__":

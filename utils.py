@@ -66,7 +66,7 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             constants[name] = text
     for name, value in constants.items():  # NumPy's numbers would make checkpoints that load_torch refuses
-        check(is_plain(value), name, reprlib.repr(value), "numbers up to 2**63, text, True, False, None, or some in ()")
+        check(is_plain(value), name, reprlib.repr(value)[:100], "numbers, text, True, False, None, or some in ()")
     namespace.update(constants)
     return constants
 
@@ -121,6 +121,7 @@ class Dataset(NamedTuple):
         return self.test_images[..., start : start + self.size, start : start + self.size]
 
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
 DATASETS = {"auto": "CIFAR-10 or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn here"}
 
 
@@ -222,19 +223,15 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
     return Dataset(name, *splits, classes, image_size, digest(states))
 
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
-
-
 def find_images(root: Path) -> list[Path]:
     """All files below root that have an image's name, sorted. Links to folders are followed, to each folder once."""
     extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files, visited = [], {str(parent) for parent in root.parents}  # a link to one of these would go round for ever
+    files, visited = [], {os.path.realpath(folder) for folder in (root, *root.parents)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
         files += [Path(folder, name) for name in names]
+        found = {os.path.realpath(Path(folder, name)): name for name in subfolders}
+        subfolders[:] = [name for path, name in found.items() if path not in visited]
+        visited.update(found)
     return sorted(f for f in files if f.suffix.lower() in extensions and f.is_file())
 
 
@@ -259,9 +256,8 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
             for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit=" batches", leave=False):
                 images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
                 readable.extend(map(bool, images))
-                images = b"".join(images)
-                checksum = zlib.crc32(images, checksum)
-                output.write(images)
+                checksum = zlib.crc32(b"".join(images), checksum)
+                output.writelines(images)
             output.write(readable + zlib.crc32(readable, checksum).to_bytes(4))
 
     def read() -> Tensor | None:
@@ -313,7 +309,6 @@ def open_image(file: Path) -> Image.Image:
 
 def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
     """Drawn images of the ten kinds in shapes.py, image_size pixels a side."""
-    check(image_size >= 1, "image_size", image_size, "1 or more")
     images, labels = shapes.draw(train + test, image_size, seed)
     return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], shapes.SHAPES,
                    image_size)
@@ -574,7 +569,7 @@ def open_atomically(path: Path):
 
 def download(url: str, path: Path, algorithm: str, checksum: str, reason: str):
     """Download a file whose hash begins with `checksum`. RuntimeError where the server cannot be reached, is silent for
-    15 seconds, sends less than 10 kB a second (DOWNLOAD_RATE), or sends another file; it ends with `reason`."""
+    15 seconds, sends less than 10 kB a second, or sends another file; its message ends with `reason`."""
     try:
         if not reachable(url):
             raise OSError("it cannot be reached")
@@ -653,7 +648,9 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     content = load_torch(path, "config", "stage", "model")
     config, weights = content["config"], content["model"]
     try:
-        check(is_plain(config), "config", type(config).__name__, "a dict of short values")
+        check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
+        depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
+        check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
         if "norm" not in config:  # made when there was one norm, and another encoder was called "cifar"
             config = config | {"norm": "group", "encoder": config["encoder"].replace("cifar", "cifar_first")}
         with torch.device("meta"):  # without memory: the config may ask for more than there is
@@ -662,9 +659,9 @@ def load_checkpoint(path: str | Path) -> VQRAE:
         for name, tensor in expected.items():
             stored = weights[name]
             same = stored.shape == tensor.shape and stored.is_floating_point() == tensor.is_floating_point()
+            same &= stored.untyped_storage().nbytes() >= stored.nbytes  # not one number expanded to many
             check(same, name, (tuple(stored.shape), stored.dtype), f"{tuple(tensor.shape)}, {tensor.dtype}")
-            enough = stored.untyped_storage().nbytes() >= stored.nbytes  # unless one number is expanded to many
-            check(enough and stored.isfinite().all(), name, "NaN or infinity", "finite numbers")
+            check(stored.isfinite().all(), name, "NaN or infinity", "finite numbers")
         model = VQRAE(**config, pretrained=False)
         model.load_state_dict(weights)
         return model.set_stage(content["stage"]).eval()

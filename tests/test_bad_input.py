@@ -11,7 +11,6 @@ from PIL import Image
 from models import VQRAE, PatchDiscriminator, build_encoder
 from quantizers import build_quantizer, nearest_code
 from utils import (
-    draw_shapes,
     evaluate,
     linear_probe,
     load_checkpoint,
@@ -123,7 +122,6 @@ OTHERS = {
     "an unknown quantizer": (lambda: build_quantizer("vq", 8), "quantizer"),
     "a width of 0": (lambda: build_quantizer("fsq", 0), "dim"),
     "a discriminator of tiny images": (lambda: PatchDiscriminator(4), "image_size"),
-    "drawing nothing": (lambda: draw_shapes(0), "image_size"),
     "an empty folder": (lambda: load_dataset(folder_of(0), 32), "DATASET"),
     "a folder of broken images": (lambda: load_dataset(folder_of(3, broken=True), 32), "DATASET"),
     "a constant without a value": (lambda: read_constants({"SEED": 0}), "NAME=value"),

@@ -39,5 +39,7 @@ def test_bench_prints_its_tables(bench, folder, capsys):
 def test_an_unknown_benchmark_is_one_line(bench):
     with pytest.raises(SystemExit, match=r"^bench.py: BENCHMARKS = 'search', allowed: some of"):
         bench("BENCHMARKS=search")
+    with pytest.raises(SystemExit, match=r"^bench.py: ROUNDS = 0, allowed: 1 or more"):
+        bench("ROUNDS=0", "BENCHMARKS=()")
     with pytest.raises(SystemExit, match=r"^bench.py: argument = 'ROUND=1', allowed: .*ROUNDS"):
         bench("ROUND=1")

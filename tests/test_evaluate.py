@@ -27,7 +27,7 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
     for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None}.items():
+                        "CODECS": None, "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -168,8 +168,12 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
         shipped(tmp_path / "0.0.pt", "CURVE=3")
     with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
         shipped(tmp_path / "0.0.pt", "CURVE=None", "CODECS=True")
+    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
+        shipped(tmp_path / "0.0.pt", f"CURVE={tmp_path}", "CODECS=None")
+    with pytest.raises(SystemExit, match="evaluate.py: BATCH_SIZE = True"):
+        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "CURVE=None")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
-        shipped(tmp_path / "0.0.pt", "CODECS=None", "SHIP=True", "TRAIN_IMAGES=20")
+        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20", "BATCH_SIZE=250")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
     with pytest.raises(SystemExit, match="evaluate.py: TRAIN_IMAGES = 1"):  # a probe needs a standard deviation
@@ -292,6 +296,6 @@ def test_a_full_gpu_memory_is_no_missing_network_or_dataset(where, folder, tmp_p
 
 def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):
     Path(tmp_path / "text.pt").write_text("hello")
-    for path in ("nowhere.pt", tmp_path / "text.pt"):
+    for path in ("nowhere.pt", tmp_path / "text.pt", "lr=0.1/fsq_stage1_best.pt"):
         with pytest.raises(SystemExit, match="evaluate.py: checkpoint"):
             shipped(path)

@@ -61,7 +61,7 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert float(table[1]["loss"]) < float(table[0]["loss"])
     assert {f.name for f in checkpoints.iterdir()} == {
         f"{quantizer}_stage1_best.pt", f"{quantizer}_stage1_epoch_1.pt", f"{quantizer}_stage1_epoch_2.pt",
-        f"{quantizer}_stage2_best.pt", f"{quantizer}_stage2_epoch_1.pt", "last.pt"}
+        f"{quantizer}_stage2_best.pt", f"{quantizer}_stage2_epoch_1.pt", "last.pt", "lock"}
     original = build_encoder("cifar", 4).state_dict()
     for stage, changed in ((1, False), (2, True)):
         model = load_checkpoint(checkpoints / f"{quantizer}_stage{stage}_best.pt")
@@ -238,7 +238,7 @@ def test_starting_from_a_checkpoint(train, folder):
     train(*first_run, "STAGES=(1,)")
     first, = Path("checkpoints").iterdir()
     names = {f.name for f in first.iterdir()}
-    assert names == {"fsq_stage1_best.pt", "fsq_stage1_epoch_2.pt", "last.pt"}  # epoch_1 is pruned
+    assert names == {"fsq_stage1_best.pt", "fsq_stage1_epoch_2.pt", "last.pt", "lock"}  # epoch_1 is pruned
     checkpoint = first / "fsq_stage1_best.pt"
     normalization = load_checkpoint(checkpoint).feature_std
     assert not torch.equal(normalization, torch.ones_like(normalization))
@@ -262,13 +262,20 @@ def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
     arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
     train(*arguments)
     last, = Path("checkpoints").glob("*/last.pt")
-    saved = load_torch(last)
+    original, saved = load_torch(last), load_torch(last)
     saved["model"]["decoder.head.weight"] = saved["model"]["decoder.head.weight"][:1]
-    save_torch(last, saved)
     next(Path("outputs").glob("*/results.json")).unlink()
-    with pytest.raises(SystemExit, match=r"last.pt is of other code.*delete it") as error:
+    best = last.with_name("fsq_stage1_best.pt")
+    for other, words in ((saved, "of other code.*delete it"), ([], "has not all of stage, epoch, history"),
+                         (load_torch(best), "has not all of"), (saved | {"model": None}, "of other code")):
+        save_torch(last, other)
+        with pytest.raises(SystemExit, match=rf"^train.py: .*last.pt .*{words}") as error:
+            train(*arguments)
+        assert "\n" not in str(error.value.code)
+    save_torch(last, original)
+    last.with_name("fsq_stage2_best.pt").unlink()
+    with pytest.raises(SystemExit, match="^train.py: .*fsq_stage2_best.pt.*delete .*last.pt"):
         train(*arguments)
-    assert "\n" not in str(error.value.code)
 
 
 def test_going_on_from_stage_2_holds_the_encoder_to_the_pretrained_one(train, folder):
@@ -291,6 +298,16 @@ def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
     values = [float(row["psnr"]) for row in rows(outputs / "metrics.csv")]
     assert best["epoch"] == values.index(max(values)) + 1 and best["metrics"]["psnr"] == pytest.approx(max(values))
     assert best["constants"]["QUANTIZER"] == "fsq" and best["constants"]["DATASET"] == str(folder)
+
+
+def test_an_epoch_is_printed_when_it_is_saved(train, folder, monkeypatch, capsys):
+    def interrupt(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.save_torch", interrupt)
+    with pytest.raises(SystemExit, match="no epoch was finished"):
+        train(f"DATASET={folder}", *SMALL)
+    assert not re.search(r"^ +1 +1 ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
@@ -319,18 +336,22 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "CODEBOOKS=70 QUANTIZER=ema_vq", "CODEBOOKS=2 QUANTIZER=ddcl", "CODEBOOKS=2 QUANTIZER=none", "CODEBOOKS=6",
     "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2",
     "RANDOM_DEPTH=2 CODEBOOKS=2", "RANDOM_DEPTH=0.5", "RANDOM_DEPTH=0.5 CODEBOOKS=2 COMBINE=product QUANTIZER=ema_vq",
+    "STAGES=(1.0,)", "STAGES=(True,)", "EPOCHS=(10000000000, 1)", "LEARNING_RATE=(1e39, 1)",
+    "SEED=99999999999999999999", "IMAGE_SIZE=1048576", "DECODER_WIDTH=100000", "FSQ_LEVELS=(8, 8.0)", "GRID=True",
+    "DATASET={}", "L2_WEIGHT=1e400",
 ])
 def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
     if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
         monkeypatch.setattr("utils.load_dataset", lambda *args: pytest.fail("looked for data before all was checked"))
     name = argument.split("=")[0]
     given = [] if name == "DATASET" else [f"DATASET={folder}"]
-    quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"]}.get(name, [])
+    quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"], "SIMVQ_CODE_DIM": ["QUANTIZER=simvq"]}.get(name, [])
     with pytest.raises(SystemExit) as error:
         train(*given, *quantizer, *re.split(r" (?=[A-Z])", argument))
     message = str(error.value.code)
     assert "\n" not in message and message.startswith("train.py: ") and "allowed" in message
-    assert name in (message.upper() if name in ("CODEBOOKS", "COMBINE") else message)  # options of the quantizer
+    option = {"FSQ_LEVELS": "levels", "DDCL_DELTA": "delta", "SIMVQ_CODE_DIM": "code_dim"}.get(name, name.lower())
+    assert name in message or option in message  # of the quantizer
     assert not Path("outputs").exists() and not Path("checkpoints").exists()
 
 
@@ -388,7 +409,7 @@ def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder, monkeypatch):
     AirbenchEncoder().load_state_dict(torch.load(tmp_path / "cifar_encoder.pt", weights_only=True))
     recipe = json.loads((tmp_path / "cifar_encoder.json").read_text())
     assert recipe["EPOCHS"] == 2 and 0 <= recipe["linear_probe_accuracy"] <= 1
-    for wrong in ("BATCH_SIZE=1000", "EPOCHS=0"):
+    for wrong in ("BATCH_SIZE=1000", "EPOCHS=0", "SEED=0.5", "LEARNING_RATE=None", "PIXEL_WEIGHT=x"):
         with pytest.raises(SystemExit, match=rf"^pretrain.py: {wrong.split('=')[0]} = [^\n]*$"):
             pretrain(wrong)
 
