@@ -383,7 +383,7 @@ def ordinary_loop(dataset: str, images: str, seed: str, batch_size: int = 32):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    metrics, _, _ = evaluate(model, data.test_images)
+    metrics, _, _ = evaluate(model, data.test_images, batch_size)
     print("PSNR", metrics["psnr"])
 
 
