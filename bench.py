@@ -2,11 +2,13 @@
 
     python bench.py                             everything, ten minutes on two cores; on a GPU, with a run of train.py
     python bench.py "BENCHMARKS=('search',)"    one or some of them
+    python bench.py "BENCHMARKS=('race',)"      time to quality, which takes hours and is not among the above
 
 Each line of the first four runs two things in turn, ROUNDS times, and prints the medians of their times and of their
 ratio, with its range. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
 """
 import csv
+import json
 import os
 import platform
 import re
@@ -35,18 +37,26 @@ from vector_quantize_pytorch import VectorQuantize
 
 from models import VQRAE
 from optimization import BF16Weights
-from quantizers import EMAVQ, SimVQ, check, fast_bf16
-from utils import FeatureCache, draw_shapes, read_constants
+from quantizers import EMAVQ, Quantizer, SimVQ, check, fast_bf16
+from utils import FeatureCache, draw_shapes, evaluate, load_dataset, read_constants, to_float
 
-BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # functions below
+BENCHMARKS = ("training", "utilisation", "search", "tokenizing", "start", "scaling", "run")  # and "race": see below
 ROUNDS = 5
 BATCH_SIZE = 64
 BATCHES = 4  # of training, in each timing
 CODEBOOKS = ((16384, 1536), (8192, 768), (1024, 64), (16384, 8))  # size and code dim, for the search
 TOKENS = 8192  # of the search, as one image and as 32
-DATASET = "cifar10"  # of start and run
+DATASET = "cifar10"  # of start, run and race
 SCALING_DATASET = "shapes"  # of scaling: has as many training images as the largest of SCALING
 SCALING = (5_000, 15_000, 50_000)  # images in an epoch
+GOALS = (26, 27, 28)  # of race: PSNR in dB on all test images
+RACE_IMAGES = (3_000, 6_000, 10_000, 20_000, 40_000, 60_000, 100_000)  # training images of a run, ascending
+RACE_SEEDS = 3
+RACE_SECONDS = 900  # no longer runs after one that took longer
+RACE = {"train.py, EMA-VQ of 65,536 codes": "QUANTIZER=ema_vq EMA_CODEBOOK_SIZE=65536 EMA_CODE_DIM=8",
+        "ordinary loop, the library's VQ of 8,192": None,  # ordinary_loop below; its search takes 30 s a step in 65,536
+        "CNN from scratch, FSQ, 16 tokens": "ENCODER=cnn GRID=4 ADAPTER_DEPTH=0 POST_QUANT_KERNEL=0 BATCH_SIZE=128 "
+                                            "LEARNING_RATE=(3e-4,3e-4)"}  # of 256 bits an image in all
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent
 
@@ -260,20 +270,24 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def run_python(*arguments: str | Path, folder: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True)
 
 
-def last_line(done: subprocess.CompletedProcess) -> str:
-    """The error of a script that failed."""
-    return done.stderr.strip().rpartition("\n")[2]
+def time_training(*arguments: str) -> tuple[float, dict]:
+    """Seconds of train.py on DATASET in an empty folder, from start to end, and what it measured on all test images."""
+    Path("data").mkdir(exist_ok=True)
+    dataset = Path(DATASET).resolve() if Path(DATASET).is_dir() else DATASET
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "data").symlink_to(Path("data").resolve())
+        seconds_taken = seconds(lambda: run_python(ROOT / "train.py", f"DATASET={dataset}", *arguments, folder=folder))
+        results, = Path(folder, "outputs").glob("*/results.json")
+        return seconds_taken, json.loads(results.read_text())
 
 
 def start():
     """From `python train.py` to its first step with the images on disk, beyond importing torch."""
     code = FIRST_STEP.format(root=str(ROOT))
     done = [run_python("-c", code, f"DATASET={DATASET}", "SEED=31415") for _ in range(ROUNDS)]
-    if any("seconds" not in run.stderr for run in done):
-        return print(f"\nstart: {last_line(done[0])}")
     times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
     print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s "
           f"({min(times):.1f}-{max(times):.1f})")
@@ -284,12 +298,10 @@ def scaling():
     print("\nimages in an epoch, and seconds of the second epoch")
     for count in SCALING:
         with tempfile.TemporaryDirectory() as folder:
-            done = run_python(
+            run_python(
                 ROOT / "train.py", f"DATASET={SCALING_DATASET}", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)",
                 "STAGES=(1,)", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0",
                 "PERCEPTUAL_WEIGHT=(0, 0)", "FEATURE_CACHE_GB=0", "EVAL_IMAGES=100", folder=folder)
-            if done.returncode:
-                return print(f"scaling: {last_line(done)}")
             table, = Path(folder, "outputs").glob("*/metrics.csv")
             with open(table) as file:
                 *_, last = csv.DictReader(file)
@@ -301,15 +313,80 @@ def run():
     """Seconds of train.py on DATASET with its own constants, from start to end. On a GPU alone: it takes minutes."""
     if device != "cuda":
         return print("\npython train.py: not timed on a CPU")
-    Path("data").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "data").symlink_to(Path("data").resolve())
-        dataset = Path(DATASET).resolve() if Path(DATASET).is_dir() else DATASET
+    print(f"\npython train.py: {time_training()[0]:.0f} s, with the download if there was one")
+
+
+def race():
+    """Seconds from a process's start to GOALS, as cifar10-airbench races; measuring all test images counts.
+
+    A run's learning rate decays to zero over a number of images that is set beforehand: each line has the medians of
+    runs of so many images, one for each seed. A goal's time is that of the shortest runs that reach it.
+    """
+    load_dataset(DATASET, 32)  # a folder is decoded before any run is timed
+    print(f"\nrace, medians of {RACE_SEEDS} seeds {'images':>22} {'seconds':>8} {'PSNR':>6}  goals, when first reached")
+    for name, constants in RACE.items():
+        left = list(GOALS)
+        for images in RACE_IMAGES:
+            runs = [race_once(constants, images, seed) for seed in range(RACE_SEEDS)]
+            taken, psnr = (statistics.median(column) for column in zip(*runs))
+            reached = [goal for goal in left if psnr >= goal]
+            left = [goal for goal in left if psnr < goal]
+            goals = "".join(f"  {goal} dB" for goal in reached)
+            print(f"{name:42} {images:8,} {taken:8.1f} {psnr:6.2f}{goals}", flush=True)
+            if not left or taken > RACE_SECONDS:
+                break
+
+
+def race_once(constants: str | None, images: int, seed: int) -> tuple[float, float]:
+    """Seconds and PSNR of one run of stage 1, of train.py with these constants or, without any, of ordinary_loop."""
+    if constants is None:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bench; bench.ordinary_loop(*sys.argv[1:])"
         begun = time.perf_counter()
-        done = run_python(ROOT / "train.py", f"DATASET={dataset}", folder=folder)
-        taken = time.perf_counter() - begun
-    result = last_line(done) if done.returncode else f"{taken:.0f} s, with the download if there was one"
-    print(f"\npython train.py: {result}")
+        done = run_python("-c", code, DATASET, str(images), str(seed))
+        return time.perf_counter() - begun, float(done.stdout.rpartition("PSNR")[2])
+    taken, results = time_training(*constants.split(), f"SEED={seed}", f"EPOCH_IMAGES={images}", "EPOCHS=(1, 1)",
+                                   "STAGES=(1,)", "EVAL_IMAGES=1", "KEEP_CHECKPOINTS=0")
+    return taken, results["psnr"]
+
+
+class LibraryVQ(Quantizer):
+    """vector-quantize-pytorch's own: codes start by k-means; one used a tenth as often as the average is replaced."""
+
+    def __init__(self, dim: int, codebook_size: int, code_dim: int, tokens: int):
+        super().__init__(dim, codebook_size)
+        self.vq = VectorQuantize(dim, codebook_size=codebook_size, codebook_dim=code_dim, decay=0.99, kmeans_init=True,
+                                 threshold_ema_dead_code=0.1 * tokens / codebook_size)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z_q, indices, loss = self.vq(x[None])
+        return z_q[0], loss.sum(), indices[0]
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        return self.vq.get_output_from_indices(indices)
+
+
+def ordinary_loop(dataset: str, images: str, seed: str, batch_size: int = 32):
+    """Train the default model as one would without this repository's ways: the squared error alone, AdamW, fp32, the
+    frozen encoder in each step, and LibraryVQ. Prints the PSNR on all test images."""
+    torch.manual_seed(int(seed))
+    data = load_dataset(dataset, 32)
+    model = VQRAE(quantizer="none", post_quant_kernel=1)
+    model.quantizer = LibraryVQ(model.encoder.dim, 8192, 8, batch_size * model.encoder.grid**2)
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), fused=True)
+    steps = int(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05, cycle_momentum=False)
+    for index in torch.randint(len(data.train_images), (steps, batch_size)):
+        batch = to_float(data.train_images[index].to(device))
+        output, loss, _ = model(batch)
+        loss = loss + 16 * F.mse_loss(output, batch)  # the weight of train.py
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    metrics, _, _ = evaluate(model, data.test_images, batch_size)
+    print("PSNR", metrics["psnr"])
 
 
 def machine() -> str:
@@ -321,7 +398,7 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    benchmarks = {f.__name__: f for f in (training, utilisation, search, tokenizing, start, scaling, run)}
+    benchmarks = {f.__name__: f for f in (training, utilisation, search, tokenizing, start, scaling, run, race)}
     try:
         constants = read_constants(globals())
         for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
@@ -332,5 +409,9 @@ if __name__ == "__main__":
         sys.exit(f"bench.py: {error}")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
     for name in BENCHMARKS:
-        benchmarks[name]()
+        try:
+            benchmarks[name]()
+        except subprocess.CalledProcessError as error:
+            *_, last_line = error.stderr.strip().splitlines()
+            print(f"\n{name}: {last_line}")
         torch.cuda.empty_cache()  # for the processes that the next one starts
