@@ -13,7 +13,6 @@ import re
 import threading
 import urllib.request
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import timm
@@ -84,10 +83,11 @@ class ConvNorm(nn.Module):
     """Convolution, 2x2 max pooling if asked for, and BatchNorm. fuse() folds the last into the first, after pretraining
     (through the pooling, too: BatchNorm's scale is positive there)."""
 
-    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
+    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False,
+                 padding_mode: str = "replicate"):
         super().__init__()
         padding = kernel // 2 if kernel % 2 else 0
-        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, bias=False, padding_mode=padding_mode)
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         self.norm = nn.BatchNorm2d(dim_out)
 
@@ -103,8 +103,8 @@ class ConvBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv1 = ConvNorm(dim, dim, 3)
-        self.conv2 = ConvNorm(dim, dim, 3)
+        self.conv1 = ConvNorm(dim, dim, 3, padding_mode="zeros")
+        self.conv2 = ConvNorm(dim, dim, 3, padding_mode="zeros")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
@@ -125,9 +125,9 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.token_size = token_size
         self.deep = nn.Sequential(
-            ConvNorm(3, 32, 3), nn.ReLU(),
-            ConvNorm(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
-            ConvNorm(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
+            ConvNorm(3, 32, 3, padding_mode="zeros"), nn.ReLU(),
+            ConvNorm(32, 96, 3, stride=2, padding_mode="zeros"), nn.ReLU(), ConvBlock(96),
+            ConvNorm(96, 192, 3, stride=2, padding_mode="zeros"), nn.ReLU(), ConvBlock(192), ConvBlock(192),
             ConvNorm(192, 192, 1),
         )
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
@@ -160,7 +160,7 @@ class AirbenchEncoder(nn.Module):
         """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
         super().__init__()
         self.token_size = token_size
-        self.whiten = nn.Conv2d(3, 24, 3, padding=1)
+        self.whiten = nn.Conv2d(3, 24, 3, padding=1, padding_mode="replicate")
         layers, dim_in = [nn.GELU()], 24
         for width in (64, 256, 384):
             layers += [ConvNorm(dim_in, width, 3, pool=True), nn.GELU(), ConvNorm(width, width, 3), nn.GELU()]
@@ -306,34 +306,35 @@ class OnGrid(nn.Sequential):
 
 
 class Conv(nn.Module):
-    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon."""
+    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon.
 
-    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
+    The image goes on beyond its border as it is there, which is nearer to a larger image than zeros are: what was
+    learned on small images, where each token is near a border, then serves for large ones. local False: zeros.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3, local: bool = True):
         super().__init__()
         conv = nn.Conv2d(dim_in, dim_out, kernel)
-        self.kernel = kernel
+        self.kernel, self.local = kernel, local
         self.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
         self.bias = nn.Parameter(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # the weight's layout; faster, above all on a CPU
         weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
-
-
-# "layer": over the channels of each position, so that a reconstruction does not depend on far corners of the image.
-# "group": over the whole image, as in checkpoints made when all images had one size.
-NORMS = {"layer": LayerNorm2d, "group": partial(nn.GroupNorm, 1)}
+        if self.kernel > 1:
+            x = F.pad(x, (self.kernel // 2,) * 4, mode="replicate" if self.local else "constant")
+        return F.conv2d(x, weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
     """Residual block of a norm and two 3x3 convolutions with `hidden` channels between them. The second convolution
     starts at zero, so that the block starts as the identity."""
 
-    def __init__(self, dim: int, hidden: int, norm: str = "layer"):
+    def __init__(self, dim: int, hidden: int, local: bool = True):
         super().__init__()
-        self.norm = NORMS[norm](dim)
-        self.conv1, self.conv2 = Conv(dim, hidden), Conv(hidden, dim)
+        self.norm = LayerNorm2d(dim) if local else nn.GroupNorm(1, dim)
+        self.conv1, self.conv2 = Conv(dim, hidden, local=local), Conv(hidden, dim, local=local)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -345,18 +346,18 @@ class ConvDecoder(nn.Module):
     """Tokens (B, dim, h, w) to images of token_size pixels a token: `depth` residual blocks at the resolution of the
     tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
 
-    def __init__(self, dim: int, token_size: int, width: int, depth: int, norm: str):
+    def __init__(self, dim: int, token_size: int, width: int, depth: int, local: bool):
         super().__init__()
         doublings = round(math.log2(token_size))
         check(2**doublings == token_size, "DECODER", "conv",
               f'"vit" where IMAGE_SIZE / GRID = {token_size} is no power of 2')
-        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width, norm) for _ in range(depth))]
+        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width, local) for _ in range(depth))]
         for _ in range(doublings):
             narrow = max(width // 2, 32)
-            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow, norm)]
+            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow, local)]
             width = narrow
-        self.layers = nn.Sequential(*layers, NORMS[norm](width))
-        self.head = Conv(width, 3)
+        self.layers = nn.Sequential(*layers, LayerNorm2d(width) if local else nn.GroupNorm(1, width))
+        self.head = Conv(width, 3, local=local)
 
     def forward(self, z: Tensor) -> Tensor:
         return 0.5 + 0.25 * self.head(self.layers(z)).float()  # about the mean and standard deviation of pixels
@@ -418,7 +419,7 @@ class VQRAE(nn.Module):
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
                  normalize: bool = False, decoder: str | None = None, decoder_width: int | None = None,
-                 decoder_depth: int | None = None, decoder_heads: int | None = None, norm: str = "layer",
+                 decoder_depth: int | None = None, decoder_heads: int | None = None, local: bool = True,
                  pretrained: bool = True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
@@ -427,7 +428,7 @@ class VQRAE(nn.Module):
         normalize: whether set_normalization is to be called, as train.py does, before training
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
-        norm: of convolutional blocks, one of NORMS
+        local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros beyond it
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())
@@ -452,7 +453,7 @@ class VQRAE(nn.Module):
         def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:
                 return OnGrid(*transformer(dim, number, self.encoder.heads))
-            return nn.Sequential(*(ResidualBlock(dim, hidden, norm) for _ in range(number)))
+            return nn.Sequential(*(ResidualBlock(dim, hidden, local) for _ in range(number)))
 
         adapter_depth = (1 if vit else 3) if adapter_depth is None else adapter_depth
         self.adapter = blocks(adapter_depth)
@@ -460,18 +461,18 @@ class VQRAE(nn.Module):
         self.from_scratch = encoder in FROM_SCRATCH
         # two narrow convolutional blocks predict better than a wide one: they see more of the neighbouring tokens
         self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
-        self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
+        self.post_quant_conv = Conv(dim, dim, post_quant_kernel, local) if post_quant_kernel else nn.Identity()
         self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
         self.register_buffer("feature_std", torch.ones(dim, 1, 1))
         if kind == "cnn":
             self.decoder = CNNDecoder(dim, self.token_size)
         elif kind == "conv":
-            self.decoder = ConvDecoder(dim, self.token_size, width, depth, norm)
+            self.decoder = ConvDecoder(dim, self.token_size, width, depth, local)
         else:
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         # How many tokens away a token can see when images are encoded and when they are decoded; None: the whole image.
         # The shipped encoder: 8; a residual block: 2; after the tokens' resolution, less than 3 in all.
-        local = norm == "layer" and not vit
+        local = local and not vit
         self.encoder_reach = 8 + 2 * adapter_depth if local else None
         self.decoder_reach = 3 + 2 * depth + post_quant_kernel // 2 if local and kind != "vit" else None
         self.set_stage(1)

@@ -343,7 +343,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
-                  for name, value in model.config.items() if name != "norm" and loaded.config[name] != value]
+                  for name, value in model.config.items() if name != "local" and loaded.config[name] != value]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")

@@ -651,8 +651,8 @@ def load_checkpoint(path: str | Path) -> VQRAE:
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
-        if "norm" not in config:  # made when there was one norm, and another encoder was called "cifar"
-            config = config | {"norm": "group", "encoder": config["encoder"].replace("cifar", "cifar_first")}
+        if "local" not in config:  # made when all images had one size, and another encoder was called "cifar"
+            config = config | {"local": False, "encoder": config["encoder"].replace("cifar", "cifar_first")}
         with torch.device("meta"):  # without memory: the config may ask for more than there is
             expected = VQRAE(**config, pretrained=False).state_dict()
         check(weights.keys() == expected.keys(), "weights", len(weights), f"the model's {len(expected)}")
