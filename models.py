@@ -428,7 +428,7 @@ class VQRAE(nn.Module):
         normalize: whether set_normalization is to be called, as train.py does, before training
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
-        local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros beyond it
+        local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros around it
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())

@@ -316,7 +316,8 @@ def test_post_quant_conv(kernel):
 def test_convolution_with_a_matrix_of_weights(local, mode):
     conv = models.Conv(5, 7, local=local)
     x = torch.randn(2, 5, 6, 6)
-    patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode=mode), 3).unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # channels by pixel
+    patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode=mode), 3)
+    patches = patches.unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # channels by pixel
     expected = (conv.weight @ patches + conv.bias[:, None]).unflatten(2, (6, 6))
     assert conv.weight.ndim == 2 and torch.allclose(conv(x), expected, atol=1e-5)
 
