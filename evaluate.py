@@ -169,8 +169,8 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
 
 
 def load_networks(image_size: int) -> dict[str, nn.Module]:
-    """What distances between images are measured with: the shipped "encoder" and, where they can be had, "lpips" and
-    "rfid"."""
+    """What distances between images are measured with: an "encoder", the same in all tables, and, where they can be
+    had, "lpips" and "rfid"."""
     def load_inception() -> nn.Module:
         if importlib.util.find_spec("torch_fidelity") is None:
             raise RuntimeError("torchmetrics computes it with torch-fidelity, which is not installed")
@@ -181,7 +181,7 @@ def load_networks(image_size: int) -> dict[str, nn.Module]:
             raise RuntimeError(f"{URL_INCEPTION_V3} cannot be reached")
         return FrechetInceptionDistance(2048)
 
-    networks = {"encoder": build_encoder("cifar", max(1, image_size // 8)).eval()}
+    networks = {"encoder": build_encoder("cifar_first", max(1, image_size // 8)).eval()}
     for name, load in (("rFID", load_inception), ("LPIPS", load_lpips)):
         try:
             networks[name.lower()] = load()

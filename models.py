@@ -486,7 +486,8 @@ class VQRAE(nn.Module):
 
         h = ceil(H / token_size), w = ceil(W / token_size): images are padded by reflection to whole tokens.
         """
-        check_images(images)
+        images = check_images(images)
+        self._check_weights()
         check(min(images.shape[-2:]) >= self.token_size, "images", tuple(images.shape),
               f"{self.token_size} x {self.token_size} pixels or more, a token")
         return self.quantize(self.encoder(images))
@@ -593,7 +594,12 @@ class VQRAE(nn.Module):
         check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
         check(z.ndim == 4 and z.shape[1] == self.encoder.dim, name, tuple(z.shape), f"(B, {self.encoder.dim}, h, w)")
         check(z.dtype.is_floating_point, name, z.dtype, "a floating-point type")
+        self._check_weights()
         return z
+
+    def _check_weights(self):
+        weights = self.feature_mean.dtype
+        check(weights == torch.float32, "type of the model's weights", weights, "torch.float32: call its float()")
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,

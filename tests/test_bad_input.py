@@ -2,6 +2,7 @@
 
 (train.py's constants have a table of their own in test_train.py, broken files theirs in test_utils.py.)
 """
+import copy
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ MODEL = {
     "a list of images": (lambda m: m(images.tolist()), "images"),
     "z_q with another width": (lambda m: m.decode(features[:, 1:]), "z_q"),
     "z_q of a size that does not fit": (lambda m: m.decode(features, (28, 33)), "size"),
+    "a model in fp64": (lambda m: copy.deepcopy(m).double()(images), "weights"),
+    "z_q for a model in fp16": (lambda m: copy.deepcopy(m).half().decode(features), "weights"),
     "an image smaller than a token": (lambda m: m(images[..., :3]), "images"),
     "z_q without a batch": (lambda m: m.decode(features[0]), "z_q"),
     "z_q of integers": (lambda m: m.decode(features.long()), "z_q"),
