@@ -55,7 +55,7 @@ TRAIN_IMAGES = None  # training images that probes learn from and usage is count
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
-SHIP = False  # True: put 16-bit copies into checkpoints/pretrained and record their figures there
+SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 montage_side = 31  # images a side, at most, of the picture that codecs get: they have a largest size
@@ -365,12 +365,18 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
 
 
 def ship(path: Path) -> Path:
-    """A copy with 16-bit weights, half the size, as checkpoints/pretrained/vqrae_<quantizer>.pt"""
+    """A copy of a third of the size, as checkpoints/pretrained/vqrae_<quantizer>.pt: 8-bit matrices of weights, with a
+    scale for each row, and 16-bit numbers elsewhere"""
     content = load_torch(path)
     if "constants" in content:
         content["constants"]["DATASET"] = content["metrics"]["dataset"]  # instead of a path on this machine
-    content["model"] = {name: value.half() if value.is_floating_point() else value
-                        for name, value in content["model"].items()}
+    matrices = {name for name, p in load_checkpoint(path).named_parameters() if p.ndim > 1}
+    for name, value in content["model"].items():
+        if name in matrices:
+            scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half().view(-1, *[1] * (value.ndim - 1))
+            content["model"][name] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+        elif value.is_floating_point():
+            content["model"][name] = value.half()
     copy = PRETRAINED_DIR / f"vqrae_{content['config']['quantizer']}.pt"
     save_torch(copy, content)
     return copy

@@ -647,7 +647,9 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     """
     content = load_torch(path, "config", "stage", "model")
     config, weights = content["config"], content["model"]
-    try:
+    try:  # shipped ones hold matrices as 8-bit numbers with a scale for each row
+        weights = {name: value[0] * value[1].float() if isinstance(value, tuple) else value
+                   for name, value in weights.items()}
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
