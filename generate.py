@@ -105,7 +105,8 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
             batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
             tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device))).cpu()
                                        for index in batches])
-        utils.save_torch(path, tokens)
+        dtype = torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
+        utils.save_torch(path, {split: indices.to(dtype) for split, indices in tokens.items()})
     return utils.load_torch(path), content.hexdigest()[:12]
 
 
@@ -123,8 +124,11 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
         for optimizer in optimizers]
     state = [prior, *optimizers, *schedules]
-    for part, content in zip(state, saved.get("state", [])):
-        part.load_state_dict(content)
+    try:
+        for part, content in zip(state, saved.pop("state", [])):
+            part.load_state_dict(content)
+    except (RuntimeError, KeyError, ValueError):
+        sys.exit(f"generate.py: {last} is of other code than this: go back to that, or delete it to begin anew")
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
     print(" epoch   bits a token: training    test  images/s  seconds")
     for epoch in range(saved["epoch"] + 1, EPOCHS + 1):

@@ -84,8 +84,8 @@ class Prior(nn.Module):
         """As `features`, one token or more being masked in each image -> (B,), N times the mean bits of masked tokens.
 
         Their mean over draw_masks is MD4's continuous-time bound on -log2 p(tokens | label), with a mask ratio t
-        uniform in [0, 1] and weight 1/t (2406.04329, section 3), in the form of any-order models: the number of masked
-        tokens uniform in 1 to N (2110.02037, equation 5). It is what tokens cost that are filled one by one.
+        uniform in [0, 1] and weight 1/t (2406.04329), in the form of any-order models: the number of masked
+        tokens uniform in 1 to N (2110.02037). It is what tokens cost that are filled one by one.
         """
         targets = digits[masked]
         logits = self.logits(self.features(digits, masked, labels), targets)
