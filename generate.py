@@ -1,0 +1,270 @@
+"""Generate images: train a masked diffusion model over a checkpoint's tokens, and measure what they cost in bits.
+
+    python generate.py                                  tokens of the shipped checkpoint, with the constants below
+    python generate.py CHECKPOINT=checkpoints/<run>/fsq_stage2_best.pt DATASET=shapes
+
+Some of an image's tokens are masked, any number of them, and predicted from the others and the class: absorbing-state
+discrete diffusion (MD4, 2406.04329), in prior.py. Grids of samples go to outputs/<run>/, the model to
+checkpoints/<run>/prior.pt. A run that was stopped resumes after its last epoch; a finished one is measured again, with
+the present constants of sampling.
+"""
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+import utils
+from models import PRETRAINED_DIR, VQRAE, build_encoder
+from prior import Prior, build_prior, draw_masks, load_prior
+from quantizers import check, fast_bf16
+from utils import BF16Weights, Dataset, Muon, select_images, to_float
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# tokens
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py
+DATASET = "auto"  # the same names as in train.py
+FLIP = True  # mirror half of the training images, at random
+# model
+DIM = 192  # width of the model
+DEPTH = 3  # pairs of a convolutional and a transformer block
+# training
+EPOCHS = 200 if device == "cuda" else 24  # an hour on two CPU cores, measuring included
+BATCH_SIZE = 128
+LEARNING_RATE = 1e-3  # of AdamW; twice that of Muon, for the matrices of the blocks; warm-up, cosine decay
+DROP_LABEL = 0.1  # share of images whose class the model is not told, for guidance
+PRECISION = "bf16" if fast_bf16(device) else "fp32"
+EVAL_IMAGES = 1_000  # test images whose bits are measured after each epoch; at the end: all
+SEED = 0
+# sampling: not part of a run's name
+STEPS = 16  # in which an image's tokens are filled
+GUIDANCE = 2.0  # 1: none; more makes samples more like their class, and less diverse
+TEMPERATURE = 1.0
+SAMPLES = 10_000  # for the Fréchet distance and the probe
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def main():
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        constants = utils.read_constants(globals())
+        check_constants()
+        vqrae = utils.load_checkpoint(CHECKPOINT).to(device)
+        data = utils.load_dataset(DATASET, vqrae.config["image_size"])
+        check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"at most {len(data.train_images)}")
+        if data.train_labels is None:  # the one label there is: no class
+            data = data._replace(train_labels=torch.zeros(len(data.train_images), dtype=torch.int64),
+                                 test_labels=torch.zeros(len(data.test_images), dtype=torch.int64))
+        utils.seed_everything(SEED)
+        tokens, content = load_tokens(vqrae, data)
+        prior = build_prior(vqrae.quantizer, list(tokens["test"].shape[1:]), len(data.classes), DIM, DEPTH).to(device)
+        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content}
+        trained_with = {k: v for k, v in constants.items() if k not in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
+        name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(trained_with)}"
+        last = Path("checkpoints", name, "last.pt")
+        saved = utils.load_torch(last) if last.exists() else {"epoch": 0, "history": []}
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"generate.py: {error}")
+    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, {prior.tokens} "
+          f"tokens, {vqrae.quantizer.codebook_size:,} codes, {sum(p.numel() for p in prior.parameters()) / 1e6:.1f} M "
+          f"parameters, {device}", flush=True)
+    if saved["epoch"]:
+        print(f"resuming after epoch {saved['epoch']}")
+    try:
+        train(prior, vqrae, tokens, data, saved, last, constants)
+        measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, Path("outputs", name))
+    except KeyboardInterrupt:
+        sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
+
+
+def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
+    """The indices (N, h, w) of training images, "train" (with FLIP mirrored ones after them), and "test" images, made
+    once and kept in data/; and the hash of checkpoint and images that they have in their name."""
+    content = hashlib.sha256(Path(CHECKPOINT).read_bytes() + bytes([FLIP]))
+    for images in (data.train_images, data.test_images):
+        content.update(images.numpy())
+    path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
+    if not path.exists():
+        tokens = {}
+        for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
+            batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
+            tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device))).cpu()
+                                       for index in batches])
+        dtype = torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
+        utils.save_torch(path, {split: indices.to(dtype) for split, indices in tokens.items()})
+    return utils.load_torch(path), content.hexdigest()[:12]
+
+
+def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, last: Path, constants: dict):
+    """Train from the epoch after saved["epoch"], and leave a grid of samples, a table and checkpoints after each."""
+    outputs, labels, history = Path("outputs", last.parent.name), data.train_labels, saved["history"]
+    steps_per_epoch = len(labels) // BATCH_SIZE
+    steps = EPOCHS * steps_per_epoch
+    warmup = max(1, steps // 20)
+    matrices = {name: p for name, p in prior.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    others = [p for name, p in prior.named_parameters() if name not in matrices]
+    optimizers = [torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+                  Muon(matrices.values(), 2 * LEARNING_RATE, weight_decay=0.01)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        for optimizer in optimizers]
+    state = [prior, *optimizers, *schedules]
+    try:
+        for part, content in zip(state, saved.pop("state", [])):
+            part.load_state_dict(content)
+    except (RuntimeError, KeyError, ValueError):
+        sys.exit(f"generate.py: {last} is of other code than this: go back to that, or delete it to begin anew")
+    objective = BF16Weights(prior) if PRECISION == "bf16" else prior
+    print(" epoch   bits a token: training    test  images/s  seconds")
+    for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
+        utils.seed_everything(SEED, epoch)  # an epoch is the same in a run that was resumed before it
+        start, losses = time.time(), []
+        order = torch.randperm(len(labels))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
+        for index in tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False):
+            copy = len(labels) * torch.randint(1 + FLIP, (BATCH_SIZE,))
+            given = labels[index].masked_fill(torch.rand(BATCH_SIZE) < DROP_LABEL, prior.classes)
+            masked = draw_masks(BATCH_SIZE, prior.tokens).to(device)
+            with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
+                digits = prior.to_digits(tokens["train"][index + copy])
+                loss = objective(digits, masked, given.to(device)).mean() / prior.tokens
+            loss.backward()
+            for part in (*optimizers, *schedules):
+                part.step()
+            prior.zero_grad()
+            losses.append(loss.detach())
+        bits, seconds = torch.stack(losses).mean().item(), time.time() - start
+        if not math.isfinite(bits):
+            sys.exit(f"generate.py: the loss is not finite in epoch {epoch}; checkpoints of earlier epochs are kept")
+        test_bits = measure_bits(prior, tokens["test"][:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES]) / prior.tokens
+        row = {"epoch": epoch, "bits": bits, "test_bits": test_bits, "images_per_second": order.numel() / seconds,
+               "seconds": seconds}
+        print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
+        history.append(row)
+        utils.write_csv(outputs / "metrics.csv", history)
+        classes = torch.arange(min(max(prior.classes, 1), 10))  # a column for each
+        images = sample(prior, vqrae, classes.repeat(8))
+        utils.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in prior.state_dict().items()}  # 6 MB
+        utils.save_torch(last.with_name("prior.pt"), {"config": prior.config, "prior": weights, "metrics": row,
+                                                      "constants": constants})
+        saved |= {"epoch": epoch, "state": [part.state_dict() for part in state]}
+        utils.save_torch(last, saved)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.no_grad()
+def measure_bits(prior: Prior, indices: Tensor, labels: Tensor, masks: int = 1) -> float:
+    """The bound in bits an image, the mean over indices (n, h, w) with labels (n,), each with a few masks, always the
+    same ones. In fp32."""
+    torch.manual_seed(0)
+    bits = [prior(prior.to_digits(batch.repeat(masks, 1, 1)), draw_masks(masks * len(batch), prior.tokens).to(device),
+                  given.repeat(masks).to(device))
+            for batch, given in zip(tqdm(indices.split(250), "measuring", leave=False), labels.split(250))]
+    return torch.cat(bits).mean().item()
+
+
+@torch.no_grad()
+def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = None,
+           mask: Tensor | None = None) -> Tensor:
+    """uint8 images (B, 3, H, W) of classes (B,), from indices (B, h, w) with those drawn anew where mask is True, or
+    all of them."""
+    images = []
+    if mask is None:
+        mask = torch.ones(len(labels), *prior.grid, dtype=torch.bool)
+        indices = mask.long()
+    for i in tqdm(torch.arange(len(labels)).split(250), "sampling", leave=False):
+        with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
+            filled = prior.fill(indices[i], mask[i], labels[i], STEPS, GUIDANCE, TEMPERATURE)
+        images.append((vqrae.decode_from_indices(filled) * 255).round().byte().cpu())
+    return torch.cat(images)
+
+
+def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path):
+    """Bits, samples and their distance from test images, in the features of the shipped encoder; results.json."""
+    labels, test = data.test_labels, tokens["test"]
+    results = {"tokens": prior.tokens, "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
+               "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes), 4),
+               "bits_given_class": measure_bits(prior, test, labels, 4)}
+    utils.seed_everything(SEED)
+    classes = torch.arange(SAMPLES) % max(prior.classes, 1)
+    samples = sample(prior, vqrae, classes)
+    encoder = build_encoder("cifar", 8).eval().requires_grad_(False).to(device)
+    features = [torch.cat([encoder(to_float(batch.to(device))).mean((2, 3))
+                           for batch in tqdm(images.split(250), "encoding", leave=False)])
+                for images in (data.train_images, data.test_images, samples)]
+    results["frechet"] = frechet_distance(features[1], features[2])
+    for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
+        results[name] = utils.linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
+    nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
+    utils.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
+
+    originals, mask = data.test_images[:8], torch.zeros(8, *prior.grid, dtype=torch.bool)
+    top, left = (side // 4 for side in prior.grid)
+    mask[:, top : prior.grid[0] - top, left : prior.grid[1] - left] = True  # a hole of half the height and width
+    pixels = F.interpolate(mask[:, None].float(), originals.shape[-2:]).bool()
+    fillings = [sample(prior, vqrae, labels[:8], test[:8], mask) for _ in range(4)]
+    rows = torch.cat([originals, originals.masked_fill(pixels, 128), *fillings])  # in all, six
+    utils.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=8)
+    utils.write_file(outputs / "results.json", json.dumps(results, indent=2).encode())
+    print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
+          f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
+          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the shipped encoder's features "
+          f"{results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images {results['probe_test']:.1%})\n"
+          f"see {outputs}/")
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Between features (N, C) and (M, C), both N and M at least 2."""
+    identity = nn.Identity()  # torchmetrics is given features instead of images
+    identity.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(identity).to(real.device)
+    distance.update(real, real=True)
+    distance.update(generated, real=False)
+    return distance.compute().item()
+
+
+def check_constants():
+    """ValueError, naming the constant, its value and what is allowed, before anything is read."""
+    values = globals()
+    for name in ("CHECKPOINT", "DATASET"):
+        check(isinstance(values[name], str), name, values[name], "a name in quotes")
+    for name in ("DIM", "DEPTH", "EPOCHS", "BATCH_SIZE", "EVAL_IMAGES", "STEPS"):
+        check(type(values[name]) is int and values[name] >= 1, name, values[name], "a whole number of 1 or more")
+    for name in ("LEARNING_RATE", "TEMPERATURE"):
+        check(type(values[name]) in (int, float) and values[name] > 0, name, values[name], "a number above 0")
+    check(DIM < 64 or DIM % 64 == 0, "DIM", DIM, "a multiple of 64, or less")
+    check(type(GUIDANCE) in (int, float) and GUIDANCE >= 0, "GUIDANCE", GUIDANCE, "a number of 0 or more")
+    check(type(DROP_LABEL) in (int, float) and 0 <= DROP_LABEL <= 1, "DROP_LABEL", DROP_LABEL, "0 to 1")
+    check(type(SEED) is int and 0 <= SEED < 2**31, "SEED", SEED, "a whole number from 0 to 2**31 - 1")
+    check(type(SAMPLES) is int and SAMPLES >= 20, "SAMPLES", SAMPLES, "a whole number of 20 or more")
+    check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
+    check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ngenerate.py: stopped")
+    except torch.OutOfMemoryError:
+        sys.exit("generate.py: the GPU's memory is full: try less BATCH_SIZE")
+    except OSError as error:  # a full disk, a folder that must not be written
+        sys.exit(f"generate.py: {error}; files written before are whole, and the same command goes on from them")
