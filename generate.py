@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 import utils
 from models import PRETRAINED_DIR, VQRAE, build_encoder
+from optimization import BF16Weights, Muon
 from prior import Prior, build_prior, draw_masks, load_prior
 from quantizers import check, fast_bf16
-from utils import BF16Weights, Dataset, Muon, select_images, to_float
+from utils import Dataset, select_images, to_float
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -206,7 +207,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     utils.seed_everything(SEED)
     classes = torch.arange(SAMPLES) % max(prior.classes, 1)
     samples = sample(prior, vqrae, classes)
-    encoder = build_encoder("cifar", 8).eval().requires_grad_(False).to(device)
+    encoder = build_encoder("cifar_first", 4).eval().requires_grad_(False).to(device)
     features = [torch.cat([encoder(to_float(batch.to(device))).mean((2, 3))
                            for batch in tqdm(images.split(250), "encoding", leave=False)])
                 for images in (data.train_images, data.test_images, samples)]
