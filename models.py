@@ -456,6 +456,8 @@ class VQRAE(nn.Module):
             return nn.Sequential(*(ResidualBlock(dim, hidden, local) for _ in range(number)))
 
         adapter_depth = (1 if vit else 3) if adapter_depth is None else adapter_depth
+        self.config |= {"adapter_depth": adapter_depth, "decoder": kind, "decoder_width": width, "decoder_depth": depth,
+                        "decoder_heads": heads}
         self.adapter = blocks(adapter_depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.from_scratch = encoder in FROM_SCRATCH

@@ -400,6 +400,11 @@ def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):
         train(f"DATASET={folder}", *SMALL, "PERCEPTUAL=lpips")
 
 
+def test_defaults_spelled_out_are_the_same_model():
+    spelled_out = VQRAE(decoder="conv", decoder_width=192, decoder_depth=2, decoder_heads=3, adapter_depth=3)
+    assert VQRAE().config == spelled_out.config
+
+
 def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder, monkeypatch):
     def pretrain(*arguments):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", f"DATASET={folder}", "BATCH_SIZE=32", *arguments])

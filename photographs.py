@@ -1,0 +1,78 @@
+"""Measure checkpoints on photographs of any size, each encoded whole, beside JPEG, WebP and AVIF at the same bits.
+
+    python photographs.py PHOTOS=my_photos                                        the shipped checkpoints
+    python photographs.py PHOTOS=my_photos checkpoints/<run>/fsq_stage2_best.pt   your own
+
+Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, and writes the first one, with its
+reconstructions to outputs/photographs/.
+"""
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from evaluate import CODEC_OPTIONS, encode_montage, format_table, name_checkpoints, nearest_quality
+from models import PRETRAINED_DIR, VQRAE
+from quantizers import check
+from utils import find_images, load_checkpoint, load_image, psnr, read_constants, ssim, to_float
+
+PHOTOS = None  # a folder
+COUNT = None  # photographs measured, of all in a fixed order; None: all
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main():
+    try:
+        constants = [argument for argument in sys.argv[1:] if argument.startswith(("PHOTOS=", "COUNT="))]
+        read_constants(globals(), constants)
+        check(isinstance(PHOTOS, str) and Path(PHOTOS).is_dir(), "PHOTOS", PHOTOS, "a folder of photographs")
+        check(COUNT is None or type(COUNT) is int and COUNT >= 1, "COUNT", COUNT, "None, or 1 or more")
+        paths = [Path(argument) for argument in sys.argv[1:] if argument not in constants]
+        models = {name: load_checkpoint(path).to(device) for name, path in
+                  name_checkpoints(paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))).items()}
+        check(models, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
+        sizes = {name: model.quantizer.codebook_size for name, model in models.items()}
+        check(all(sizes.values()), "checkpoints", sizes, "with a quantizer")
+        files = find_images(Path(PHOTOS))[:COUNT]
+        check(files, "PHOTOS", PHOTOS, "a folder with photographs in it")
+        rows = {}
+        for file in tqdm(files, "photographs"):
+            measure(file, models, rows, save=file == files[0])
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"photographs.py: {error}")
+    means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
+    columns = {"bits a pixel": "bits:.3f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
+    print(f"{len(files)} photographs of {PHOTOS}:\n\n{format_table(means, columns, 'photographs from')}")
+
+
+def measure(file: Path, models: dict[str, VQRAE], rows: dict[str, list[dict]], save: bool):
+    """Append bits a pixel, PSNR and SSIM of a photograph to the rows of each model and codec."""
+    image = load_image(file).to(device)
+    pixels = image.shape[2] * image.shape[3]
+
+    def add(name: str, bits: float, reconstruction: Tensor):
+        figures = {"bits": bits / pixels, "psnr": psnr(reconstruction, image), "ssim": ssim(reconstruction, image)}
+        rows.setdefault(name, []).append({key: float(value) for key, value in figures.items()})
+        if save:
+            path = Path("outputs", "photographs", f"{name}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(torch.cat([image, reconstruction], 3), path)
+
+    for name, model in models.items():
+        indices = model.encode_to_indices(image)
+        bits = indices.numel() * math.log2(model.quantizer.codebook_size)
+        add(name, bits, model.decode_from_indices(indices, size=image.shape[2:]))
+    for codec in CODEC_OPTIONS:  # at the last checkpoint's bits
+        encode = functools.cache(functools.partial(encode_montage, (image.cpu() * 255).round().byte(), codec))
+        size, decoded = encode(nearest_quality(encode, bits))
+        add(codec, size, to_float(decoded).to(device))
+
+
+if __name__ == "__main__":
+    main()

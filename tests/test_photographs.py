@@ -1,0 +1,56 @@
+"""photographs.py, on two small images of different sizes."""
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import photographs
+from models import VQRAE
+from utils import draw_shapes, load_checkpoint, load_image, save_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(photographs, "PHOTOS", None)
+        monkeypatch.setattr(photographs, "COUNT", None)
+        monkeypatch.setattr(sys, "argv", ["photographs.py", *map(str, arguments)])
+        photographs.main()
+
+    (tmp_path / "photos").mkdir()
+    for name, (height, width) in {"a": (45, 70), "b": (64, 33)}.items():
+        image = draw_shapes(70, train=1, test=1).train_images[0, :, :height, :width]
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / f"{name}.png")
+    save_checkpoint(tmp_path / "a.pt", VQRAE(quantizer_options={"levels": [8, 6, 5]}, decoder_width=64,
+                                             decoder_depth=1).eval())
+    return run
+
+
+def test_photographs(run, tmp_path, capsys):
+    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
+    rows = dict(re.findall(r"^\| (.+?) +\| +([\d. |]+)\|$", capsys.readouterr().out, re.M))
+    bits, psnr, _ = map(float, rows["cifar fsq, stage 1"].split("|"))
+    model, expected = load_checkpoint(tmp_path / "a.pt"), []
+    for file in (tmp_path / "photos").iterdir():
+        image = load_image(file)
+        with torch.no_grad():
+            error = (model(image)[0] - image).square().mean().item()
+        height, width = image.shape[2:]
+        tokens = math.ceil(height / 4) * math.ceil(width / 4)
+        expected.append((tokens * math.log2(240) / (height * width), -10 * math.log10(error)))
+    assert (bits, psnr) == pytest.approx(tuple(np.mean(expected, 0)), abs=0.006)
+    assert {"JPEG", "WebP", "AVIF"} <= rows.keys()
+    assert Image.open("outputs/photographs/JPEG.png").size in ((140, 45), (66, 64))
+
+
+@pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "PHOTOS=outputs"])
+def test_what_is_no_photographs(run, wrong, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(SystemExit, match=rf"^photographs.py: {wrong.split('=')[0]} = [^\n]*$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", wrong, tmp_path / "a.pt")
+    with pytest.raises(SystemExit, match=r"^photographs.py: checkpoint [^\n]*$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", "b.pt")
