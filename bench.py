@@ -371,7 +371,7 @@ def ordinary_loop(dataset: str, images: str, seed: str, batch_size: int = 32):
     torch.manual_seed(int(seed))
     data = load_dataset(dataset, 32)
     model = VQRAE(quantizer="none", post_quant_kernel=1)
-    model.quantizer = LibraryVQ(model.encoder.dim, 8192, 8, batch_size * model.encoder.grid**2)
+    model.quantizer = LibraryVQ(model.encoder.dim, 8192, 8, batch_size * 64)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), fused=True)
     steps = int(images) // batch_size

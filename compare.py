@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from evaluate import device, format_table, measure
 from models import build_encoder
+from plots import save_figure
 from quantizers import check
-from utils import load_dataset, load_torch, read_constants, save_figure, write_file
+from utils import load_dataset, load_torch, read_constants, write_file
 
 BITS = (10, 13, 16, 20)  # which sizes of LINES to train
 # lines of the figure: constants of train.py, and what {} is in them at so many bits a token, or about. To search 2**20

@@ -6,7 +6,7 @@
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
-where their networks cannot be had; two distances in the shipped encoder's features need no download.
+where their networks cannot be had; two distances in the first shipped encoder's features need no download.
 """
 import bisect
 import functools
@@ -32,6 +32,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
+from plots import save_figure
 from quantizers import check
 from utils import (
     Dataset,
@@ -43,7 +44,6 @@ from utils import (
     load_torch,
     psnr,
     read_constants,
-    save_figure,
     save_torch,
     ssim,
     to_float,
@@ -324,7 +324,7 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
     reconstructions (N, 3, H, W), uint8, of the first test images; bits: None without a quantizer, and then left out"""
     names = [name for name, value in bits.items() if value]
     if not names:
-        return print("no codecs: no checkpoint here has tokens of so many bits")
+        return print("no codecs: no checkpoint here has a quantizer")
     n = min(montage_side, math.isqrt(len(data.test_images)))
     originals = data.test_images[: n * n].cpu()
 
@@ -370,7 +370,9 @@ def ship(path: Path) -> Path:
     content = load_torch(path)
     if "constants" in content:
         content["constants"]["DATASET"] = content["metrics"]["dataset"]  # instead of a path on this machine
-    matrices = {name for name, p in load_checkpoint(path).named_parameters() if p.ndim > 1}
+    model = load_checkpoint(path)
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    content["model"], content["config"] = model.state_dict(), model.config
     for name, value in content["model"].items():
         if name in matrices:
             scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half().view(-1, *[1] * (value.ndim - 1))

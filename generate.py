@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+import plots
 import utils
 from models import PRETRAINED_DIR, VQRAE, build_encoder
 from optimization import BF16Weights, Muon
@@ -159,7 +160,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
         utils.write_csv(outputs / "metrics.csv", history)
         classes = torch.arange(min(max(prior.classes, 1), 10))  # a column for each
         images = sample(prior, vqrae, classes.repeat(8))
-        utils.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
+        plots.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
         weights = {k: v.half() if v.is_floating_point() else v for k, v in prior.state_dict().items()}  # 6 MB
         utils.save_torch(last.with_name("prior.pt"), {"config": prior.config, "prior": weights, "metrics": row,
                                                       "constants": constants})
@@ -215,7 +216,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
         results[name] = utils.linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
     nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
-    utils.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
+    plots.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
 
     originals, mask = data.test_images[:8], torch.zeros(8, *prior.grid, dtype=torch.bool)
     top, left = (side // 4 for side in prior.grid)
@@ -223,12 +224,13 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     pixels = F.interpolate(mask[:, None].float(), originals.shape[-2:]).bool()
     fillings = [sample(prior, vqrae, labels[:8], test[:8], mask) for _ in range(4)]
     rows = torch.cat([originals, originals.masked_fill(pixels, 128), *fillings])  # in all, six
-    utils.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=8)
+    plots.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=8)
     utils.write_file(outputs / "results.json", json.dumps(results, indent=2).encode())
     print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
           f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
-          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the shipped encoder's features "
-          f"{results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images {results['probe_test']:.1%})\n"
+          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the first shipped encoder's "
+          f"features {results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images "
+          f"{results['probe_test']:.1%})\n"
           f"see {outputs}/")
 
 

@@ -98,6 +98,14 @@ class ConvNorm(nn.Module):
         self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), nn.Identity()
 
 
+def fuse(encoder: nn.Module) -> nn.Module:
+    """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
+    for module in encoder.modules():
+        if isinstance(module, ConvNorm):
+            module.fuse()
+    return encoder
+
+
 class ConvBlock(nn.Module):
     """Residual block of two 3x3 convolutions."""
 
@@ -132,14 +140,7 @@ class ConvEncoder(nn.Module):
         )
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
         if fused:
-            self.fuse()
-
-    def fuse(self):
-        """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
-        for module in self.modules():
-            if isinstance(module, ConvNorm):
-                module.fuse()
-        return self
+            fuse(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
@@ -168,14 +169,7 @@ class AirbenchEncoder(nn.Module):
         self.deep = nn.Sequential(*layers, ConvNorm(dim_in, self.dim - 64, 1))
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
         if fused:
-            self.fuse()
-
-    def fuse(self):
-        """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
-        for module in self.modules():
-            if isinstance(module, ConvNorm):
-                module.fuse()
-        return self
+            fuse(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
@@ -308,8 +302,8 @@ class OnGrid(nn.Sequential):
 class Conv(nn.Module):
     """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon.
 
-    The image goes on beyond its border as it is there, which is nearer to a larger image than zeros are: what was
-    learned on small images, where each token is near a border, then serves for large ones. local False: zeros.
+    Replicate padding is closer to a larger image than zeros are: what was learned on small images, where each token is
+    near a border, then serves for large ones. local False: zeros.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3, local: bool = True):
@@ -418,14 +412,13 @@ class VQRAE(nn.Module):
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
-                 normalize: bool = False, decoder: str | None = None, decoder_width: int | None = None,
+                 decoder: str | None = None, decoder_width: int | None = None,
                  decoder_depth: int | None = None, decoder_heads: int | None = None, local: bool = True,
                  pretrained: bool = True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
-        normalize: whether set_normalization is to be called, as train.py does, before training
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
         local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros around it
@@ -464,15 +457,13 @@ class VQRAE(nn.Module):
         # two narrow convolutional blocks predict better than a wide one: they see more of the neighbouring tokens
         self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel, local) if post_quant_kernel else nn.Identity()
-        self.register_buffer("feature_mean", torch.zeros(dim, 1, 1))
-        self.register_buffer("feature_std", torch.ones(dim, 1, 1))
         if kind == "cnn":
             self.decoder = CNNDecoder(dim, self.token_size)
         elif kind == "conv":
             self.decoder = ConvDecoder(dim, self.token_size, width, depth, local)
         else:
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
-        # How many tokens away a token can see when images are encoded and when they are decoded; None: the whole image.
+        # Radius of the receptive field in tokens, when images are encoded and when they are decoded; None: unbounded.
         # The shipped encoder: 8; a residual block: 2; after the tokens' resolution, less than 3 in all.
         local = local and not vit
         self.encoder_reach = 8 + 2 * adapter_depth if local else None
@@ -500,8 +491,7 @@ class VQRAE(nn.Module):
         size: (H, W), that of the images that were encoded; None: that of whole tokens
         """
         height, width = self._image_size(self._check_features(z_q, "z_q"), size)
-        z = (self.post_quant_conv(z_q) - self.feature_mean) / self.feature_std
-        images = self.decoder(z)[..., :height, :width]
+        images = self.decoder(self.post_quant_conv(z_q))[..., :height, :width]
         return images if self.training else images.clamp(0, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -512,7 +502,10 @@ class VQRAE(nn.Module):
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips."""
-        return in_strips(lambda strip: self.encode(strip)[2], images, self.token_size, 1, self.encoder_reach)
+        def encode(strip: Tensor) -> Tensor:
+            return self.encode(strip)[2]
+
+        return in_strips(encode, check_images(images), self.token_size, 1, self.encoder_reach)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
@@ -577,19 +570,13 @@ class VQRAE(nn.Module):
             self.encoder.eval()
         return self
 
-    @torch.no_grad()
-    def set_normalization(self, z: Tensor):
-        """Set the mean and standard deviation of each channel to those of training features z (B, C, h, w)."""
-        self._check_features(z, "z")
-        self.feature_mean.copy_(z.mean((0, 2, 3)).view(-1, 1, 1))
-        self.feature_std.copy_(z.std((0, 2, 3)).clamp(min=1e-3).view(-1, 1, 1))
-
     def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """The (H, W) of images of these tokens (..., h, w); ValueError for a size that needs another number of them."""
         grid = tuple(tokens.shape[-2:])
-        size = [n * self.token_size for n in grid] if size is None else size
-        check(tuple(math.ceil(n / self.token_size) for n in size) == grid, "size", tuple(size), f"one of {grid} tokens "
-              f"of {self.token_size} x {self.token_size} pixels, the last of which may be cut off")
+        size = tuple(n * self.token_size for n in grid) if size is None else size
+        valid = isinstance(size, (tuple, list)) and tuple(-(-n // self.token_size) for n in size) == grid
+        check(valid, "size", size, f"that of {grid} tokens of {self.token_size} x {self.token_size} pixels, the last "
+              "of which may be cut off")
         return size
 
     def _check_features(self, z: Tensor, name: str) -> Tensor:
@@ -600,17 +587,17 @@ class VQRAE(nn.Module):
         return z
 
     def _check_weights(self):
-        weights = self.feature_mean.dtype
+        weights = next(self.decoder.parameters()).dtype
         check(weights == torch.float32, "type of the model's weights", weights, "torch.float32: call its float()")
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
               strip_tokens: int = 2**15) -> Tensor:
-    """function(x) for x (..., H, W), on strips of some strip_tokens tokens, so that memory is bounded, with a progress
-    bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
+    """function(x) for x (..., H, W), on strips of rows of some strip_tokens tokens, so that memory does not grow with
+    the height, and with a progress bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
 
-    A strip is computed with `reach` more rows of tokens above and below, as far as the function looks, which makes it
-    equal to that part of the whole; reach None: x at once.
+    A strip is computed with `reach` more rows of tokens above and below, the radius of the function's receptive field,
+    which makes it equal to that part of the whole; reach None: x at once.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
     if reach is None or h <= 5 * reach or h * w * len(x) <= strip_tokens:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import AirbenchEncoder, ConvNorm
+from models import AirbenchEncoder, ConvNorm, fuse
 from quantizers import check, fast_bf16
 from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
 
@@ -141,7 +141,7 @@ def main():
               f"test accuracy {accuracy:.4f}  {time.time() - start:6.0f} s", flush=True)
 
     # 16-bit weights, and every figure measured on exactly these
-    encoder = encoder.fuse().half().float()
+    encoder = fuse(encoder).half().float()
     probe = linear_probe(pooled_features(encoder, images), labels,
                          pooled_features(encoder, data.test_images.to(device)), data.test_labels.to(device))
     recipe = {name: value for name, value in constants.items() if name != "OUT"}

@@ -175,7 +175,7 @@ def sort_codes(codes: Tensor, order: Tensor) -> Tensor:
 
 
 def load_prior(path: str | Path) -> Prior:
-    """The prior of a checkpoint written by this script, in eval mode. ValueError for a file that is no such one."""
+    """The prior of a checkpoint written by generate.py, in eval mode. ValueError for a file that is no such one."""
     content = load_torch(path)
     check(isinstance(content, dict) and {"config", "prior"} <= content.keys(), "prior", str(path), "a prior.pt")
     try:

@@ -17,7 +17,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import plots
 import utils
-from models import FROM_SCRATCH, VQRAE, PatchDiscriminator, build_encoder
+from models import VQRAE, PatchDiscriminator, build_encoder
 from optimization import BF16Weights, Muon, autocast_layers
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
@@ -39,8 +39,8 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 
 # images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
-# several, ("cifar10", "cifar10", "photos"): the steps take turns
-IMAGE_SIZE = 32  # pixels a side; several, (32, 64): the steps take turns, with random crops, and fewer of larger ones
+# several, ("cifar10", "cifar10", "photos"): steps alternate between them
+IMAGE_SIZE = 32  # pixels a side; several, (32, 64): steps alternate, with random crops, and fewer of larger ones
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
@@ -60,7 +60,6 @@ DDCL_DELTA = 1 / 15  # quantization step of DDCL's four numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # loss for each bit of the message
 ADAPTER_DEPTH = None  # blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
 POST_QUANT_KERNEL = 1  # convolution behind the quantizer, as in Cosmos-Tokenizer; 0: none
-NORMALIZE = False  # decode from features normalised with the mean and standard deviation of a batch of the encoder's
 DECODER = None  # "conv", "vit"; None: the kind of the encoder
 DECODER_WIDTH = None  # None: a ViT encoder's own, else 192. ViT-XL has 1152
 DECODER_DEPTH = None  # blocks; None: a ViT encoder's own, else 2 for "conv", 4 for "vit". ViT-XL has 28
@@ -92,7 +91,7 @@ KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
 SEED = 0
 
 loss_names = ("loss", "l2_loss", "perceptual_loss", "quantizer_loss", "predict_loss", "distill_loss", "gan_loss",
-          "discriminator_loss")  # columns of metrics.csv
+              "discriminator_loss")  # columns of metrics.csv
 
 
 def main():
@@ -130,21 +129,21 @@ def main():
     if run.saved["stage"]:
         say(f"resuming after stage {run.saved['stage']}, epoch {run.saved['epoch']}")
 
-    if sum(part.train_images.nbytes + part.test_images.nbytes for part in data) <= IMAGES_GB * 1e9:
-        data = [part._replace(train_images=part.train_images.to(device), test_images=part.test_images.to(device))
-                for part in data]
+    splits = {split.data_ptr(): split for part in data for split in (part.train_images, part.test_images)}
+    if sum(split.nbytes for split in splits.values()) <= IMAGES_GB * 1e9:
+        splits = {address: split.to(device) for address, split in splits.items()}  # once, though several sizes share it
+        data = [part._replace(train_images=splits[part.train_images.data_ptr()],
+                              test_images=splits[part.test_images.data_ptr()]) for part in data]
     dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
-    caches = {part.label: FeatureCache(teacher, part, device, FEATURE_CACHE_GB, dtype, FLIP) for part in data}
+    caches, free = {}, FEATURE_CACHE_GB
+    for label, part in {part.label: part for part in data}.items():
+        caches[label] = cache = FeatureCache(teacher, part, device, free, dtype, FLIP)
+        if cache.gigabytes > free > 0:
+            say(f"the frozen features take {cache.gigabytes:.1f} GB, more than is left of FEATURE_CACHE_GB = "
+                f"{FEATURE_CACHE_GB}, and are computed anew in each step")
+        free -= cache.gigabytes if cache.gigabytes <= free else 0
     features = [caches[part.label] for part in data]
-    for cache in caches.values():
-        if cache.gigabytes > FEATURE_CACHE_GB > 0:
-            say(f"the frozen features take {cache.gigabytes:.1f} GB, more than FEATURE_CACHE_GB = {FEATURE_CACHE_GB}"
-                ", and are computed anew in each step")
-    if NORMALIZE and START_CHECKPOINT is None:
-        sample = shuffled(len(data[0].train_images), BATCH_SIZE, 0)[: micro_batch_size()]
-        model.set_normalization(features[0][sample.to(data[0].train_images.device)][1])
-
-    say(f"PSNR, SSIM, codes used and perplexity are of {EVAL_IMAGES or 'all'} test images:\n"
+    say(f"PSNR, SSIM, codes used and perplexity are of {len(data[0].test_images[:EVAL_IMAGES]):,} test images:\n"
         " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
         for stage in STAGES:
@@ -248,28 +247,20 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}")
 
 
-class Measured(NamedTuple):
-    """What utils.evaluate returns, with the images (N, 3, H, W), uint8."""
-
-    metrics: dict[str, float]
-    counts: Tensor
-    reconstructions: Tensor
-    images: Tensor
-
-
-def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, Measured]:
-    """Reconstruct up to `count` test images (None: all) of each part of the data, by its label."""
+def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, tuple]:
+    """For each part of the data, by its label, what utils.evaluate returns of up to `count` test images (None: all),
+    and these images (N, 3, H, W), uint8."""
     measured = {}
     for part in {part.label: part for part in data}.values():
         images = part.test_crops()[:count]
         batch_size = max(1, micro_batch_size() * data[0].size**2 // part.size**2)
-        measured[part.label] = Measured(*utils.evaluate(model, images, batch_size), images)
+        measured[part.label] = *utils.evaluate(model, images, batch_size), images
     return measured
 
 
-def mean_metrics(measured: dict[str, Measured]) -> dict[str, float]:
+def mean_metrics(measured: dict[str, tuple]) -> dict[str, float]:
     """The metrics of all parts of the data, averaged, and with several parts PSNR and SSIM of each."""
-    metrics = {label: part.metrics for label, part in measured.items()}
+    metrics = {label: metrics for label, (metrics, *_) in measured.items()}
     names = next(iter(metrics.values()))
     mean = {name: sum(values[name] for values in metrics.values()) / len(metrics) for name in names}
     each = {f"{name}, {label}": values[name] for label, values in metrics.items() for name in ("psnr", "ssim")}
@@ -338,7 +329,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     options |= {"codebooks": CODEBOOKS, "combine": COMBINE} if CODEBOOKS > 1 else {}
-    model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, NORMALIZE, DECODER,
+    model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, DECODER,
                   DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
@@ -443,10 +434,11 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-            sys.exit(f"train.py: {self.last} is of other code than this: go back to that, or delete it to begin anew")
+            sys.exit(f"train.py: {self.last} was written by another version of this code: check that out, or delete "
+                     "the file to begin anew")
         return self.saved["epoch"] + 1
 
-    def save_epoch(self, row: dict, model: VQRAE, state: dict, measured: dict[str, Measured]):
+    def save_epoch(self, row: dict, model: VQRAE, state: dict, measured: dict[str, tuple]):
         """Write an epoch's grids of images and reconstructions, the metrics so far with plots, and checkpoints."""
         stage, epoch = row["stage"], row["epoch"]
         self.history.append(row)
@@ -454,7 +446,7 @@ class Run:
         utils.write_csv(self.outputs / "metrics.csv", self.history)
         losses = [name for name in loss_names if name != "gan_loss"]  # a mean of logits may be negative: in the table
         metrics = ["psnr", "ssim", "usage", "perplexity"]
-        utils.plot_curves(self.outputs / "curves.png", self.history, losses, metrics, self.name)
+        plots.plot_curves(self.outputs / "curves.png", self.history, losses, metrics, self.name)
 
         metadata = {"epoch": epoch, "metrics": row, "constants": self.constants}
         prefix = f"{QUANTIZER}_stage{stage}"
@@ -466,10 +458,10 @@ class Run:
         utils.save_torch(self.last, {"stage": stage, "epoch": epoch, "history": self.history,
                                      **{name: part.state_dict() for name, part in state.items()}})
 
-    def save_grids(self, name: str, measured: dict[str, Measured], count: int, columns: int):
-        for label, part in measured.items():
+    def save_grids(self, name: str, measured: dict[str, tuple], count: int, columns: int):
+        for label, (_, _, reconstructions, images) in measured.items():
             path = self.outputs / (f"{name}.png" if len(measured) == 1 else f"{name}_{label}.png")
-            utils.save_grid(path, part.images[:count], part.reconstructions[:count], columns)
+            plots.save_grid(path, images[:count], reconstructions[:count], columns)
 
     def measure_best(self, data: list[Dataset]):
         """Measure the last stage's best epoch on all test images; results.json then marks a finished run."""
@@ -479,11 +471,11 @@ class Run:
         for label, (metrics, counts, _, images) in measured.items():
             title = f"{label}, all {len(images):,} test images"
             if len(counts) and label == data[0].label:
-                utils.plot_usage(self.outputs / "usage.png", counts, metrics, f"{self.name}\n{title}")
+                plots.plot_usage(self.outputs / "usage.png", counts, metrics, f"{self.name}\n{title}")
             say(f"{title}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, {metrics['usage']:.1%} of codes "
                 f"used, perplexity {metrics['perplexity']:,.0f}")
         say(f"see {self.outputs}/ and {self.checkpoints}/")
-        count = sum(len(part.images) for part in measured.values())
+        count = sum(len(images) for *_, images in measured.values())
         results = {"run": self.name, "stage": STAGES[-1], "test_images": count, **mean_metrics(measured)}
         utils.write_file(self.outputs / "results.json", json.dumps(results, indent=2).encode())
 
@@ -509,7 +501,7 @@ def say(line: str):
 
 
 def sizes() -> list[int]:
-    return [IMAGE_SIZE] if isinstance(IMAGE_SIZE, int) else sorted(IMAGE_SIZE)
+    return sorted(IMAGE_SIZE) if isinstance(IMAGE_SIZE, (tuple, list)) else [IMAGE_SIZE]
 
 
 def micro_batch_size() -> int:
@@ -554,8 +546,8 @@ def check_constants():
 
     check_each("ENCODER QUANTIZER", lambda v: type(v) is str, "a name in quotes")
     check_each("GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
-    check(type(IMAGE_SIZE) in (int, tuple, list) and sizes() and all(whole(n, 16, 4096) for n in sizes()), "IMAGE_SIZE",
-          IMAGE_SIZE, "16 to 4096, or several such sizes")
+    given = IMAGE_SIZE if isinstance(IMAGE_SIZE, (tuple, list)) else (IMAGE_SIZE,)
+    check(given and all(whole(n, 16, 4096) for n in given), "IMAGE_SIZE", IMAGE_SIZE, "16 to 4096, or several of them")
     check_each("SIMVQ_CODEBOOK_SIZE EMA_CODEBOOK_SIZE", lambda v: whole(v, 2, 2**24), "2 to 2**24")
     check_each("KEEP_CHECKPOINTS SEED POST_QUANT_KERNEL", lambda v: whole(v, 0), "a whole number from 0 to 2**31 - 1")
     check_each("DECODER_WIDTH DECODER_DEPTH DECODER_HEADS EMA_CODE_DIM SIMVQ_CODE_DIM",
@@ -571,12 +563,12 @@ def check_constants():
     check_each("EPOCHS", lambda v: pair(v, lambda w: whole(w, 1)), "two whole numbers of 1 or more")
     check_each("STAGES", lambda v: v in ((1,), (1, 2), (2,)) and all(type(s) is int for s in v), "(1,), (1, 2), (2,)")
     check_each("FSQ_LEVELS", lambda v: type(v) in (tuple, list), "whole numbers in brackets")
-    check_each("FLIP NORMALIZE EMA_REVIVE", lambda v: type(v) is bool, "True or False")
+    check_each("FLIP EMA_REVIVE", lambda v: type(v) is bool, "True or False")
     for name, values in {"QUANTIZER": QUANTIZERS, "PRECISION": ("bf16", "fp32"), "OPTIMIZER": ("muon", "adamw"),
                          "PERCEPTUAL": ("encoder", "lpips"), "COMBINE": ("residual", "product")}.items():
         check_each(name, lambda v: type(v) is str and v in values, ", ".join(f'"{value}"' for value in values))
     names = DATASET if isinstance(DATASET, (tuple, list)) else (DATASET,)
-    known = [name for name in utils.DATASETS if name != "auto" or names == (DATASET,)]
+    known = [name for name in utils.DATASETS if name != "auto" or given == (IMAGE_SIZE,) and names == (DATASET,)]
     check(names and all(isinstance(name, str) and (name in known or Path(name).is_dir()) for name in names), "DATASET",
           DATASET, f"{', '.join(known)} or a folder with train/ and test/ in it, or several of them")
     check(sizes()[0] % GRID == 0 and not any(n % (sizes()[0] // GRID) for n in sizes()), "GRID", GRID,
@@ -587,8 +579,6 @@ def check_constants():
           f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
     check(EPOCH_IMAGES is None or EPOCH_IMAGES >= BATCH_SIZE, "EPOCH_IMAGES", EPOCH_IMAGES,
           f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
-    check(not (NORMALIZE and ENCODER in FROM_SCRATCH), "NORMALIZE", NORMALIZE,
-          f"False with ENCODER = {ENCODER!r}, whose features change")
     check_each("START_CHECKPOINT", lambda v: v is None and 1 in STAGES or type(v) is str and Path(v).is_file(),
                "the path of a file, in quotes, or, with 1 in STAGES, None")
 

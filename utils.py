@@ -18,7 +18,6 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
@@ -27,17 +26,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 from torchvision.models import VGG16_Weights
 from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import shapes
@@ -160,18 +157,22 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
     names = [names] if isinstance(names, str) else names
     sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
     for name in dict.fromkeys(names):
-        size = 32 if name.startswith("cifar") else max(sizes) if name == "shapes" else median_side(Path(name, "train"))
+        known = {"cifar10": 32, "cifar100": 32, "shapes": max(sizes)}
+        size = known.get(name) or median_side(Path(name, "train"))
         fitting = [n for n in sizes if n <= size]
         check(fitting, "IMAGE_SIZE", sizes, f"sizes of which one is at most {size}, that of the images of {name}")
         whole = load_dataset(name, min(size, 4 * max(sizes)), data_dir)
         data[name] = [whole._replace(size=n) for n in fitting]
+    labels = {parts[0].name for parts in data.values()}
+    check(len(labels) == len(data), "DATASET", names, "folders of different names")
     return [part for name in names for part in data[name]]
 
 
 def median_side(folder: Path) -> int:
-    """The median of the shorter sides of a folder's images, in pixels, of 100 at most"""
+    """The median of the shorter sides of a folder's images, in pixels, of about 100 of them"""
     sides = []
-    for file in find_images(folder)[:100]:
+    files = find_images(folder)
+    for file in files[:: len(files) // 100 + 1]:
         with contextlib.suppress(Exception), Image.open(file) as image:  # broken ones are named when they are decoded
             sides.append(min(image.size))
     check(sides, "DATASET", str(folder), "a folder with images that can be read")
@@ -183,7 +184,9 @@ def load_cifar(name: str, image_size: int, data_dir: str) -> Dataset:
     try:
         train = source(data_dir, train=True)  # verifies the files' checksums
     except RuntimeError:
-        download(source.url, Path(data_dir, source.filename), "md5", source.tgz_md5, f"{name} is not in {data_dir}/")
+        archive = Path(data_dir, source.filename)
+        if not check_integrity(archive, source.tgz_md5):
+            download(source.url, archive, "md5", source.tgz_md5, f"{name} is not in {data_dir}/")
         train = source(data_dir, train=True, download=True)  # unpacks it
     test = source(data_dir, train=False)
     images = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
@@ -378,8 +381,8 @@ class FeatureCache:
         return images, self.kept[index.to(self.device)].float().permute(0, 3, 1, 2)
 
     def select(self, index: Tensor) -> Tensor:
-        images = to_float(select_images(self.images, index).to(self.device))
-        return torch.stack([self.crop(image) for image in images]) if self.crop else images
+        images = select_images(self.images, index).to(self.device)
+        return to_float(torch.stack([self.crop(image) for image in images]) if self.crop else images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -424,13 +427,13 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
           "at least one image, uint8")
     was_training = model.training
     model.eval()
-    device = model.feature_mean.device
+    device = next(model.parameters()).device
     sums, tokens, reconstructions = torch.zeros(2, device=device), [], []
     for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
         targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
             tokens += [model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size]]
-            output = model.decode_from_indices(tokens[-1]).float()
+            output = model.decode_from_indices(tokens[-1], size=targets.shape[2:]).float()
         else:
             output = model(targets)[0].float()
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
@@ -478,75 +481,6 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grids and plots
-
-
-def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: int):
-    """Write a grid of uint8 images (N, 3, H, W): originals in the upper half, their reconstructions below.
-
-    An incomplete last row is left out. Small images are enlarged, each pixel to a square: a viewer would blur them.
-    """
-    count = min(len(originals), len(reconstructions))
-    check(count > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
-          (tuple(originals.shape), tuple(reconstructions.shape)), "images of one size, at least one")
-    columns = min(columns, count)
-    count -= count % columns
-    zoom = max(1, 128 // originals.shape[-1])
-    images = torch.cat([originals[:count], reconstructions[:count]]).cpu()
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    with open_atomically(path) as file:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
-
-
-def save_figure(path: Path, figure: Figure):
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120)
-
-
-def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
-    """Plot how often each code was used, sorted, on logarithmic axes; counts and metrics as evaluate returns them."""
-    used = counts[counts > 0].sort(descending=True).values.cpu()
-    figure = Figure(figsize=(6, 4))
-    axes = figure.add_axes((0.16, 0.12, 0.81, 0.75))
-    axes.loglog(range(1, len(used) + 1), used)
-    size = round(len(used) / metrics["usage"])  # counts may be of used codes alone
-    axes.axvline(size, color="grey", linestyle=":", label=f"codebook size {size:,}")
-    axes.set(xlabel="code, by rank", ylabel="times used")
-    each = "; ".join(f"{value:,.0f}" for name, value in metrics.items() if name.startswith("perplexity_"))
-    title += f"\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}"
-    axes.set_title(title + (f", of each codebook {each}" if each else ""), size=9)
-    axes.legend()
-    save_figure(path, figure)
-
-
-def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics: Iterable[str], title: str):
-    """Plot columns of metrics.csv over the epochs: the losses together, unless they are zero throughout, each metric by
-    itself. A dotted line is where stage 2 begins."""
-    figure = Figure(figsize=(14, 3.2))
-    figure.suptitle(title, x=0.04, y=0.99, ha="left", fontsize=10)
-    # fixed margins: an automatic layout would take most of the time, after each epoch
-    panels = figure.subplots(1, 1 + len(metrics), width_ratios=[1.3] + [1] * len(metrics),
-                             gridspec_kw={"left": 0.17, "right": 0.99, "bottom": 0.15, "top": 0.85, "wspace": 0.3})
-    epochs = range(1, len(history) + 1)
-    for name in losses:
-        if any(row[name] for row in history):
-            panels[0].semilogy(epochs, [row[name] or math.nan for row in history], ".-", label=name)
-    panels[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(-0.2, 1))
-    panels[0].minorticks_off()
-    panels[0].set_title("losses", fontsize=10)
-    for axes, name in zip(panels[1:], metrics):
-        axes.plot(epochs, [row[name] for row in history], ".-")
-        axes.set_title(name, fontsize=10)
-    for axes in panels:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        if {row["stage"] for row in history} == {1, 2}:
-            axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, color="grey", linestyle=":")
-    save_figure(path, figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Files and checkpoints
 
 
@@ -562,7 +496,7 @@ def open_atomically(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # that of a full disk does not name the file
-        raise OSError(error.errno, f"{error.strerror or error}", str(path)) from None
+        raise OSError(error.errno, f"{error.strerror}", str(path)) if error.errno else error from None
     finally:  # after an error or Ctrl-C, what was written may be large
         temporary.unlink(missing_ok=True)
 
@@ -575,10 +509,11 @@ def download(url: str, path: Path, algorithm: str, checksum: str, reason: str):
             raise OSError("it cannot be reached")
         with urllib.request.urlopen(url, timeout=15) as source, open_atomically(path) as file, \
                 tqdm(desc=path.name, total=source.length, unit="B", unit_scale=True, leave=False) as progress:
-            start, content = time.time(), hashlib.new(algorithm)
+            start, received, content = time.time(), 0, hashlib.new(algorithm)
             while block := source.read1(2**20):
                 file.write(block), content.update(block), progress.update(len(block))
-                if progress.n < 10_000 * (time.time() - start - 30):
+                received += len(block)
+                if received < 10_000 * (time.time() - start - 30):
                     raise OSError("the server sends less than 10 kB a second")
             if not content.hexdigest().startswith(checksum):
                 raise OSError("what came is broken off, or another file")
@@ -647,19 +582,21 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     """
     content = load_torch(path, "config", "stage", "model")
     config, weights = content["config"], content["model"]
-    try:  # shipped ones hold matrices as 8-bit numbers with a scale for each row
-        weights = {name: value[0] * value[1].float() if isinstance(value, tuple) else value
-                   for name, value in weights.items()}
+    try:
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
         if "local" not in config:  # made when all images had one size, and another encoder was called "cifar"
             config = config | {"local": False, "encoder": config["encoder"].replace("cifar", "cifar_first")}
+            check(not config.pop("normalize", False), "normalize", True, "False: that is no longer there")
+            weights = {name: value for name, value in weights.items() if not name.startswith("feature_")}
         with torch.device("meta"):  # without memory: the config may ask for more than there is
             expected = VQRAE(**config, pretrained=False).state_dict()
         check(weights.keys() == expected.keys(), "weights", len(weights), f"the model's {len(expected)}")
         for name, tensor in expected.items():
-            stored = weights[name]
+            stored, scale = weights[name] if isinstance(weights[name], tuple) else (weights[name], None)
+            if scale is not None and stored.shape == tensor.shape and len(scale) == scale.numel() == len(stored):
+                stored = weights[name] = stored * scale.float()  # 8-bit numbers with a scale for each row
             same = stored.shape == tensor.shape and stored.is_floating_point() == tensor.is_floating_point()
             same &= stored.untyped_storage().nbytes() >= stored.nbytes  # not one number expanded to many
             check(same, name, (tuple(stored.shape), stored.dtype), f"{tuple(tensor.shape)}, {tensor.dtype}")

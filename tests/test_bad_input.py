@@ -10,18 +10,9 @@ import torch
 from PIL import Image
 
 from models import VQRAE, PatchDiscriminator, build_encoder
+from plots import save_grid
 from quantizers import build_quantizer, nearest_code
-from utils import (
-    evaluate,
-    linear_probe,
-    load_checkpoint,
-    load_dataset,
-    load_torch,
-    psnr,
-    read_constants,
-    save_grid,
-    ssim,
-)
+from utils import evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr, read_constants, ssim
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,6 @@ MODEL = {
     "usage of a codebook that is not there": (lambda m: m.get_codebook_usage(tokens, 1), "codebook"),
     "a codebook too many": (lambda m: m.decode_from_indices(tokens, codebooks=1), "codebooks"),
     "stage 3": (lambda m: m.set_stage(3), "stage"),
-    "normalization": (lambda m: m.set_normalization(features[:, 0]), "z"),
     "evaluating floats": (lambda m: evaluate(m, images), "images"),
     "evaluating nothing": (lambda m: evaluate(m, images[:0].byte()), "images"),
     "a size that the grid does not divide": (lambda m: VQRAE(image_size=30), "GRID"),

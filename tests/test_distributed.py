@@ -149,7 +149,7 @@ def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folde
 def test_all_processes_hold_the_same_model_with_everything_on(quantizer, tmp_path, folder):
     (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT), die_at=0))
     arguments = [f"DATASET={folder}", *f"QUANTIZER={quantizer}".split(), *ARGUMENTS, "GAN_WEIGHT=0.1", "GAN_START=0.2",
-                 "ACCUMULATE=2", "NORMALIZE=True"]
+                 "ACCUMULATE=2"]
     code, log = launch(tmp_path, tmp_path / "watched.py", arguments)
     assert code == 0, log
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -126,7 +126,7 @@ def test_a_folder_is_known_by_its_files(tmp_path, monkeypatch):
     for change in (lambda: None, lambda: os.utime(path / "train" / "a.png", (1, 1)),
                    lambda: (path / "train" / "a.png").rename(path / "train" / "b.png")):
         change()
-        names = {train.Run({"DATASET": spelling}, load_dataset(spelling, 8)).name
+        names = {train.Run({"DATASET": spelling}, [load_dataset(spelling, 8)]).name
                  for spelling in ("photos", "photos/", "./photos", str(path))}
         assert len(names) == 1
         name_of_run += names
@@ -139,7 +139,7 @@ def test_a_folder_is_known_by_its_files(tmp_path, monkeypatch):
 
 def a_dataset(count):
     images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
-    return Dataset("some", images, None, images, None, [])
+    return [Dataset("some", images, None, images, None, [], 8)]
 
 
 def test_one_process_a_run():

@@ -23,6 +23,7 @@ import models
 import shapes
 import utils
 from models import VQRAE
+from plots import plot_curves, plot_usage, save_grid
 from utils import (
     Dataset,
     FeatureCache,
@@ -34,11 +35,9 @@ from utils import (
     load_datasets,
     load_image,
     load_torch,
-    plot_curves,
     psnr,
     read_constants,
     save_checkpoint,
-    save_grid,
     select_images,
     ssim,
     to_float,
@@ -403,7 +402,7 @@ def test_plot_of_the_usage_of_codes_beyond_a_table(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure))
     metrics = {"usage": 3 / 2**40, "perplexity": 2.8, "usage_1": 0.5, "perplexity_1": 4.2, "perplexity_2": 2.0}
-    utils.plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
+    plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
     axes, = figures[0].axes
     assert axes.get_title().endswith("perplexity 3, of each codebook 4; 2")
     assert axes.lines[1].get_label() == f"codebook size {2**40:,}"
@@ -484,7 +483,7 @@ def test_constants_from_the_command_line(monkeypatch):
     ("fsq", {"levels": [8, 6, 5]}), ("simvq", {"codebook_size": 64, "code_dim": 8}),
     ("ema_vq", {"codebook_size": 64, "code_dim": 8}), ("ddcl", {})])
 def test_checkpoint_restores_the_model(tmp_path, quantizer, options):
-    model = VQRAE("cifar", quantizer, options, post_quant_kernel=1, normalize=True, **SMALL)
+    model = VQRAE("cifar", quantizer, options, post_quant_kernel=1, **SMALL)
     images = torch.rand(2, 3, 32, 32)
     model(images)
     model.set_stage(2)
