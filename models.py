@@ -587,7 +587,7 @@ class VQRAE(nn.Module):
         return z
 
     def _check_weights(self):
-        weights = next(self.decoder.parameters()).dtype
+        weights = self.decoder.head.weight.dtype  # the layer that BF16Weights leaves in fp32
         check(weights == torch.float32, "type of the model's weights", weights, "torch.float32: call its float()")
 
 
