@@ -79,6 +79,14 @@ def layer_norm(z: Tensor) -> Tensor:
     return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
 
 
+def pad(x: Tensor, size: int, mode: str = "replicate") -> Tensor:
+    """x (B, C, H, W) with `size` more rows and columns on each side, as at its border, or zeros"""
+    if size == 0:
+        return x
+    with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
+        return F.pad(x, (size,) * 4, mode="constant" if mode == "zeros" else mode)
+
+
 class ConvNorm(nn.Module):
     """Convolution, 2x2 max pooling if asked for, and BatchNorm. fuse() folds the last into the first, after pretraining
     (through the pooling, too: BatchNorm's scale is positive there)."""
@@ -86,13 +94,13 @@ class ConvNorm(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False,
                  padding_mode: str = "replicate"):
         super().__init__()
-        padding = kernel // 2 if kernel % 2 else 0
-        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding, bias=False, padding_mode=padding_mode)
+        self.padding, self.padding_mode = kernel // 2 if kernel % 2 else 0, padding_mode
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, bias=False)
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         self.norm = nn.BatchNorm2d(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.pool(self.conv(x)))
+        return self.norm(self.pool(self.conv(pad(x, self.padding, self.padding_mode))))
 
     def fuse(self):
         self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), nn.Identity()
@@ -161,7 +169,7 @@ class AirbenchEncoder(nn.Module):
         """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
         super().__init__()
         self.token_size = token_size
-        self.whiten = nn.Conv2d(3, 24, 3, padding=1, padding_mode="replicate")
+        self.whiten = nn.Conv2d(3, 24, 3)
         layers, dim_in = [nn.GELU()], 24
         for width in (64, 256, 384):
             layers += [ConvNorm(dim_in, width, 3, pool=True), nn.GELU(), ConvNorm(width, width, 3), nn.GELU()]
@@ -174,7 +182,7 @@ class AirbenchEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
-        deep = F.interpolate(self.deep(self.whiten(x)), scale_factor=2)[..., : shallow.shape[-2], : shallow.shape[-1]]
+        deep = F.interpolate(self.deep(self.whiten(pad(x, 1))), scale_factor=2)[..., : shallow.shape[-2], : shallow.shape[-1]]
         return layer_norm(torch.cat([deep, shallow], dim=1))
 
 
@@ -316,9 +324,7 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # the weight's layout; faster, above all on a CPU
         weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)
-        if self.kernel > 1:
-            x = F.pad(x, (self.kernel // 2,) * 4, mode="replicate" if self.local else "constant")
-        return F.conv2d(x, weight, self.bias)
+        return F.conv2d(pad(x, self.kernel // 2, "replicate" if self.local else "zeros"), weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
