@@ -251,9 +251,10 @@ class EMAVQ(Quantizer):
             tokens = x.new_zeros(len(dead), x.shape[1] + 1)  # the last column is 1 where there is a token
             tokens[rows] = F.pad(x[torch.randperm(len(x), device=x.device)[: len(rows)]], (0, 1), value=1.0)
             sum_over_ranks(tokens)
-            revived = tokens[:, -1] > 0
-            dead, tokens = dead[revived], tokens[revived, :-1]
-            ema.embed[0, dead], ema.embed_avg[0, dead], ema.cluster_size[0, dead] = tokens, tokens * average, average
+            tokens, revived = tokens[:, :-1], tokens[:, -1:] > 0
+            for state, value in ((ema.embed, tokens), (ema.embed_avg, tokens * average),
+                                 (ema.cluster_size.unsqueeze(-1), average)):
+                state[0, dead] = torch.where(revived, value, state[0, dead])
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         return self.project_out(self.vq.codebook[self._check_indices(indices)])
