@@ -55,8 +55,8 @@ def made_up_tokens(count):
 def test_the_trained_bound_is_the_entropy():
     prior = Prior([4, 2], [2, 2], 2, 32, 1)
     optimizer = torch.optim.AdamW(prior.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 300)
-    for _ in range(300):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 600)
+    for _ in range(600):
         indices, labels, _ = made_up_tokens(128)
         loss = prior(prior.to_digits(indices), draw_masks(128, 4), labels).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()

@@ -34,7 +34,7 @@ class CountOperations(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_launches_few_kernels(stage, monkeypatch):
-    """The default model, in stage 1 with the GAN. A GPU casts 45 activations more, around GroupNorm: fewer than 500."""
+    """The default model, in stage 1 with the GAN. A GPU casts 34 activations more, around LayerNorm."""
     monkeypatch.setattr(train, "PRECISION", "bf16")
     monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
     orthogonalize = optimization.orthogonalize
@@ -65,7 +65,7 @@ def test_a_step_launches_few_kernels(stage, monkeypatch):
     step()
     with CountOperations() as counter:
         step()
-    assert counter.launches() <= 440, counter.counts
+    assert counter.launches() <= 475, counter.counts
 
 
 @pytest.mark.parametrize("quantizer, waits", [("fsq", 0), ("simvq", 0), ("ddcl", 0), ("ema_vq", 1)])

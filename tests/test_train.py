@@ -266,8 +266,8 @@ def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
     saved["model"]["decoder.head.weight"] = saved["model"]["decoder.head.weight"][:1]
     next(Path("outputs").glob("*/results.json")).unlink()
     best = last.with_name("fsq_stage1_best.pt")
-    for other, words in ((saved, "of other code.*delete it"), ([], "has not all of stage, epoch, history"),
-                         (load_torch(best), "has not all of"), (saved | {"model": None}, "of other code")):
+    for other, words in ((saved, "another version.*delete"), ([], "has not all of stage, epoch, history"),
+                         (load_torch(best), "has not all of"), (saved | {"model": None}, "another version")):
         save_torch(last, other)
         with pytest.raises(SystemExit, match=rf"^train.py: .*last.pt .*{words}") as error:
             train(*arguments)
@@ -390,7 +390,7 @@ def test_full_gpu_memory_while_resuming_is_no_other_code(train, folder, monkeypa
 
 def test_features_that_do_not_fit_are_mentioned(train, folder, capsys):
     train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "STAGES=(1,)", "FEATURE_CACHE_GB=0.001")
-    assert re.search(r"features take 0.0 GB, more than FEATURE_CACHE_GB = 0.001", capsys.readouterr().out)
+    assert re.search(r"features take 0.0 GB, more than is left of FEATURE_CACHE_GB = 0.001", capsys.readouterr().out)
 
 
 def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):

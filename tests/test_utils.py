@@ -20,6 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import datasets
 
 import models
+import plots
 import shapes
 import utils
 from models import VQRAE
@@ -400,7 +401,7 @@ def test_evaluate_is_the_mean_over_images():
 
 def test_plot_of_the_usage_of_codes_beyond_a_table(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda path, figure: figures.append(figure))
     metrics = {"usage": 3 / 2**40, "perplexity": 2.8, "usage_1": 0.5, "perplexity_1": 4.2, "perplexity_2": 2.0}
     plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
     axes, = figures[0].axes
