@@ -182,7 +182,8 @@ class AirbenchEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
-        deep = F.interpolate(self.deep(self.whiten(pad(x, 1))), scale_factor=2)[..., : shallow.shape[-2], : shallow.shape[-1]]
+        h, w = shallow.shape[-2:]
+        deep = F.interpolate(self.deep(self.whiten(pad(x, 1))), scale_factor=2)[..., :h, :w]
         return layer_norm(torch.cat([deep, shallow], dim=1))
 
 
