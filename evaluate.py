@@ -37,7 +37,6 @@ from quantizers import check
 from utils import (
     Dataset,
     evaluate,
-    linear_probe,
     load_checkpoint,
     load_dataset,
     load_lpips,
@@ -241,15 +240,13 @@ def measure_distances(originals: Tensor, reconstructions: Tensor, networks: dict
     """Between uint8 images (N, 3, H, W): LPIPS and rFID where `networks` has theirs; in features of its "encoder", the
     Fréchet distance of their means over an image and the mean squared distance of the features themselves."""
     pairs = list(zip(originals.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE)))
-    encoder, identity = networks["encoder"], nn.Identity()  # torchmetrics is given features instead of images
-    identity.num_features = encoder.dim
-    frechet, total = FrechetInceptionDistance(identity).to(device), 0
+    means, total = ([], []), 0
     for pair in pairs:
-        z = [encoder(to_float(images)) for images in pair]
-        frechet.update(z[0].mean((2, 3)), real=True)
-        frechet.update(z[1].mean((2, 3)), real=False)
+        z = [networks["encoder"](to_float(images)) for images in pair]
+        for features, of_images in zip(means, z):
+            features.append(of_images.mean((2, 3)))
         total = total + F.mse_loss(*z) * len(z[0])
-    figures = {"frechet": frechet.compute().item(), "feature_distance": total.item() / len(originals)}
+    figures = {"frechet": frechet_distance(*map(torch.cat, means)), "feature_distance": total.item() / len(originals)}
     if "rfid" in networks:
         networks["rfid"].reset()
         for original, reconstruction in pairs:
@@ -260,6 +257,38 @@ def measure_distances(originals: Tensor, reconstructions: Tensor, networks: dict
         sums = [networks["lpips"](to_float(a), to_float(b), normalize=True).sum() for a, b in pairs]
         figures["lpips"] = sum(sums).item() / len(originals)
     return figures
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Between features (N, C) and (M, C), both N and M at least 2."""
+    identity = nn.Identity()  # torchmetrics is given features instead of images
+    identity.num_features = real.shape[1]
+    distance = FrechetInceptionDistance(identity).to(real.device)
+    distance.update(real, real=True)
+    distance.update(generated, real=False)
+    return distance.compute().item()
+
+
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
+    """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,). A test label
+    without training images counts as an error. With one training image or class, every test image is assigned to it."""
+    for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
+        check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape),
+              "(N, C) with a label each, N at least 1")
+    mean, std = train_x.mean(0), train_x.std(0, correction=min(1, len(train_x) - 1)) + 1e-6  # one image: 0, not NaN
+    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
+    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(train_x), train_y) + 1e-4 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (probe(test_x).argmax(1) == test_y).float().mean().item()
 
 
 def format_table(figures: dict[str, dict], columns: dict[str, str], first: str = "checkpoint") -> str:

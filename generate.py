@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 from tqdm import tqdm
 
 import plots
 import utils
+from evaluate import frechet_distance, linear_probe
 from models import PRETRAINED_DIR, VQRAE, build_encoder
 from optimization import BF16Weights, Muon
 from prior import Prior, build_prior, draw_masks, load_prior
@@ -200,7 +200,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = 
 
 
 def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path):
-    """Bits, samples and their distance from test images, in the features of the shipped encoder; results.json."""
+    """Bits, samples and their distance from test images, in the features of the first shipped encoder; results.json."""
     labels, test = data.test_labels, tokens["test"]
     results = {"tokens": prior.tokens, "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes), 4),
@@ -214,7 +214,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
                 for images in (data.train_images, data.test_images, samples)]
     results["frechet"] = frechet_distance(features[1], features[2])
     for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
-        results[name] = utils.linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
+        results[name] = linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
     nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
     plots.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
 
@@ -232,16 +232,6 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
           f"features {results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images "
           f"{results['probe_test']:.1%})\n"
           f"see {outputs}/")
-
-
-def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """Between features (N, C) and (M, C), both N and M at least 2."""
-    identity = nn.Identity()  # torchmetrics is given features instead of images
-    identity.num_features = real.shape[1]
-    distance = FrechetInceptionDistance(identity).to(real.device)
-    distance.update(real, real=True)
-    distance.update(generated, real=False)
-    return distance.compute().item()
 
 
 def check_constants():

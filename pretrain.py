@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluate import linear_probe
 from models import AirbenchEncoder, ConvNorm, fuse
 from quantizers import check, fast_bf16
-from utils import linear_probe, load_dataset, read_constants, save_torch, to_float, write_file
+from utils import load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
 DATASET = "cifar10"  # or a folder of the same images, with train/<class>/ and test/<class>/

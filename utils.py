@@ -173,7 +173,7 @@ def median_side(folder: Path) -> int:
     sides = []
     files = find_images(folder)
     for file in files[:: len(files) // 100 + 1]:
-        with contextlib.suppress(Exception), Image.open(file) as image:  # broken ones are named when they are decoded
+        with contextlib.suppress(Exception), Image.open(file, formats=FORMATS) as image:  # decoding names broken ones
             sides.append(min(image.size))
     check(sides, "DATASET", str(folder), "a folder with images that can be read")
     return int(np.median(sides))
@@ -456,28 +456,6 @@ def load_lpips() -> nn.Module:
         reason = 'LPIPS needs it; PERCEPTUAL = "encoder" needs no download'
         download(url, path, "sha256", path.stem.split("-")[1], reason)
     return LearnedPerceptualImagePatchSimilarity("vgg").net
-
-
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
-    """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,). A test label
-    without training images counts as an error. With one training image or class, every test image is assigned to it."""
-    for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
-        check(x.ndim == 2 and len(x) == len(y) > 0 and x.shape[1] == train_x.shape[1], name, tuple(x.shape),
-              "(N, C) with a label each, N at least 1")
-    mean, std = train_x.mean(0), train_x.std(0, correction=min(1, len(train_x) - 1)) + 1e-6  # one image: 0, not NaN
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
-    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(probe(train_x), train_y) + 1e-4 * probe.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (probe(test_x).argmax(1) == test_y).float().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluate import linear_probe
 from models import VQRAE, PatchDiscriminator, build_encoder
 from plots import save_grid
 from quantizers import build_quantizer, nearest_code
-from utils import evaluate, linear_probe, load_checkpoint, load_dataset, load_torch, psnr, read_constants, ssim
+from utils import evaluate, load_checkpoint, load_dataset, load_torch, psnr, read_constants, ssim
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import models
 import plots
 import shapes
 import utils
+from evaluate import linear_probe
 from models import VQRAE
 from plots import plot_curves, plot_usage, save_grid
 from utils import (
@@ -30,7 +31,6 @@ from utils import (
     FeatureCache,
     draw_shapes,
     evaluate,
-    linear_probe,
     load_checkpoint,
     load_dataset,
     load_datasets,
