@@ -22,16 +22,18 @@ from quantizers import check
 from utils import load_dataset, load_torch, read_constants, write_file
 
 BITS = (10, 13, 16, 20)  # which sizes of LINES to train
+TRAIN_IMAGES = 10_000  # that the probes learn from
 # lines of the figure: constants of train.py, and what {} is in them at so many bits a token, or about. To search 2**20
 # codes takes too long
 LINES = {
+    "EMA-VQ": ("QUANTIZER=ema_vq EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "EMA-VQ, codes of 8 numbers": ("QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}", {16: 65536}),
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
             {10: (8, 5, 5, 5), 13: (8, 8, 5, 5, 5), 16: (8, 8, 8, 5, 5, 5), 20: (8, 8, 8, 8, 8, 6, 5)}),
     "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
     "SimVQ": ("QUANTIZER=simvq SIMVQ_CODE_DIM=8 SIMVQ_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
-    "EMA-VQ": ("QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
     "residual EMA-VQ, two codebooks": (
-        "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=residual EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}",
+        "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=residual EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}",
         {10: 32, 13: 90, 16: 256, 20: 1024}),
     "product EMA-VQ, two codebooks": (
         "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=product EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}",
@@ -88,7 +90,9 @@ def measure_run(name: str) -> dict:
         checkpoint, = Path("checkpoints", name).glob(f"*_stage{stage}_best.pt")
         content = load_torch(checkpoint)
         data = load_dataset(content["constants"]["DATASET"], content["config"]["image_size"])
-        data = data._replace(test_images=data.test_images.to(device))
+        labels = None if data.train_labels is None else data.train_labels[:TRAIN_IMAGES]
+        data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels,
+                             test_images=data.test_images.to(device))
         figures, _ = measure(checkpoint, data, {"encoder": build_encoder("cifar_first", 4).eval().to(device)})
         figures["token_bits"] = figures["bits"] / figures["tokens"]
         figures["quantizer_mb"] = figures["quantizer_kb"] / 1e3

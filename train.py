@@ -46,12 +46,12 @@ FLIP = device == "cuda"  # mirror half of the training images, at random: worth 
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
 # baselines without pretraining, which learn in both stages: "scratch", the same architecture, and "cnn" (with GRID = 4)
 GRID = 8  # tokens a side: 8 x 8 = 64 tokens an image
-QUANTIZER = "fsq"  # "fsq", "simvq", "ema_vq", "ddcl"; "none" is the upper bound for all of them
+QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" is the upper bound for all of them
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 SIMVQ_CODEBOOK_SIZE = 16384
 SIMVQ_CODE_DIM = 8  # width of a code; None: that of the encoder's features, as in the papers
-EMA_CODEBOOK_SIZE = 8192
-EMA_CODE_DIM = 16
+EMA_CODEBOOK_SIZE = 65536
+EMA_CODE_DIM = 16  # width of a code: with 8 images are sharper, with 16 z_q keeps more of their meaning
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
 CODEBOOKS = 1  # of the size above each, except for DDCL: two of 256 make 65,536 codes
 COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of the code's numbers
@@ -70,7 +70,7 @@ PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" 
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more makes images less sharp but closer in the encoder's features
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; costs PSNR in a run as short as a CPU's, see RESULTS.md
 GAN_START = 0.5  # after this share of stage 1
-PREDICT_WEIGHT = 0.015  # the frozen encoder's features, predicted from z_q: keeps the tokens' meaning
+PREDICT_WEIGHT = 0.005  # the frozen encoder's features, predicted from z_q: keeps the tokens' meaning
 PREDICT_IMAGE = 10.0  # weight of the error of an image's mean features, which is added to that of its tokens' features
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen encoder's
 # training
@@ -293,7 +293,8 @@ class Objective(nn.Module):
             if perceptual_weight and self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
             elif perceptual_weight and self.teacher is not None:
-                perceptual_loss = F.mse_loss(self.teacher(output), teacher_z)
+                # of every other image: the encoder would take a quarter of a step's time for all of them
+                perceptual_loss = F.mse_loss(self.teacher(output[::2]), teacher_z[::2])
             image_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
             if discriminator is not None:
                 gan_loss = -discriminator(output).float().mean()

@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was(tmp_path, folder):
     arguments = [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(3, 1)", "STAGES=(1,)"]
     assert exit_code(start(tmp_path, arguments, "step", 5)) == -signal.SIGKILL
     last, = tmp_path.glob("checkpoints/*/last.pt")
-    before, best = last.read_bytes(), last.with_name("fsq_stage1_best.pt").stat().st_size
+    before, best = last.read_bytes(), last.with_name("ema_vq_stage1_best.pt").stat().st_size
     assert len(before) > best + 2**20  # so that last.pt is the one that does not fit
     process = processes.Process(target=limited, args=(tmp_path, arguments, best + 2**20))
     process.start()

@@ -51,7 +51,7 @@ def test_two_stages(quantizer, train, folder, capsys):
     table = rows(outputs / "metrics.csv")
     assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [
         ("folder-tiny", "1", "1"), ("folder-tiny", "1", "2"), ("folder-tiny", "2", "1")]
-    weights = {"l2": 16, "perceptual": 0.02, "quantizer": 1, "predict": 0.015, "distill": 0.3}
+    weights = {"l2": 16, "perceptual": 0.02, "quantizer": 1, "predict": 0.005, "distill": 0.3}
     for row in table:
         weighted = sum(weight * float(row[f"{name}_loss"]) for name, weight in weights.items())
         assert float(row["loss"]) == pytest.approx(weighted, rel=1e-3)
@@ -85,7 +85,7 @@ def test_several_sizes_and_datasets(train, folder, tmp_path, capsys):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
     train(f"DATASET={(str(folder), str(tmp_path / 'photos'))}", "IMAGE_SIZE=(32, 48)", *SMALL)
     outputs, = Path("outputs").iterdir()
-    assert outputs.name.startswith("folder-tiny+folder-photos_cifar_fsq_")
+    assert outputs.name.startswith("folder-tiny+folder-photos_cifar_ema_vq_")
     labels = ["folder-tiny 32x32", "folder-photos 32x32", "folder-photos 48x48"]  # images are not enlarged
     for row in rows(outputs / "metrics.csv"):
         psnr = [float(row[f"psnr, {label}"]) for label in labels]
@@ -116,7 +116,7 @@ def test_several_codebooks(train, folder):
 
 
 @pytest.mark.parametrize("arguments", [["QUANTIZER=none"], ["ENCODER=scratch", "GAN_WEIGHT=0.1"],
-                                       ["ENCODER=cnn", "GRID=4", "ADAPTER_DEPTH=0"]], ids=str)
+                                       ["ENCODER=cnn", "GRID=4", "ADAPTER_DEPTH=0", "QUANTIZER=fsq"]], ids=str)
 def test_baselines(arguments, train, folder):
     train(f"DATASET={folder}", *SMALL, "EPOCHS=(8, 1)", *arguments)
     outputs, = Path("outputs").iterdir()
@@ -136,7 +136,7 @@ def test_larger_images(size, grid, train, tmp_path):
     train("DATASET=large", *SMALL, f"IMAGE_SIZE={size}", f"GRID={grid}", "BATCH_SIZE=4", "GAN_WEIGHT=0.1")
     outputs, = Path("outputs").iterdir()
     assert len(rows(outputs / "metrics.csv")) == 3
-    model = load_checkpoint(Path("checkpoints", outputs.name, "fsq_stage2_best.pt"))
+    model = load_checkpoint(Path("checkpoints", outputs.name, "ema_vq_stage2_best.pt"))
     assert model.encode_to_indices(torch.rand(1, 3, size, size)).shape == (1, grid, grid)
 
 
@@ -234,7 +234,7 @@ def test_a_loss_of_weight_0_is_not_computed(train, folder):
 
 
 def test_starting_from_a_checkpoint(train, folder):
-    first_run = [f"DATASET={folder}", *SMALL, "KEEP_CHECKPOINTS=1"]
+    first_run = [f"DATASET={folder}", *SMALL, "KEEP_CHECKPOINTS=1", "QUANTIZER=fsq"]
     train(*first_run, "STAGES=(1,)")
     first, = Path("checkpoints").iterdir()
     names = {f.name for f in first.iterdir()}
@@ -265,7 +265,7 @@ def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
     original, saved = load_torch(last), load_torch(last)
     saved["model"]["decoder.head.weight"] = saved["model"]["decoder.head.weight"][:1]
     next(Path("outputs").glob("*/results.json")).unlink()
-    best = last.with_name("fsq_stage1_best.pt")
+    best = last.with_name("ema_vq_stage1_best.pt")
     for other, words in ((saved, "another version.*delete"), ([], "has not all of stage, epoch, history"),
                          (load_torch(best), "has not all of"), (saved | {"model": None}, "another version")):
         save_torch(last, other)
@@ -273,8 +273,8 @@ def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
             train(*arguments)
         assert "\n" not in str(error.value.code)
     save_torch(last, original)
-    last.with_name("fsq_stage2_best.pt").unlink()
-    with pytest.raises(SystemExit, match="^train.py: .*fsq_stage2_best.pt.*delete .*last.pt"):
+    last.with_name("ema_vq_stage2_best.pt").unlink()
+    with pytest.raises(SystemExit, match="^train.py: .*ema_vq_stage2_best.pt.*delete .*last.pt"):
         train(*arguments)
 
 
@@ -282,7 +282,7 @@ def test_going_on_from_stage_2_holds_the_encoder_to_the_pretrained_one(train, fo
     arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
     train(*arguments, "DISTILL_WEIGHT=0", "LEARNING_RATE=(1e-3, 3e-3)")
     first, = Path("checkpoints").iterdir()
-    start = f"START_CHECKPOINT={first / 'fsq_stage2_best.pt'}"
+    start = f"START_CHECKPOINT={first / 'ema_vq_stage2_best.pt'}"
     train(*arguments, "STAGES=(2,)", start, "LEARNING_RATE=(1e-3, 1e-9)")
     second, = set(Path("outputs").iterdir()) - {Path("outputs", first.name)}
     row, = rows(second / "metrics.csv")
@@ -294,10 +294,10 @@ def test_going_on_from_stage_2_holds_the_encoder_to_the_pretrained_one(train, fo
 def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
     train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "LEARNING_RATE=(0.03, 1e-5)", "EPOCHS=(5, 1)")
     outputs, = Path("outputs").iterdir()
-    best = load_torch(Path("checkpoints", outputs.name, "fsq_stage1_best.pt"))
+    best = load_torch(Path("checkpoints", outputs.name, "ema_vq_stage1_best.pt"))
     values = [float(row["psnr"]) for row in rows(outputs / "metrics.csv")]
     assert best["epoch"] == values.index(max(values)) + 1 and best["metrics"]["psnr"] == pytest.approx(max(values))
-    assert best["constants"]["QUANTIZER"] == "fsq" and best["constants"]["DATASET"] == str(folder)
+    assert best["constants"]["QUANTIZER"] == "ema_vq" and best["constants"]["DATASET"] == str(folder)
 
 
 def test_an_epoch_is_printed_when_it_is_saved(train, folder, monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000",
     "FSQ_LEVELS=(64, 64, 64, 64, 64)", "CODEBOOKS=0", "CODEBOOKS=2.5", "CODEBOOKS=5 QUANTIZER=simvq",
     "CODEBOOKS=70 QUANTIZER=ema_vq", "CODEBOOKS=2 QUANTIZER=ddcl", "CODEBOOKS=2 QUANTIZER=none", "CODEBOOKS=6",
-    "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2",
+    "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2 QUANTIZER=fsq",
     "RANDOM_DEPTH=2 CODEBOOKS=2", "RANDOM_DEPTH=0.5", "RANDOM_DEPTH=0.5 CODEBOOKS=2 COMBINE=product QUANTIZER=ema_vq",
     "STAGES=(1.0,)", "STAGES=(True,)", "EPOCHS=(10000000000, 1)", "LEARNING_RATE=(1e39, 1)",
     "SEED=99999999999999999999", "IMAGE_SIZE=1048576", "DECODER_WIDTH=100000", "FSQ_LEVELS=(8, 8.0)", "GRID=True",
@@ -345,7 +345,8 @@ def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch)
         monkeypatch.setattr("utils.load_dataset", lambda *args: pytest.fail("looked for data before all was checked"))
     name = argument.split("=")[0]
     given = [] if name == "DATASET" else [f"DATASET={folder}"]
-    quantizer = {"DDCL_DELTA": ["QUANTIZER=ddcl"], "SIMVQ_CODE_DIM": ["QUANTIZER=simvq"]}.get(name, [])
+    quantizers = {"DDCL_DELTA": "ddcl", "SIMVQ_CODE_DIM": "simvq", "FSQ_LEVELS": "fsq"}
+    quantizer = [f"QUANTIZER={quantizers[name]}"] if name in quantizers else []
     with pytest.raises(SystemExit) as error:
         train(*given, *quantizer, *re.split(r" (?=[A-Z])", argument))
     message = str(error.value.code)
