@@ -7,6 +7,7 @@ outputs/quantizers.md and .png grow with each run. Finished runs are found again
 it was stopped, and a size added to LINES takes one more run. A token's bits are log2 of the number of codes.
 """
 import functools
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import re
 import subprocess

@@ -12,6 +12,7 @@ import bisect
 import functools
 import hashlib
 import importlib.util
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import io
 import json
 import math

@@ -7,6 +7,7 @@ Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOT
 reconstructions to outputs/photographs/.
 """
 import functools
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import math
 import sys
 from pathlib import Path
