@@ -8,7 +8,9 @@ discrete diffusion (MD4, 2406.04329), in prior.py. Grids of samples go to output
 checkpoints/<run>/prior.pt. A run that was stopped resumes after its last epoch; a finished one is measured again, with
 the present constants of sampling.
 """
+import contextlib
 import hashlib
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import sys
@@ -53,10 +55,6 @@ TEMPERATURE = 1.0
 SAMPLES = 10_000  # for the Fréchet distance and the probe
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 def main():
     if device == "cpu":
         torch.use_deterministic_algorithms(True)
@@ -76,7 +74,10 @@ def main():
         constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content}
         trained_with = {k: v for k, v in constants.items() if k not in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(trained_with)}"
-        last = Path("checkpoints", name, "last.pt")
+        outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
+        lock = utils.lock_folder(last.parent)
+        for leftover in (*outputs.glob("*.tmp"), *last.parent.glob("*.tmp")):  # of a killed process
+            leftover.unlink()
         saved = utils.load_torch(last) if last.exists() else {"epoch": 0, "history": []}
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
@@ -88,8 +89,9 @@ def main():
     if saved["epoch"]:
         print(f"resuming after epoch {saved['epoch']}")
     try:
-        train(prior, vqrae, tokens, data, saved, last, constants)
-        measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, Path("outputs", name))
+        with lock:
+            train(prior, vqrae, tokens, data, saved, last, constants)
+            measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, outputs)
     except KeyboardInterrupt:
         sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
 
@@ -101,15 +103,16 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
     for images in (data.train_images, data.test_images):
         content.update(images.numpy())
     path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
-    if not path.exists():
-        tokens = {}
-        for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
-            batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
-            tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device))).cpu()
-                                       for index in batches])
-        dtype = torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
-        utils.save_torch(path, {split: indices.to(dtype) for split, indices in tokens.items()})
-    return utils.load_torch(path), content.hexdigest()[:12]
+    if path.exists():
+        return utils.load_torch(path, "train", "test"), content.hexdigest()[:12]
+    tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
+    for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
+        batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
+        tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device)))
+                                   .to("cpu", dtype) for index in batches])
+    with contextlib.suppress(PermissionError):  # another user's data/ may be read-only
+        utils.save_torch(path, tokens)
+    return tokens, content.hexdigest()[:12]
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, last: Path, constants: dict):
@@ -230,8 +233,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
           f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
           f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the first shipped encoder's "
           f"features {results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images "
-          f"{results['probe_test']:.1%})\n"
-          f"see {outputs}/")
+          f"{results['probe_test']:.1%})\nsee {outputs}/")
 
 
 def check_constants():
@@ -255,8 +257,6 @@ def check_constants():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\ngenerate.py: stopped")
     except torch.OutOfMemoryError:
         sys.exit("generate.py: the GPU's memory is full: try less BATCH_SIZE")
     except OSError as error:  # a full disk, a folder that must not be written

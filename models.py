@@ -46,7 +46,6 @@ ENCODERS = {
     "mae_b": "vit_base_patch16_224.mae",
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
-
 # Baselines without pretraining.
 FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
 
@@ -166,7 +165,6 @@ class AirbenchEncoder(nn.Module):
     dim = 256
 
     def __init__(self, token_size: int = 4, fused: bool = True):
-        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
         super().__init__()
         self.token_size = token_size
         self.whiten = nn.Conv2d(3, 24, 3)
@@ -407,10 +405,6 @@ class CNNDecoder(nn.Module):
         return 0.5 + 0.25 * self.head(self.layers(z)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VQRAE
-
-
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
@@ -626,10 +620,6 @@ def check_images(images: Tensor) -> Tensor:
     low, high = images.aminmax()
     check(low >= 0 and high <= 1, "images", f"{low:.3g} to {high:.3g}", "numbers in [0, 1]")  # NaN fails, too
     return images.float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patch discriminator
 
 
 class PatchDiscriminator(nn.Module):
