@@ -50,7 +50,7 @@ def main():
     try:
         read_constants(globals(), [argument for argument in sys.argv[1:] if argument.startswith("BITS=")])
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
-        check(isinstance(BITS, (tuple, list)) and BITS and set(BITS) <= set(sizes), "BITS", BITS,
+        check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
               f"some of {sizes}, such as (16,)")
     except ValueError as error:
         sys.exit(f"compare.py: {error}")
@@ -114,3 +114,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\ncompare.py: stopped; the same command goes on from there")
+    except (ValueError, RuntimeError, OSError) as error:  # a damaged checkpoint, a full disk
+        sys.exit(f"compare.py: {error}; the same command goes on from there")

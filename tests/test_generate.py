@@ -206,7 +206,9 @@ def generate(monkeypatch):
 @pytest.mark.parametrize("argument", [
     "EPOCHS=0", "DIM=100", "DEPTH=1.5", "BATCH_SIZE=True", "BATCH_SIZE=1000", "LEARNING_RATE=0", "DROP_LABEL=2",
     "SEED=-1", "STEPS=0", "GUIDANCE=-1", "TEMPERATURE=0", "SAMPLES=1", "FLIP=1", "PRECISION=fp64",
-    "CHECKPOINT=nowhere.pt", "DATASET=nowhere", "EVAL_IMAGES=None", "DEPHT=2"])
+    "CHECKPOINT=nowhere.pt", "DATASET=nowhere", "EVAL_IMAGES=None", "DEPHT=2",
+    "STEPS=10000000", "GUIDANCE=1e+18", "TEMPERATURE=1e-40", "DEPTH=100000000", "SAMPLES=1000000000000",
+    "CHECKPOINT=3"])
 def test_a_wrong_constant_is_named_in_one_line(argument, generate, folder):
     with pytest.raises(SystemExit) as error:
         generate(f"DATASET={folder}", argument)
@@ -246,6 +248,15 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
     assert not leftover.exists()
     assert "resuming after epoch 2" in again and line not in again
 
+    content = (checkpoints / "last.pt").read_bytes()
+    broken = load_torch(checkpoints / "last.pt") | {"state": [[1]]}
+    for path, left in (("last.pt", {"epoch": 1}), ("last.pt", broken), ("prior.pt", {})):
+        (checkpoints / "last.pt").write_bytes(content)
+        utils.save_torch(checkpoints / path, left)
+        with pytest.raises(SystemExit, match=f"^generate.py: .*{path}.*"):
+            generate(*arguments)
+    (checkpoints / "last.pt").write_bytes(content)
+
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     monkeypatch.chdir(stopped)
@@ -280,7 +291,8 @@ def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, 
     for split in ("train", "test"):
         Path("flat", split).mkdir(parents=True)
         for i, file in enumerate((folder / split).rglob("*.png")):
-            os.link(file, Path("flat", split, f"{i}.png"))
+            if split == "train" or i < 6:  # fewer test images than are shown
+                os.link(file, Path("flat", split, f"{i}.png"))
     save = utils.save_torch
 
     def save_torch(path, content):  # as if data/ were another user's
@@ -293,3 +305,7 @@ def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, 
     assert not list(Path("data").glob("*.pt"))
     results, = (json.loads(path.read_text()) for path in Path("outputs").rglob("results.json"))
     assert results["tokens"] == 16 and results["bits"] == results["bits_given_class"]
+    for i in range(1, 6):
+        Path("flat", "test", f"{i}.png").unlink()
+    with pytest.raises(SystemExit, match="DATASET = 'flat', allowed: two test images"):
+        generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL)

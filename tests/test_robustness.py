@@ -150,7 +150,7 @@ def test_decoded_images_may_be_read_only(tmp_path):
         try:
             assert not os.access(f"{folder}/data", os.W_OK, effective_ids=True)
             assert torch.equal(load_dataset(str(path), 8, f"{folder}/data").train_images, expected)
-            with pytest.raises(PermissionError, match="data/lock"):
+            with pytest.raises(PermissionError, match=f"{folder}/data/"):
                 load_dataset(str(path), 4, f"{folder}/data")
         finally:
             os.seteuid(user)
@@ -207,7 +207,7 @@ def test_constants_are_compared_when_a_run_is_found():
 @pytest.mark.parametrize("constants, names", [
     ("DECODER_WIDTH=4096", "decoder .*DECODER_WIDTH"),
     ("QUANTIZER=ema_vq EMA_CODEBOOK_SIZE=16777216 EMA_CODE_DIM=4096", "quantizer .*EMA_CODEBOOK_SIZE, EMA_CODE_DIM"),
-    ("POST_QUANT_KERNEL=255", "POST_QUANT_KERNEL")])
+    ("POST_QUANT_KERNEL=255", "post_quant_conv .*POST_QUANT_KERNEL")])
 def test_a_model_larger_than_memory_is_not_built(constants, names, monkeypatch):
     for name, value in vars(train).copy().items():
         monkeypatch.setattr(train, name, value)  # to be as before
