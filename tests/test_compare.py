@@ -98,6 +98,7 @@ def test_wrong_sizes_and_a_run_that_fails_are_one_line(run, tmp_path, monkeypatc
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="^compare.py: this run failed"):
         run(FSQ, "BITS=(6,)")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "BITS=(16,)"])
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: open("outputs/figures.json"))
     with pytest.raises(SystemExit, match="^compare.py: .*figures.json"):
         runpy.run_path(compare.__file__, run_name="__main__")
