@@ -46,6 +46,7 @@ ENCODERS = {
     "mae_b": "vit_base_patch16_224.mae",
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
+
 # Baselines without pretraining.
 FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
 
@@ -135,8 +136,7 @@ class ConvEncoder(nn.Module):
     patch = 4
     dim = 256
 
-    def __init__(self, token_size: int = 4, fused: bool = True):
-        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
+    def __init__(self, token_size: int = 4):
         super().__init__()
         self.token_size = token_size
         self.deep = nn.Sequential(
@@ -146,8 +146,7 @@ class ConvEncoder(nn.Module):
             ConvNorm(192, 192, 1),
         )
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
-        if fused:
-            fuse(self)
+        fuse(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
@@ -165,6 +164,7 @@ class AirbenchEncoder(nn.Module):
     dim = 256
 
     def __init__(self, token_size: int = 4, fused: bool = True):
+        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
         super().__init__()
         self.token_size = token_size
         self.whiten = nn.Conv2d(3, 24, 3)
