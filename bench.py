@@ -8,6 +8,7 @@ Each line of the first four runs two things in turn, ROUNDS times, and prints th
 ratio, with its range. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
 """
 import csv
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import os
 import platform

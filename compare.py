@@ -7,6 +7,7 @@ outputs/quantizers.md and .png grow with each run. Finished runs are found again
 it was stopped, and a size added to LINES takes one more run. A token's bits are log2 of the number of codes.
 """
 import functools
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import re
 import subprocess
@@ -51,7 +52,7 @@ def main():
     try:
         read_constants(globals(), [argument for argument in sys.argv[1:] if argument.startswith("BITS=")])
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
-        check(isinstance(BITS, (tuple, list)) and BITS and set(BITS) <= set(sizes), "BITS", BITS,
+        check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
               f"some of {sizes}, such as (16,)")
     except ValueError as error:
         sys.exit(f"compare.py: {error}")
@@ -117,3 +118,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\ncompare.py: stopped; the same command goes on from there")
+    except (ValueError, RuntimeError, OSError) as error:  # a damaged checkpoint, a full disk
+        sys.exit(f"compare.py: {error}; the same command goes on from there")

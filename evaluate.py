@@ -12,6 +12,7 @@ import bisect
 import functools
 import hashlib
 import importlib.util
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import io
 import json
 import math
@@ -125,7 +126,9 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
           "None or 2 or more")
     check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None")
-    check(CODECS is None or isinstance(CODECS, str), "CODECS", CODECS, "None, or a path")
+    for name, path in (("CURVE", CURVE), ("CODECS", CODECS)):
+        valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
+        check(valid, name, path, "None, or the path of a .png")
     paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
     check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
     configs = {str(path): load_checkpoint(path).config for path in paths}  # finds a broken file before measuring others
@@ -140,9 +143,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
         data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels)
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
-    is_file_name = isinstance(CURVE, str) and not Path(CURVE).is_dir()
-    check(CURVE is None or is_file_name and data.train_labels is not None, "CURVE", CURVE,
-          "None, or a file's path where images have classes to probe")
+    check(CURVE is None or data.train_labels is not None, "CURVE", CURVE, "None where images have no classes to probe")
     return name_checkpoints([ship(path) for path in paths] if SHIP else paths), data, records
 
 
@@ -332,6 +333,15 @@ def plot_curve(path: Path, figures: dict[str, dict]):
     save_figure(path, figure)
 
 
+def available_codecs() -> list[str]:
+    """Those of CODEC_OPTIONS that Pillow has; the others are named."""
+    Image.init()
+    for codec in CODEC_OPTIONS:
+        if codec.upper() not in Image.SAVE:
+            print(f"no {codec}: Pillow was built without it")
+    return [codec for codec in CODEC_OPTIONS if codec.upper() in Image.SAVE]
+
+
 def encode_montage(images: Tensor, codec: str, quality: int) -> tuple[float, Tensor]:
     """Encode n * n uint8 images (n * n, 3, H, W) side by side, as one picture, so that headers do not count. Returns
     bits an image, and the images decoded."""
@@ -354,7 +364,7 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
     names = [name for name, value in bits.items() if value]
     if not names:
         return print("no codecs: no checkpoint here has a quantizer")
-    n = min(montage_side, math.isqrt(len(data.test_images)))
+    n = min(montage_side, 16383 // data.test_images.shape[-1], math.isqrt(len(data.test_images)))  # 16383: WebP's limit
     originals = data.test_images[: n * n].cpu()
 
     def distortion(images: Tensor) -> dict[str, float]:
@@ -366,11 +376,7 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
     targets = sorted({bits[name] for name in names} | {0.6 * low, 0.8 * low, 1.25 * high, 1.6 * high})
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    Image.init()
-    for codec in CODEC_OPTIONS:
-        if codec.upper() not in Image.SAVE:
-            print(f"no {codec}: Pillow was built without it")
-            continue
+    for codec in available_codecs():
         encode, curve = functools.cache(functools.partial(encode_montage, originals, codec)), []
         for target in tqdm(targets, codec, leave=False):
             quality = nearest_quality(encode, target)
@@ -444,3 +450,5 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError:
         sys.exit("evaluate.py: the GPU's memory is full: try less BATCH_SIZE")
+    except OSError as error:  # a full disk, a folder that must not be written
+        sys.exit(f"evaluate.py: {error}")

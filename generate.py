@@ -8,7 +8,9 @@ discrete diffusion (MD4, 2406.04329), in prior.py. Grids of samples go to output
 checkpoints/<run>/prior.pt. A run that was stopped resumes after its last epoch; a finished one is measured again, with
 the present constants of sampling.
 """
+import contextlib
 import hashlib
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import sys
@@ -53,10 +55,6 @@ TEMPERATURE = 1.0
 SAMPLES = 10_000  # for the Fréchet distance and the probe
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 def main():
     if device == "cpu":
         torch.use_deterministic_algorithms(True)
@@ -67,6 +65,7 @@ def main():
         vqrae = utils.load_checkpoint(CHECKPOINT).to(device)
         data = utils.load_dataset(DATASET, vqrae.config["image_size"])
         check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"at most {len(data.train_images)}")
+        check(len(data.test_images) > 1, "DATASET", DATASET, "two test images or more: a distance needs a variance")
         if data.train_labels is None:  # the one label there is: no class
             data = data._replace(train_labels=torch.zeros(len(data.train_images), dtype=torch.int64),
                                  test_labels=torch.zeros(len(data.test_images), dtype=torch.int64))
@@ -76,8 +75,11 @@ def main():
         constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content}
         trained_with = {k: v for k, v in constants.items() if k not in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(trained_with)}"
-        last = Path("checkpoints", name, "last.pt")
-        saved = utils.load_torch(last) if last.exists() else {"epoch": 0, "history": []}
+        outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
+        lock = utils.lock_folder(last.parent)
+        for leftover in (*outputs.glob("*.tmp"), *last.parent.glob("*.tmp")):  # of a killed process
+            leftover.unlink()
+        saved = utils.load_torch(last, "epoch", "history", "state") if last.exists() else {"epoch": 0, "history": []}
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -88,10 +90,13 @@ def main():
     if saved["epoch"]:
         print(f"resuming after epoch {saved['epoch']}")
     try:
-        train(prior, vqrae, tokens, data, saved, last, constants)
-        measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, Path("outputs", name))
+        with lock:
+            train(prior, vqrae, tokens, data, saved, last, constants)
+            measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, outputs)
     except KeyboardInterrupt:
         sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
+    except ValueError as error:
+        sys.exit(f"generate.py: {error}; delete {last} to train anew")
 
 
 def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
@@ -101,15 +106,16 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
     for images in (data.train_images, data.test_images):
         content.update(images.numpy())
     path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
-    if not path.exists():
-        tokens = {}
-        for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
-            batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
-            tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device))).cpu()
-                                       for index in batches])
-        dtype = torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
-        utils.save_torch(path, {split: indices.to(dtype) for split, indices in tokens.items()})
-    return utils.load_torch(path), content.hexdigest()[:12]
+    if path.exists():
+        return utils.load_torch(path, "train", "test"), content.hexdigest()[:12]
+    tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
+    for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
+        batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
+        tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device)))
+                                   .to("cpu", dtype) for index in batches])
+    with contextlib.suppress(PermissionError):  # another user's data/ may be read-only
+        utils.save_torch(path, tokens)
+    return tokens, content.hexdigest()[:12]
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, last: Path, constants: dict):
@@ -129,7 +135,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
     try:
         for part, content in zip(state, saved.pop("state", [])):
             part.load_state_dict(content)
-    except (RuntimeError, KeyError, ValueError):
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         sys.exit(f"generate.py: {last} is of other code than this: go back to that, or delete it to begin anew")
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
     print(" epoch   bits a token: training    test  images/s  seconds")
@@ -150,9 +156,9 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
             prior.zero_grad()
             losses.append(loss.detach())
         bits, seconds = torch.stack(losses).mean().item(), time.time() - start
-        if not math.isfinite(bits):
-            sys.exit(f"generate.py: the loss is not finite in epoch {epoch}; checkpoints of earlier epochs are kept")
         test_bits = measure_bits(prior, tokens["test"][:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES]) / prior.tokens
+        if not math.isfinite(bits + test_bits):
+            sys.exit(f"generate.py: the loss is not finite in epoch {epoch}; checkpoints of earlier epochs are kept")
         row = {"epoch": epoch, "bits": bits, "test_bits": test_bits, "images_per_second": order.numel() / seconds,
                "seconds": seconds}
         print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
@@ -218,36 +224,31 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
     plots.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
 
-    originals, mask = data.test_images[:8], torch.zeros(8, *prior.grid, dtype=torch.bool)
+    originals, mask = data.test_images[:8], torch.zeros(len(test[:8]), *prior.grid, dtype=torch.bool)
     top, left = (side // 4 for side in prior.grid)
     mask[:, top : prior.grid[0] - top, left : prior.grid[1] - left] = True  # a hole of half the height and width
     pixels = F.interpolate(mask[:, None].float(), originals.shape[-2:]).bool()
     fillings = [sample(prior, vqrae, labels[:8], test[:8], mask) for _ in range(4)]
     rows = torch.cat([originals, originals.masked_fill(pixels, 128), *fillings])  # in all, six
-    plots.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=8)
+    plots.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=len(originals))
     utils.write_file(outputs / "results.json", json.dumps(results, indent=2).encode())
     print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
           f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
           f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the first shipped encoder's "
           f"features {results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images "
-          f"{results['probe_test']:.1%})\n"
-          f"see {outputs}/")
+          f"{results['probe_test']:.1%})\nsee {outputs}/")
 
 
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
     values = globals()
-    for name in ("CHECKPOINT", "DATASET"):
-        check(isinstance(values[name], str), name, values[name], "a name in quotes")
-    for name in ("DIM", "DEPTH", "EPOCHS", "BATCH_SIZE", "EVAL_IMAGES", "STEPS"):
-        check(type(values[name]) is int and values[name] >= 1, name, values[name], "a whole number of 1 or more")
-    for name in ("LEARNING_RATE", "TEMPERATURE"):
-        check(type(values[name]) in (int, float) and values[name] > 0, name, values[name], "a number above 0")
+    ranges = {"DIM": (1, 4096), "DEPTH": (1, 100), "EPOCHS": (1, 10**6), "BATCH_SIZE": (1, 10**6), "STEPS": (1, 10**5),
+              "EVAL_IMAGES": (1, 10**9), "SAMPLES": (20, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3),
+              "TEMPERATURE": (0.01, 100.0), "GUIDANCE": (0.0, 1e3), "DROP_LABEL": (0.0, 1.0)}
+    for name, (low, high) in ranges.items():
+        valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
+        check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
     check(DIM < 64 or DIM % 64 == 0, "DIM", DIM, "a multiple of 64, or less")
-    check(type(GUIDANCE) in (int, float) and GUIDANCE >= 0, "GUIDANCE", GUIDANCE, "a number of 0 or more")
-    check(type(DROP_LABEL) in (int, float) and 0 <= DROP_LABEL <= 1, "DROP_LABEL", DROP_LABEL, "0 to 1")
-    check(type(SEED) is int and 0 <= SEED < 2**31, "SEED", SEED, "a whole number from 0 to 2**31 - 1")
-    check(type(SAMPLES) is int and SAMPLES >= 20, "SAMPLES", SAMPLES, "a whole number of 20 or more")
     check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
 
@@ -255,8 +256,6 @@ def check_constants():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\ngenerate.py: stopped")
     except torch.OutOfMemoryError:
         sys.exit("generate.py: the GPU's memory is full: try less BATCH_SIZE")
     except OSError as error:  # a full disk, a folder that must not be written

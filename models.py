@@ -136,8 +136,7 @@ class ConvEncoder(nn.Module):
     patch = 4
     dim = 256
 
-    def __init__(self, token_size: int = 4, fused: bool = True):
-        """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
+    def __init__(self, token_size: int = 4):
         super().__init__()
         self.token_size = token_size
         self.deep = nn.Sequential(
@@ -147,8 +146,7 @@ class ConvEncoder(nn.Module):
             ConvNorm(192, 192, 1),
         )
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
-        if fused:
-            fuse(self)
+        fuse(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
@@ -407,10 +405,6 @@ class CNNDecoder(nn.Module):
         return 0.5 + 0.25 * self.head(self.layers(z)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VQRAE
-
-
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
@@ -626,10 +620,6 @@ def check_images(images: Tensor) -> Tensor:
     low, high = images.aminmax()
     check(low >= 0 and high <= 1, "images", f"{low:.3g} to {high:.3g}", "numbers in [0, 1]")  # NaN fails, too
     return images.float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patch discriminator
 
 
 class PatchDiscriminator(nn.Module):

@@ -7,6 +7,7 @@ Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOT
 reconstructions to outputs/photographs/.
 """
 import functools
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import math
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from evaluate import CODEC_OPTIONS, encode_montage, format_table, name_checkpoints, nearest_quality
+from evaluate import available_codecs, encode_montage, format_table, name_checkpoints, nearest_quality
 from models import PRETRAINED_DIR, VQRAE
 from quantizers import check
 from utils import find_images, load_checkpoint, load_image, psnr, read_constants, ssim, to_float
@@ -41,26 +42,34 @@ def main():
         check(all(sizes.values()), "checkpoints", sizes, "with a quantizer")
         files = find_images(Path(PHOTOS))[:COUNT]
         check(files, "PHOTOS", PHOTOS, "a folder with photographs in it")
-        rows = {}
+        smallest, rows, codecs = max(11, *(model.token_size for model in models.values())), {}, available_codecs()
         for file in tqdm(files, "photographs"):
-            measure(file, models, rows, save=file == files[0])
+            try:
+                image = load_image(file)
+                check(min(image.shape[2:]) >= smallest and max(image.shape[2:]) < 2**14, "height and width",
+                      tuple(image.shape[2:]), f"{smallest}, for SSIM and a token, to 16383, for WebP")
+            except ValueError as error:
+                tqdm.write(f"skipping {str(file)!r}: {error}")
+                continue
+            measure(image.to(device), models, codecs, rows)
+        check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"photographs.py: {error}")
     means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
     columns = {"bits a pixel": "bits:.3f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
-    print(f"{len(files)} photographs of {PHOTOS}:\n\n{format_table(means, columns, 'photographs from')}")
+    count = len(next(iter(rows.values())))
+    print(f"{count} photographs of {PHOTOS}:\n\n{format_table(means, columns, 'photographs from')}")
 
 
-def measure(file: Path, models: dict[str, VQRAE], rows: dict[str, list[dict]], save: bool):
-    """Append bits a pixel, PSNR and SSIM of a photograph to the rows of each model and codec."""
-    image = load_image(file).to(device)
+def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: dict[str, list[dict]]):
+    """Append bits a pixel, PSNR and SSIM of a photograph (1, 3, H, W) to the rows of each model and codec."""
     pixels = image.shape[2] * image.shape[3]
 
     def add(name: str, bits: float, reconstruction: Tensor):
         figures = {"bits": bits / pixels, "psnr": psnr(reconstruction, image), "ssim": ssim(reconstruction, image)}
         rows.setdefault(name, []).append({key: float(value) for key, value in figures.items()})
-        if save:
-            path = Path("outputs", "photographs", f"{name}.png")
+        if len(rows[name]) == 1:
+            path = Path("outputs", "photographs", f"{name.replace('/', '_')}.png")  # a name may be a path
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(torch.cat([image, reconstruction], 3), path)
 
@@ -68,7 +77,7 @@ def measure(file: Path, models: dict[str, VQRAE], rows: dict[str, list[dict]], s
         indices = model.encode_to_indices(image)
         bits = indices.numel() * math.log2(model.quantizer.codebook_size)
         add(name, bits, model.decode_from_indices(indices, size=image.shape[2:]))
-    for codec in CODEC_OPTIONS:  # at the last checkpoint's bits
+    for codec in codecs:  # at the last checkpoint's bits
         encode = functools.cache(functools.partial(encode_montage, (image.cpu() * 255).round().byte(), codec))
         size, decoded = encode(nearest_quality(encode, bits))
         add(codec, size, to_float(decoded).to(device))

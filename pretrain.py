@@ -8,6 +8,7 @@ cifar_encoder.json with the recipe and what was measured. Run once, by us; train
 Most of the recipe is airbench's (2404.00498, github.com/KellerJordan/cifar10-airbench): the network, whitened input,
 convolutions that start as the identity, label smoothing, alternating flips, Muon with weights of fixed norm.
 """
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import sys
 import time

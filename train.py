@@ -10,6 +10,7 @@ checkpoints/<run>/. A run that was stopped resumes after its last epoch; a chang
 """
 import copy
 import hashlib
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -100,7 +100,7 @@ def main():
         start_process()
         constants = utils.read_constants(globals())
         check_constants()
-        build_model(pretrained=False)  # constants that do not fit each other fail here, before anything is downloaded
+        check_memory(build_model(False, "meta"))  # constants that do not fit fail here, before anything is downloaded
         names = [DATASET]
         if rank > 0:
             dist.broadcast_object_list(names)  # the first process downloads and decodes; the others wait for it
@@ -322,7 +322,7 @@ class Objective(nn.Module):
 # What the experiment is built from
 
 
-def build_model(pretrained: bool = True) -> VQRAE:
+def build_model(pretrained: bool = True, device: str = device) -> VQRAE:
     """The model that the constants describe, with the weights of START_CHECKPOINT if that fits them."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
@@ -330,8 +330,9 @@ def build_model(pretrained: bool = True) -> VQRAE:
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     options |= {"codebooks": CODEBOOKS, "combine": COMBINE} if CODEBOOKS > 1 else {}
-    model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, DECODER,
-                  DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, DECODER,
+                      DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
@@ -409,12 +410,7 @@ class Run:
         check(not described.exists() or described.read_bytes() == description, "constants of this run",
               str(described), "the same as here: delete that folder")
         if rank == 0 and not self.finished:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.checkpoints / "lock", is_singleton=True)  # of this process, and gone with it
-            try:
-                self.lock.acquire(blocking=False)
-            except Timeout:
-                raise ValueError(f"{self.checkpoints} belongs to a run that is going on: end it, or wait") from None
+            self.lock = utils.lock_folder(self.checkpoints)  # of this process, and gone with it
             for leftover in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a killed process
                 leftover.unlink()
             utils.write_file(described, description)
@@ -584,14 +580,25 @@ def check_constants():
                "the path of a file, in quotes, or, with 1 in STAGES, None")
 
 
+def check_memory(model: VQRAE):
+    """ValueError where weights, and a gradient and a moment of those that learn, exceed memory. model: on "meta" """
+    sizes = {name: sum(tensor.nbytes for tensor in part.state_dict().values())
+             + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad) for name, part in model.named_children()}
+    largest = max(sizes, key=sizes.get)
+    start = (QUANTIZER if largest == "quantizer" else largest)[:3].upper()
+    names = ", ".join(name for name in globals() if name.isupper() and name.startswith(start))
+    sysconf = getattr(os, "sysconf", lambda name: 2**31)  # Windows has none
+    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
+    check(sum(sizes.values()) < memory, f"gigabytes for the {largest} ({names}) and the rest of the model",
+          round(sum(sizes.values()) / 1e9), f"{memory / 1e9:.0f}")
+
+
 if __name__ == "__main__":
     try:
         main()
         if ranks > 1:
             dist.barrier()
             dist.destroy_process_group()
-    except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped")
     except torch.OutOfMemoryError:
         sys.exit("train.py: the GPU's memory is full: try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or "
                  "IMAGES_GB")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,9 +40,6 @@ from tqdm import tqdm
 import shapes
 from models import VQRAE, reachable
 from quantizers import check
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants
 
 
 def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
@@ -273,8 +270,7 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
     name = decoded.name.rsplit("_", 1)[0]
     content = read()
     if content is None:
-        decoded.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(decoded.parent / "lock"):
+        with lock_folder(decoded.parent, wait=True):
             content = read()  # another process may have made it meanwhile
             if content is None:
                 for outdated in decoded.parent.glob(f"{glob.escape(name)}_*"):  # or left by a process that was killed
@@ -330,10 +326,6 @@ def select_images(images: Tensor, index: Tensor) -> Tensor:
     """
     selected = images[index % len(images)]
     return torch.where((index >= len(images)).view(-1, 1, 1, 1), selected.flip(3), selected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cached features
 
 
 class FeatureCache:
@@ -479,6 +471,18 @@ def open_atomically(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def lock_folder(folder: Path, wait: bool = False) -> AcquireReturnProxy:
+    """Keep other processes out of a folder, to the end of a with statement, or of this process. While another one has
+    it, wait, or ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", mode=0o666, is_singleton=True)  # for any user who may write there
+    with contextlib.suppress(Timeout):
+        return lock.acquire(blocking=False)
+    check(wait, "run", str(folder), "one that is not going on elsewhere: end that, or wait")
+    print(f"waiting for another process to decode images into {folder}/", flush=True)
+    return lock.acquire()
+
+
 def download(url: str, path: Path, algorithm: str, checksum: str, reason: str):
     """Download a file whose hash begins with `checksum`. RuntimeError where the server cannot be reached, is silent for
     15 seconds, sends less than 10 kB a second, or sends another file; its message ends with `reason`."""
@@ -507,8 +511,7 @@ def write_file(path: Path, content: bytes):
 def write_csv(path: Path, rows: list[dict]):
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writeheader(), writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 

@@ -1,6 +1,8 @@
 """compare.py on small models and images."""
 import json
 import math
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,10 +91,14 @@ def test_every_size_is_of_about_its_bits(monkeypatch):
 
 
 def test_wrong_sizes_and_a_run_that_fails_are_one_line(run, tmp_path, monkeypatch):
-    for bits in ("BITS=(8,)", "BITS=16", "BITS=()"):
+    for bits in ("BITS=(8,)", "BITS=16", "BITS=()", "BITS=([6],)"):
         with pytest.raises(SystemExit, match=r"^compare.py: BITS = .*, allowed: some of \[6, 7\]"):
             run(FSQ, bits)
     (tmp_path / "train.py").write_text("raise SystemExit('train.py: no')")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="^compare.py: this run failed"):
         run(FSQ, "BITS=(6,)")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "BITS=(16,)"])
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: open("outputs/figures.json"))
+    with pytest.raises(SystemExit, match="^compare.py: .*figures.json"):
+        runpy.run_path(compare.__file__, run_name="__main__")

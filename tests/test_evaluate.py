@@ -170,8 +170,13 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
         shipped(tmp_path / "0.0.pt", "CURVE=None", "CODECS=True")
     with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
         shipped(tmp_path / "0.0.pt", f"CURVE={tmp_path}", "CODECS=None")
+    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
+        shipped(tmp_path / "0.0.pt", "CURVE=curve.pdf")  # would hold a PNG
+    for path in (tmp_path, "codecs.pdf"):
+        with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
+            shipped(tmp_path / "0.0.pt", "CURVE=None", f"CODECS={path}")
     with pytest.raises(SystemExit, match="evaluate.py: BATCH_SIZE = True"):
-        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "CURVE=None")
+        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "CURVE=None", "CODECS=None")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20", "BATCH_SIZE=250")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
@@ -220,6 +225,17 @@ def test_rfid_whose_download_breaks_off_is_left_out(monkeypatch, capsys):
     assert evaluate.load_networks(32).keys() == {"encoder"}
     printed = capsys.readouterr().out
     assert "no rFID: connection reset\nno LPIPS: " in printed and printed.count("\n") == 2
+
+
+def test_codecs_and_pictures_that_are_not_to_be_had(monkeypatch, capsys):
+    Image.init()
+    monkeypatch.delitem(Image.SAVE, "AVIF", raising=False)
+    assert evaluate.available_codecs() == ["JPEG", "WebP"] and "no AVIF" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "CODEC_OPTIONS", {})
+    images = torch.zeros(16, 3, 12, 5000, dtype=torch.uint8)  # four side by side are more than the widest WebP
+    data = evaluate.Dataset("wide", images, None, images, None, [], 5000)
+    evaluate.compare_codecs(Path("codecs.png"), data, {"a": images}, {"a": 100.0})
+    assert "9 test images of wide" in capsys.readouterr().out
 
 
 def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 """prior.py on made-up tokens, and generate.py itself on a few images."""
+import fcntl
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import utils
 from models import VQRAE
 from prior import Prior, build_prior, draw_masks, load_prior
 from quantizers import build_quantizer
@@ -204,7 +206,9 @@ def generate(monkeypatch):
 @pytest.mark.parametrize("argument", [
     "EPOCHS=0", "DIM=100", "DEPTH=1.5", "BATCH_SIZE=True", "BATCH_SIZE=1000", "LEARNING_RATE=0", "DROP_LABEL=2",
     "SEED=-1", "STEPS=0", "GUIDANCE=-1", "TEMPERATURE=0", "SAMPLES=1", "FLIP=1", "PRECISION=fp64",
-    "CHECKPOINT=nowhere.pt", "DATASET=nowhere", "EVAL_IMAGES=None", "DEPHT=2"])
+    "CHECKPOINT=nowhere.pt", "DATASET=nowhere", "EVAL_IMAGES=None", "DEPHT=2",
+    "STEPS=10000000", "GUIDANCE=1e+18", "TEMPERATURE=1e-40", "DEPTH=100000000", "SAMPLES=1000000000000",
+    "CHECKPOINT=3"])
 def test_a_wrong_constant_is_named_in_one_line(argument, generate, folder):
     with pytest.raises(SystemExit) as error:
         generate(f"DATASET={folder}", argument)
@@ -231,10 +235,27 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
     assert shipped.decode_from_indices(prior.generate(torch.tensor([0, 1]))).shape == (2, 3, 32, 32)
 
     line = capsys.readouterr().out.splitlines()[-2]
+    leftover = outputs / "epoch_002.png.123.tmp"
+    leftover.write_bytes(b"")
+    with open(checkpoints / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
+        with pytest.raises(SystemExit, match="^generate.py: .*going on elsewhere"):
+            generate(*arguments)
+    assert leftover.exists()
     generate(*arguments, "GUIDANCE=1")  # finished: measured again, with other samples
     assert json.loads((outputs / "results.json").read_text())["bits"] == results["bits"]
     again = capsys.readouterr().out
+    assert not leftover.exists()
     assert "resuming after epoch 2" in again and line not in again
+
+    content = (checkpoints / "last.pt").read_bytes()
+    broken = load_torch(checkpoints / "last.pt") | {"state": [[1]]}
+    for path, left in (("last.pt", {"epoch": 1}), ("last.pt", broken), ("prior.pt", {})):
+        (checkpoints / "last.pt").write_bytes(content)
+        utils.save_torch(checkpoints / path, left)
+        with pytest.raises(SystemExit, match=f"^generate.py: .*{path}.*"):
+            generate(*arguments)
+    (checkpoints / "last.pt").write_bytes(content)
 
     stopped = tmp_path / "stopped"
     stopped.mkdir()
@@ -263,14 +284,28 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
     assert Counter(path.suffix for path in stopped.rglob("*.*")).keys().isdisjoint({".tmp"})
 
 
-def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path):
+def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, monkeypatch):
     options = {"codebook_size": 300}
     model = VQRAE(quantizer="ema_vq", quantizer_options=options, grid=4, adapter_depth=0, decoder_width=64)
     save_checkpoint(tmp_path / "model.pt", model.eval())
     for split in ("train", "test"):
         Path("flat", split).mkdir(parents=True)
         for i, file in enumerate((folder / split).rglob("*.png")):
-            os.link(file, Path("flat", split, f"{i}.png"))
+            if split == "train" or i < 6:  # fewer test images than are shown
+                os.link(file, Path("flat", split, f"{i}.png"))
+    save = utils.save_torch
+
+    def save_torch(path, content):  # as if data/ were another user's
+        if path.parent.name == "data":
+            raise PermissionError(13, "Permission denied", str(path))
+        save(path, content)
+
+    monkeypatch.setattr(utils, "save_torch", save_torch)
     generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL, "EPOCHS=1")
+    assert not list(Path("data").glob("*.pt"))
     results, = (json.loads(path.read_text()) for path in Path("outputs").rglob("results.json"))
     assert results["tokens"] == 16 and results["bits"] == results["bits_given_class"]
+    for i in range(1, 6):
+        Path("flat", "test", f"{i}.png").unlink()
+    with pytest.raises(SystemExit, match="DATASET = 'flat', allowed: two test images"):
+        generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL)

@@ -1,6 +1,7 @@
 """photographs.py, on two small images of different sizes."""
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -31,11 +32,20 @@ def run(tmp_path, monkeypatch):
 
 
 def test_photographs(run, tmp_path, capsys):
-    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
-    rows = dict(re.findall(r"^\| (.+?) +\| +([\d. |]+)\|$", capsys.readouterr().out, re.M))
+    Image.new("RGB", (5, 50)).save(tmp_path / "photos" / "0 narrow.png")
+    Image.new("RGB", (16500, 12)).save(tmp_path / "photos" / "wide.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "a.pt", tmp_path / "other" / "b.pt")  # its name in the table is its path
+    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt", tmp_path / "other" / "b.pt")
+    printed = capsys.readouterr()
+    for name in ("0 narrow.png", "wide.png", "broken.jpg"):
+        assert f"{name}'" in printed.out + printed.err
+    assert "\n2 photographs of" in f"\n{printed.out}" and not list((tmp_path / "other").glob("*.png"))
+    rows = dict(re.findall(r"^\| (.+?) +\| +([\d. |]+)\|$", printed.out, re.M))
     bits, psnr, _ = map(float, rows["cifar fsq, stage 1"].split("|"))
     model, expected = load_checkpoint(tmp_path / "a.pt"), []
-    for file in (tmp_path / "photos").iterdir():
+    for file in (tmp_path / "photos").glob("?.png"):
         image = load_image(file)
         with torch.no_grad():
             error = (model(image)[0] - image).square().mean().item()

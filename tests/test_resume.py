@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -48,8 +49,8 @@ def half_write_and_kill(file):
     kill()
 
 
-def child(folder, arguments, where, calls):
-    """train.py, killed at the calls-th time that it comes to the place `where`."""
+def child(folder, arguments, where, calls, script="train.py"):
+    """The script, killed at the calls-th time that it comes to the place `where`."""
     import models
     import utils
 
@@ -66,13 +67,13 @@ def child(folder, arguments, where, calls):
         os.replace = count_down(os.replace, calls, kill)
     if where == "stage 2":
         models.VQRAE.set_stage = count_down(models.VQRAE.set_stage, calls, kill)
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start(folder, arguments, where=None, calls=0):
+def start(folder, arguments, where=None, calls=0, script="train.py"):
     folder.mkdir(exist_ok=True)
-    process = processes.Process(target=child, args=(folder, arguments, where, calls))
+    process = processes.Process(target=child, args=(folder, arguments, where, calls, script))
     process.start()
     return process
 
@@ -107,8 +108,10 @@ def outcome(folder):
 @pytest.fixture(scope="module")
 def reference(request, tmp_path_factory, folder):
     """The arguments of a run with this quantizer, what it leaves when nothing stops it, and how long it takes."""
-    arguments = [f"DATASET={folder}", *f"QUANTIZER={request.param}".split(), *ARGUMENTS]
     path = tmp_path_factory.mktemp("reference")
+    two = f"DATASET=('{folder}','{shutil.copytree(folder, path / 'other')}')"
+    options = [two if option == "DATASETS=2" else option for option in request.param.split()]
+    arguments = [f"DATASET={folder}", *ARGUMENTS, f"QUANTIZER={options[0]}", *options[1:]]
     begin = time.time()
     assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
     return arguments, outcome(path), time.time() - begin
@@ -144,7 +147,9 @@ def test_a_killed_run_with_what_is_rare_ends_as_if_nothing_had_been(reference, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["ddcl", "ema_vq", "simvq", "simvq CODEBOOKS=2 COMBINE=product"], indirect=True)
+@pytest.mark.parametrize("reference", [
+    "ddcl", "ema_vq", "simvq", "simvq CODEBOOKS=2 COMBINE=product", "ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5",
+    "fsq DATASETS=2 IMAGE_SIZE=(16,32) GRID=4 BATCH_SIZE=16"], indirect=True)
 @pytest.mark.parametrize("number", range(7))
 def test_killed_at_any_moment(number, reference, tmp_path):
     arguments, _, seconds = reference
@@ -153,6 +158,34 @@ def test_killed_at_any_moment(number, reference, tmp_path):
     process.kill()
     assert exit_code(process) in (0, -signal.SIGKILL)
     finish_and_compare(tmp_path, reference)
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory, folder):
+    """As `reference`, of generate.py."""
+    arguments = [f"DATASET={folder}", "PRECISION=fp32", "EPOCHS=3", "BATCH_SIZE=32", "DIM=32", "DEPTH=1", "STEPS=2",
+                 "SAMPLES=20", "EVAL_IMAGES=32"]
+    path = tmp_path_factory.mktemp("generated")
+    begin = time.time()
+    assert exit_code(start(path, arguments, script="generate.py")) == 0, (path / "log").read_text()
+    return arguments, (outcome(path), prior_of(path)), time.time() - begin
+
+
+def prior_of(path):
+    return load_torch(*path.glob("checkpoints/*/prior.pt"))["prior"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(7))
+def test_generate_killed_at_any_moment(number, generated, tmp_path):
+    arguments, expected, seconds = generated
+    process = start(tmp_path, arguments, script="generate.py")
+    time.sleep(random.Random(number).uniform(0, seconds))
+    process.kill()
+    assert exit_code(process) in (0, -signal.SIGKILL)
+    assert exit_code(start(tmp_path, arguments, script="generate.py")) == 0, (tmp_path / "log").read_text()
+    assert same((outcome(tmp_path), prior_of(tmp_path)), expected)
+    assert not [*tmp_path.glob("outputs/**/*.tmp"), *tmp_path.glob("checkpoints/**/*.tmp")]
 
 
 def test_ctrl_c_says_what_is_saved(tmp_path, folder):

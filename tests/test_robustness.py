@@ -4,7 +4,12 @@ import fcntl
 import http.server
 import os
 import shutil
+import signal
+import stat
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import types
@@ -120,6 +125,38 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert not list(Path("data").glob("*.tmp"))
 
 
+def test_waiting_for_another_process_is_said(tmp_path, capsys):
+    path = one_folder(tmp_path / "photos")
+    load_dataset(str(path), 4)
+    assert stat.S_IMODE(os.stat("data/lock").st_mode) == 0o666  # other users who may write in data/ lock it, too
+    file = open("data/lock")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    load_dataset(str(path), 4)  # there already: it needs no lock
+    threading.Timer(0.3, file.close).start()
+    load_dataset(str(path), 8)
+    assert capsys.readouterr().out.count("waiting for another process to decode images into data/\n") == 1
+    load_dataset(str(path), 16)
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_decoded_images_may_be_read_only(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:  # which another user may enter; pytest's own have one user
+        path = one_folder(Path(folder, "photos"))
+        expected = load_dataset(str(path), 8, f"{folder}/data").train_images
+        Path(folder).chmod(0o755), Path(folder, "data").chmod(0o555)
+        user = os.geteuid()
+        if user == 0:  # may write everywhere
+            os.seteuid(65534)
+        try:
+            assert not os.access(f"{folder}/data", os.W_OK, effective_ids=True)
+            assert torch.equal(load_dataset(str(path), 8, f"{folder}/data").train_images, expected)
+            with pytest.raises(PermissionError, match=f"{folder}/data/"):
+                load_dataset(str(path), 4, f"{folder}/data")
+        finally:
+            os.seteuid(user)
+            Path(folder, "data").chmod(0o755)
+
+
 def test_a_folder_is_known_by_its_files(tmp_path, monkeypatch):
     path = one_folder(tmp_path / "photos", Image.new("RGB", (8, 8), "red"))
     name_of_run = []
@@ -145,12 +182,12 @@ def a_dataset(count):
 def test_one_process_a_run():
     run = train.Run({"SEED": 0}, a_dataset(1))
     assert len(run.name.rsplit("_", 1)[1]) == 12
-    run.lock.release()
+    run.lock.lock.release()
     leftover = run.checkpoints / "last.pt.123.tmp"
     leftover.write_bytes(b"")
     with open(run.checkpoints / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
-        with pytest.raises(ValueError, match="run that is going on"):
+        with pytest.raises(ValueError, match="going on elsewhere"):
             train.Run({"SEED": 0}, a_dataset(1))
         train.Run({"SEED": 1}, a_dataset(1)), train.Run({"SEED": 0}, a_dataset(2))  # others may
     assert leftover.exists()
@@ -165,6 +202,27 @@ def test_constants_are_compared_when_a_run_is_found():
     (run.outputs / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="constants.json"):
         train.Run({"SEED": 4}, a_dataset(1))
+
+
+@pytest.mark.parametrize("constants, names", [
+    ("DECODER_WIDTH=4096", "decoder .*DECODER_WIDTH"),
+    ("QUANTIZER=ema_vq EMA_CODEBOOK_SIZE=16777216 EMA_CODE_DIM=4096", "quantizer .*EMA_CODEBOOK_SIZE, EMA_CODE_DIM"),
+    ("POST_QUANT_KERNEL=255", "post_quant_conv .*POST_QUANT_KERNEL")])
+def test_a_model_larger_than_memory_is_not_built(constants, names, monkeypatch):
+    for name, value in vars(train).copy().items():
+        monkeypatch.setattr(train, name, value)  # to be as before
+    monkeypatch.setattr(sys, "argv", ["train.py", *constants.split()])
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if "SIZE" in name else 2 * 10**6)
+    with pytest.raises(SystemExit, match=rf"^train.py: gigabytes for the {names}.* = \d+, allowed: 8$"):
+        train.main()
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate", "photographs", "compare", "pretrain", "bench"])
+def test_ctrl_c_while_torch_is_imported(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, Path(train.__file__).with_name(f"{script}.py")]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert ended.stdout == "" and ended.stderr == f"\n{script}.py: stopped\n" and ended.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("name", ["outputs", "checkpoints"])
