@@ -405,6 +405,10 @@ class CNNDecoder(nn.Module):
         return 0.5 + 0.25 * self.head(self.layers(z)).float()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# VQRAE
+
+
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 

@@ -194,8 +194,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         for i, part in enumerate(data):
             order = shuffled(len(part.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
             order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
-            number = max(1, micro_batch_size() * data[0].size**2 // part.size**2)  # as many pixels in each step
-            order = order[i :: len(data), :, :number]
+            order = order[i :: len(data), :, : micro_batch_size(part)]
             features[i].fill(order.flatten(0, 1))
             orders.append(order.to(part.train_images.device))
         log = torch.zeros(steps_per_epoch, len(loss_names) + 1, device=device)  # a row a step: losses, gradient's norm
@@ -253,8 +252,7 @@ def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, t
     measured = {}
     for part in {part.label: part for part in data}.values():
         images = part.test_crops()[:count]
-        batch_size = max(1, micro_batch_size() * data[0].size**2 // part.size**2)
-        measured[part.label] = *utils.evaluate(model, images, batch_size), images
+        measured[part.label] = *utils.evaluate(model, images, micro_batch_size(part)), images
     return measured
 
 
@@ -501,8 +499,9 @@ def sizes() -> list[int]:
     return sorted(IMAGE_SIZE) if isinstance(IMAGE_SIZE, (tuple, list)) else [IMAGE_SIZE]
 
 
-def micro_batch_size() -> int:
-    return BATCH_SIZE // (ranks * ACCUMULATE)
+def micro_batch_size(data: Dataset) -> int:
+    """Images: fewer larger ones, so that all steps have as many pixels."""
+    return max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // data.size**2)
 
 
 def exit_if_not_finite(log: Tensor, place: str):
@@ -582,15 +581,12 @@ def check_constants():
 
 def check_memory(model: VQRAE):
     """ValueError where weights, and a gradient and a moment of those that learn, exceed memory. model: on "meta" """
-    sizes = {name: sum(tensor.nbytes for tensor in part.state_dict().values())
-             + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad) for name, part in model.named_children()}
-    largest = max(sizes, key=sizes.get)
-    start = (QUANTIZER if largest == "quantizer" else largest)[:3].upper()
-    names = ", ".join(name for name in globals() if name.isupper() and name.startswith(start))
+    needed = {name: sum(tensor.nbytes for tensor in part.state_dict().values())
+              + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad) for name, part in model.named_children()}
     sysconf = getattr(os, "sysconf", lambda name: 2**31)  # Windows has none
     memory = torch.cuda.mem_get_info()[1] if device == "cuda" else sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
-    check(sum(sizes.values()) < memory, f"gigabytes for the {largest} ({names}) and the rest of the model",
-          round(sum(sizes.values()) / 1e9), f"{memory / 1e9:.0f}")
+    check(sum(needed.values()) < memory, f"gigabytes for the model, most of all its {max(needed, key=needed.get)}",
+          round(sum(needed.values()) / 1e9), f"{memory / 1e9:.0f}")
 
 
 if __name__ == "__main__":

@@ -511,7 +511,8 @@ def write_file(path: Path, content: bytes):
 def write_csv(path: Path, rows: list[dict]):
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader(), writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 
