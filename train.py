@@ -582,7 +582,8 @@ def check_constants():
 def check_memory(model: VQRAE):
     """ValueError where weights, and a gradient and a moment of those that learn, exceed memory. model: on "meta" """
     needed = {name: sum(tensor.nbytes for tensor in part.state_dict().values())
-              + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad) for name, part in model.named_children()}
+              + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad)
+              for name, part in model.named_children()}
     sysconf = getattr(os, "sysconf", lambda name: 2**31)  # Windows has none
     memory = torch.cuda.mem_get_info()[1] if device == "cuda" else sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
     check(sum(needed.values()) < memory, f"gigabytes for the model, most of all its {max(needed, key=needed.get)}",
