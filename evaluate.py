@@ -421,6 +421,8 @@ def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path]):
         grid = make_grid(torch.cat(images), columns, pad_value=255)
         axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
         axes.set_yticks([grid.shape[1] * (row + 0.5) / len(labels) for row in range(len(labels))], labels)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
         axes.set(title=f"{name}: bits a token, mean PSNR of {len(data.test_images):,} test images", xticks=[])
     save_figure(path, figure)
     print(f"\n{format_table(rows, DEPTH_COLUMNS, 'codebooks')}\n")
