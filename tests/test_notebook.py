@@ -3,6 +3,7 @@
     python tests/test_notebook.py cifar10-jpeg      executes it and keeps the outputs, of images from this dataset
 """
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def test_notebook_runs(folder, tmp_path, monkeypatch):
     outputs = [cell.outputs for cell in stored if cell.cell_type == "code"]
     assert all(outputs)  # a reader on the web sees what comes out
     assert all(output.get("name") != "stderr" for cell in outputs for output in cell)  # warnings name paths
+    pictures = re.findall(r"!\[[^]]*]\(([^)]+)\)", "\n".join(cell.source for cell in stored))
+    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     _, code = execute(folder, tmp_path)  # no download, and few images
