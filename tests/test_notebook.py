@@ -41,6 +41,6 @@ def test_notebook_runs(folder, tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, in a notebook without ipywidgets
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # no progress bars in outputs
     executed, _ = execute(sys.argv[1], ROOT)
     nbformat.write(executed, ROOT / "explore.ipynb")
