@@ -4,6 +4,7 @@
                                                               where the images are the same (see RESULTS.md)
     python evaluate.py checkpoints/<run>/fsq_stage*_best.pt   your own; with NAME=value for the constants below
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
+    python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the first shipped encoder's features need no download.
@@ -55,6 +56,7 @@ TRAIN_IMAGES = None  # training images that probes learn from and usage is count
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
+DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +74,7 @@ TOKEN_COLUMNS = {"tokens": "tokens:d", "bits": "bits:.0f",
                  "probe z": "probe_z:.1%", "probe z_q": "probe_z_q:.1%", "probe predicted": "probe_predicted:.1%",
                  "quantizer": "quantizer_kb:,.0f kB", "images/s": "images_per_second:,.0f"}
 RATE_COLUMNS = {"bits an image": "bits:,.0f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
+DEPTH_COLUMNS = {"bits a token": "bits:.1f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
 CODEC_OPTIONS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"},  # Pillow's, besides quality
                  "WebP": {"method": 6}, "AVIF": {"subsampling": "4:4:4"}}
 # learned codecs on CIFAR-10's original test images, from their papers: bits an image and PSNR, at 7/8 and 1 bit a pixel
@@ -109,6 +112,8 @@ def main():
         plot_curve(Path(CURVE), figures)
     if CODECS:
         compare_codecs(Path(CODECS), data, reconstructions, {name: figures[name].get("bits") for name in figures})
+    if DEPTHS:
+        compare_depths(Path(DEPTHS), data, checkpoints)
     shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR and not SHIP]
     if not all([compare(name, figures[name], records, hashes) for name in shipped]):
         sys.exit(1)
@@ -126,7 +131,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
           "None or 2 or more")
     check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None")
-    for name, path in (("CURVE", CURVE), ("CODECS", CODECS)):
+    for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")
     paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
@@ -397,6 +402,34 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
     axes.legend(fontsize=8)
     save_figure(path, figure)
     print(f"\n{title}; codecs have all of them in one picture:\n\n{format_table(rows, RATE_COLUMNS, 'images from')}\n")
+
+
+def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path]):
+    """Print PSNR and SSIM of the test images from the first of residual codebooks, from the first two and so on, and
+    draw the first twelve images."""
+    models = {name: load_checkpoint(checkpoint) for name, checkpoint in checkpoints.items()}
+    models = {name: model.to(device) for name, model in models.items() if model.quantizer.depths}
+    if not models:
+        return print("no depths: no checkpoint here has residual codebooks")
+    rows, columns = {}, min(12, len(data.test_images))
+    figure = Figure(figsize=(12, 5.5 * len(models)), layout="constrained")
+    for axes, (name, model) in zip(figure.subplots(len(models), squeeze=False)[:, 0], models.items()):
+        images, labels = [data.test_images[:columns].cpu()], ["images"]
+        indices = tokenize(model, data.test_images, name)["indices"]
+        for depth in model.quantizer.depths:
+            bits = math.log2(math.prod(model.quantizer.codebook_sizes[:depth]))
+            metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, indices, depth)
+            rows[f"{name}, first {depth}"] = {"bits": bits, **metrics}
+            images.append(reconstructions[:columns].cpu())
+            labels.append(f"{bits:.0f} bits\n{metrics['psnr']:.2f} dB")
+        grid = make_grid(torch.cat(images), columns, pad_value=255)
+        axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        axes.set_yticks([grid.shape[1] * (row + 0.5) / len(labels) for row in range(len(labels))], labels)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set(title=f"{name}: bits a token, mean PSNR of {len(data.test_images):,} test images", xticks=[])
+    save_figure(path, figure)
+    print(f"\n{format_table(rows, DEPTH_COLUMNS, 'codebooks')}\n")
 
 
 def ship(path: Path) -> Path:

@@ -408,12 +408,12 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None) -> tuple:
-    """Reconstruct uint8 images (N, 3, H, W) from their tokens: indices (N, h, w), computed unless given.
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None,
+             codebooks: int | None = None) -> tuple:
+    """Reconstruct uint8 images (N, 3, H, W) from indices (N, h, w), computed unless given; codebooks: how many to use.
 
-    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer, and with
-    several codebooks also usage_1, perplexity_1, ... of each), how often each code was used (codebook_size,; see
-    VQRAE.get_codebook_usage), and the reconstructions (N, 3, H, W), uint8.
+    Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer; usage_1 and
+    so on of each of several codebooks), counts (see VQRAE.get_codebook_usage) and reconstructions (N, 3, H, W), uint8.
     """
     check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}",
           "at least one image, uint8")
@@ -425,15 +425,15 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
         targets = to_float(batch.to(device))
         if model.quantizer.codebook_size:
             tokens += [model.encode_to_indices(targets) if indices is None else indices[i * batch_size :][:batch_size]]
-            output = model.decode_from_indices(tokens[-1], size=targets.shape[2:]).float()
+            output = model.decode_from_indices(tokens[-1], codebooks, targets.shape[2:]).float()
         else:
             output = model(targets)[0].float()
         sums += torch.stack([psnr(output, targets).sum(), ssim(output, targets).sum()])
         reconstructions.append((output * 255).round().byte().to(images.device))
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     metrics = dict(zip(("psnr", "ssim"), (sums / len(images)).tolist())) | {"usage": usage, "perplexity": perplexity}
-    codebooks = len(model.quantizer.codebook_sizes)
-    for i in range(codebooks if codebooks > 1 else 0):
+    sizes = model.quantizer.codebook_sizes
+    for i in range(len(sizes) if len(sizes) > 1 else 0):
         _, metrics[f"usage_{i + 1}"], metrics[f"perplexity_{i + 1}"] = model.get_codebook_usage(torch.cat(tokens), i)
     model.train(was_training)
     return metrics, counts, torch.cat(reconstructions)

@@ -27,7 +27,7 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
     for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None, "BATCH_SIZE": 250}.items():
+                        "CODECS": None, "DEPTHS": None, "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -175,8 +175,10 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
     for path in (tmp_path, "codecs.pdf"):
         with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
             shipped(tmp_path / "0.0.pt", "CURVE=None", f"CODECS={path}")
+    with pytest.raises(SystemExit, match="evaluate.py: DEPTHS"):
+        shipped(tmp_path / "0.0.pt", f"DEPTHS={tmp_path}", "CURVE=None", "CODECS=None")
     with pytest.raises(SystemExit, match="evaluate.py: BATCH_SIZE = True"):
-        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "CURVE=None", "CODECS=None")
+        shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "DEPTHS=None")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20", "BATCH_SIZE=250")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
@@ -277,6 +279,37 @@ def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, ca
     assert lines["cifar fsq, stage 1"][0][0] == pytest.approx(bits)
     for codec in evaluate.CODEC_OPTIONS:  # more bits, less error
         assert len(lines[codec]) == 5 and np.all(np.diff(lines[codec], axis=0) > 0)
+
+
+def test_residual_codebooks_are_measured_and_drawn_one_by_one(shipped, folder, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append(figure))
+    small_checkpoint(tmp_path / "one.pt")
+    model = VQRAE(**SEVERAL, decoder_width=64, decoder_depth=1).eval()
+    save_checkpoint(tmp_path / "two.pt", model)
+    shipped(tmp_path / "one.pt", tmp_path / "two.pt", "DEPTHS=depths.png", "BATCH_SIZE=20")
+    tables = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.splitlines() if ", first " in line]
+
+    test = evaluate.load_dataset(str(folder), 32).test_images
+    indices = model.encode_to_indices(to_float(test))
+    reconstructions = [model.decode_from_indices(indices, codebooks=depth) for depth in (1, 2)]
+    decibels = [psnr(images, to_float(test)).mean().item() for images in reconstructions]
+    assert abs(decibels[0] - decibels[1]) > 0.01
+    name = "cifar ema_vq, stage 1, first"
+    assert [row[:2] for row in rows] == [[f"{name} 1", "4.0"], [f"{name} 2", "8.0"]]
+    assert [float(row[2]) for row in rows] == pytest.approx(decibels, abs=0.006)
+
+    (axes,), = [figure.axes for figure in drawn]  # of the checkpoint that has several codebooks
+    picture = torch.from_numpy(np.array(axes.images[0].get_array()))
+    for place, images in enumerate((test, *((images * 255).round().byte() for images in reconstructions))):
+        row = picture[34 * place + 2 :][:32, 2:].unfold(1, 32, 34)  # twelve images (32, 12, 3, 32)
+        assert torch.equal(row.permute(1, 2, 0, 3), images[:12])
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["images"] + [f"{bits} bits\n{value:.2f} dB" for bits, value in zip((4, 8), decibels)]
+
+    shipped(tmp_path / "one.pt", "BATCH_SIZE=250")
+    assert "no depths: no checkpoint" in capsys.readouterr().out and len(drawn) == 1
 
 
 def test_figures_of_jpeg_copies_say_so_and_missing_codecs_are_named(tmp_path, capsys, monkeypatch):
