@@ -127,11 +127,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The first encoder that shipped with the repository: 32x32 images to an 8x8 grid.
-
-    Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of a residual network with a
-    receptive field 49 pixels wide (a corner token does not see the whole image), and 64 of a linear patch embedding.
-    """
+    """The first encoder that shipped: a residual network's 192 channels, and 64 of a linear patch embedding."""
 
     patch = 4
     dim = 256

@@ -75,7 +75,8 @@ PREDICT_IMAGE = 10.0  # weight of the error of an image's mean features, which i
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
-START_CHECKPOINT = None  # a path: start from the weights of a checkpoint of the same model; STAGES = (2,) needs one
+START_CHECKPOINT = None  # a path: start from the weights of a checkpoint of the same model, or of one with another
+# quantizer; STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
@@ -333,11 +334,16 @@ def build_model(pretrained: bool = True, device: str = device) -> VQRAE:
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
-        differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here"
-                  for name, value in model.config.items() if name != "local" and loaded.config[name] != value]
+        quantizer = {name: loaded.config[name] for name in ("quantizer", "quantizer_options")}
+        swap = not quantizer.items() <= model.config.items()
+        differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
+                  if loaded.config[name] != value and name not in (quantizer if swap else ("local",))]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
+        if swap:
+            say(f"the quantizer starts anew: START_CHECKPOINT has another one, {quantizer}")
+            loaded.quantizer, loaded.config = model.quantizer, model.config
         model = loaded
     model.quantizer.random_depth = RANDOM_DEPTH
     return model.to(device)

@@ -246,9 +246,8 @@ def test_starting_from_a_checkpoint(train, folder):
     assert stage2.stage == 2
     for weight, start in zip(stage2.parameters(), stage1.parameters()):
         assert torch.allclose(weight, start, atol=1e-4)
-    for wrong in (["POST_QUANT_KERNEL=3"], ["QUANTIZER=ddcl"], ["FSQ_LEVELS=(8, 6, 5)"]):
-        with pytest.raises(SystemExit, match="START_CHECKPOINT.*there and.*here"):
-            train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", *wrong)
+    with pytest.raises(SystemExit, match="START_CHECKPOINT.*there and.*here"):
+        train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "POST_QUANT_KERNEL=3")
     train(*first_run, "STAGES=(1,)", f"START_CHECKPOINT={checkpoint}", "LEARNING_RATE=(1e-9, 1)", "SEED=1")
     third, = set(Path("checkpoints").iterdir()) - {first, second}
     kept, same = (load_checkpoint(path / "fsq_stage1_best.pt").state_dict() for path in (first, third))
@@ -256,6 +255,23 @@ def test_starting_from_a_checkpoint(train, folder):
     checkpoint.write_bytes((second / "fsq_stage2_best.pt").read_bytes())  # another file of the same name is another run
     train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
     assert len(list(Path("checkpoints").iterdir())) == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_with_another_quantizer(stage, train, folder, capsys):
+    rates = "LEARNING_RATE=(1e-3, 1e-3)", f"LEARNING_RATE={'(1e-9, 1)' if stage == 1 else '(1, 1e-9)'}"
+    train(f"DATASET={folder}", *SMALL, rates[0], f"STAGES={(1, 2)[:stage]}")
+    checkpoint, = Path("checkpoints").glob(f"*/ema_vq_stage{stage}_best.pt")
+    train(f"DATASET={folder}", *SMALL, rates[1], "QUANTIZER=ddcl", f"STAGES=({stage},)", f"START_CHECKPOINT={checkpoint}")
+    assert "the quantizer starts anew" in capsys.readouterr().out
+    swapped, = Path("checkpoints").glob(f"*/ddcl_stage{stage}_best.pt")
+    before, after = load_checkpoint(checkpoint), load_checkpoint(swapped)
+    assert after.config["quantizer"] == "ddcl" and after.stage == stage
+    for part in ("encoder", "adapter", "predictor", "decoder"):
+        for start, weight in zip(getattr(before, part).parameters(), getattr(after, part).parameters()):
+            assert torch.allclose(weight, start, atol=1e-5)
+    distance, = {float(row["distill_loss"]) > 1e-6 for row in rows(next(Path("outputs").glob("*ddcl*/metrics.csv")))}
+    assert distance == (stage == 2)  # in stage 2 to the encoder as pretrained, not as in the checkpoint
 
 
 def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
