@@ -114,8 +114,8 @@ def main():
             constants["DATASET"] = names[0] = data[0].name
         if ranks > 1 and rank == 0:
             dist.broadcast_object_list(names)
-        images = max(len(part.train_images) for part in data)
-        check(images >= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"at most the {images} training images")
+        most = max(len(part.train_images) for part in data)
+        check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} training images")
         run = Run(constants, data)
     except torch.OutOfMemoryError:  # a RuntimeError, too, and reported at the end of this file
         raise

@@ -262,7 +262,8 @@ def test_a_checkpoint_with_another_quantizer(stage, train, folder, capsys):
     rates = "LEARNING_RATE=(1e-3, 1e-3)", f"LEARNING_RATE={'(1e-9, 1)' if stage == 1 else '(1, 1e-9)'}"
     train(f"DATASET={folder}", *SMALL, rates[0], f"STAGES={(1, 2)[:stage]}")
     checkpoint, = Path("checkpoints").glob(f"*/ema_vq_stage{stage}_best.pt")
-    train(f"DATASET={folder}", *SMALL, rates[1], "QUANTIZER=ddcl", f"STAGES=({stage},)", f"START_CHECKPOINT={checkpoint}")
+    start = f"START_CHECKPOINT={checkpoint}"
+    train(f"DATASET={folder}", *SMALL, rates[1], "QUANTIZER=ddcl", f"STAGES=({stage},)", start)
     assert "the quantizer starts anew" in capsys.readouterr().out
     swapped, = Path("checkpoints").glob(f"*/ddcl_stage{stage}_best.pt")
     before, after = load_checkpoint(checkpoint), load_checkpoint(swapped)
