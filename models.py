@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
-from timm.layers import LayerNorm2d, build_sincos2d_pos_embed
+from timm.layers import LayerNorm2d, RotaryEmbeddingCat
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -287,9 +288,9 @@ def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
 # Blocks and decoders
 
 
-def transformer(dim: int, depth: int, heads: int) -> nn.Sequential:
+def transformer(dim: int, depth: int, heads: int, kind: type = Block, **options) -> nn.Sequential:
     """timm's transformer blocks, on tokens (B, N, dim)"""
-    blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+    blocks = nn.Sequential(*(kind(dim, heads, qkv_bias=True, **options) for _ in range(depth)))
     for block in blocks:  # on a CPU, fused attention has a slow backward pass in bf16: 1.2 times a block's time
         block.attn.fused_attn = torch.cuda.is_available()
     return blocks
@@ -361,26 +362,28 @@ class ConvDecoder(nn.Module):
 class ViTDecoder(nn.Module):
     """Tokens (B, dim, h, w) to images of token_size pixels a token: transformer blocks, then one patch a token.
 
-    A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams. Positions are
-    sines and cosines (2-D, fixed), so that any grid has them.
+    A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams. Attention sees
+    where tokens are relative to each other (2-D rotary embeddings, 2403.13298), which holds on a grid of any size.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        check(width % 4 == 0, "DECODER_WIDTH", width, 'a multiple of 4 with DECODER = "vit"')
+        check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 for each of {heads} DECODER_HEADS")
         overlap = token_size // 2
         self.token_size = token_size
         self.patch = {"kernel_size": token_size + 2 * overlap, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
-        self.blocks = transformer(width, depth, heads)
+        self.blocks = transformer(width, depth, heads, EvaBlock, num_prefix_tokens=0)
+        self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 3 * self.patch["kernel_size"] ** 2)
 
     def forward(self, z: Tensor) -> Tensor:
         h, w = z.shape[-2:]
-        tokens = self.project_in(z.flatten(2).transpose(1, 2))
-        positions = build_sincos2d_pos_embed([h, w], tokens.shape[-1], device=z.device)
-        patches = self.head(self.norm(self.blocks(tokens + positions))).float().transpose(1, 2)
+        x, positions = self.project_in(z.flatten(2).transpose(1, 2)), self.positions.get_embed([h, w])
+        for block in self.blocks:
+            x = block(x, positions)
+        patches = self.head(self.norm(x)).float().transpose(1, 2)
         return 0.5 + 0.25 * F.fold(patches, (h * self.token_size, w * self.token_size), **self.patch)
 
 
@@ -442,7 +445,6 @@ class VQRAE(nn.Module):
         width = decoder_width or (dim if vit else 192)
         depth = decoder_depth or getattr(self.encoder, "depth", 2 if kind == "conv" else 4)
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
-        check(kind != "vit" or width % heads == 0, "DECODER_HEADS", heads, f"a divisor of the decoder's width {width}")
 
         def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:

@@ -75,8 +75,7 @@ PREDICT_IMAGE = 10.0  # weight of the error of an image's mean features, which i
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
-START_CHECKPOINT = None  # a path: start from the weights of a checkpoint of the same model, or of one with another
-# quantizer; STAGES = (2,) needs one
+START_CHECKPOINT = None  # a path: start from its weights, except those of another quantizer; STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
@@ -147,9 +146,8 @@ def main():
     say(f"PSNR, SSIM, codes used and perplexity are of {len(data[0].test_images[:EVAL_IMAGES]):,} test images:\n"
         " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
-        for stage in STAGES:
-            if stage >= run.saved["stage"]:
-                train_stage(stage, model, teacher, lpips, features, data, run)
+        for stage in (stage for stage in STAGES if stage >= run.saved["stage"]):
+            train_stage(stage, model, teacher, lpips, features, data, run)
     except KeyboardInterrupt:
         saved = f"{run.last} has all epochs above, and the same command goes on from there"
         sys.exit(f"\ntrain.py: stopped; {saved if run.last.exists() else 'no epoch was finished, so nothing is saved'}")
@@ -506,8 +504,7 @@ def sizes() -> list[int]:
 
 
 def micro_batch_size(data: Dataset) -> int:
-    """Images: fewer larger ones, so that all steps have as many pixels."""
-    return max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // data.size**2)
+    return max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // data.size**2)  # as many pixels in each
 
 
 def exit_if_not_finite(log: Tensor, place: str):
