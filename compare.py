@@ -17,7 +17,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from evaluate import device, format_table, measure
-from models import build_encoder
 from plots import save_figure
 from quantizers import check
 from utils import load_dataset, load_torch, read_constants, write_file
@@ -54,6 +53,9 @@ def main():
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
         check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
               f"some of {sizes}, such as (16,)")
+        for argument in arguments:
+            several = re.match(r"(DATASET|IMAGE_SIZE)=\W*[(\[]", argument)
+            check(not several, "argument", argument, "one dataset and size")
     except ValueError as error:
         sys.exit(f"compare.py: {error}")
     rows = {}
@@ -94,7 +96,7 @@ def measure_run(name: str) -> dict:
         labels = None if data.train_labels is None else data.train_labels[:TRAIN_IMAGES]
         data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels,
                              test_images=data.test_images.to(device))
-        figures, _ = measure(checkpoint, data, {"encoder": build_encoder("cifar_first", 4).eval().to(device)})
+        figures, _ = measure(checkpoint, data, {})
         figures["token_bits"] = figures["bits"] / figures["tokens"]
         figures["quantizer_mb"] = figures["quantizer_kb"] / 1e3
         write_file(path, json.dumps(figures, indent=2).encode())

@@ -218,7 +218,7 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
     if "constants" in content and not model.from_scratch:
         figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
 
-    figures |= measure_distances(data.test_images, reconstructions, networks)
+    figures |= measure_distances(data.test_images, reconstructions, networks) if networks else {}
     if data.train_labels is not None:
         train_labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
         untrained = {"predicted"} if figures.get("predict_weight") == 0 else set()

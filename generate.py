@@ -214,7 +214,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     utils.seed_everything(SEED)
     classes = torch.arange(SAMPLES) % max(prior.classes, 1)
     samples = sample(prior, vqrae, classes)
-    encoder = build_encoder("cifar_first", 4).eval().requires_grad_(False).to(device)
+    encoder = build_encoder("cifar_first", max(1, samples.shape[-1] // 8)).eval().requires_grad_(False).to(device)
     features = [torch.cat([encoder(to_float(batch.to(device))).mean((2, 3))
                            for batch in tqdm(images.split(250), "encoding", leave=False)])
                 for images in (data.train_images, data.test_images, samples)]

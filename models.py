@@ -153,7 +153,7 @@ class ConvEncoder(nn.Module):
 class AirbenchEncoder(nn.Module):
     """The encoder that ships with the repository, made by pretrain.py: a token for 4x4 pixels.
 
-    Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of airbench's network
+    Its features are deep and shallow ones, concatenated (as in 2606.11096): 192 channels of a network like airbench's
     (2404.00498), which sees most of a 32x32 image, at half the tokens' resolution, and 64 of a linear patch embedding.
     """
 
@@ -363,7 +363,7 @@ class ViTDecoder(nn.Module):
     """Tokens (B, dim, h, w) to images of token_size pixels a token: transformer blocks, then one patch a token.
 
     A patch is about twice as wide as a token, and overlapping patches are added up, which avoids seams. Attention sees
-    where tokens are relative to each other (2-D rotary embeddings, 2403.13298), which holds on a grid of any size.
+    where tokens are relative to each other, on grids of other sizes, too (RoPE-Axial of 2403.13298).
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
@@ -504,7 +504,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, unless by a ViT."""
         def encode(strip: Tensor) -> Tensor:
             return self.encode(strip)[2]
 

@@ -22,8 +22,8 @@ class Prior(nn.Module):
     A token is its digits: FSQ's levels, or its indices in several codebooks. Unmasked tokens enter as the sum of their
     digits' embeddings, masked ones as one learned vector. Of a masked token, digit k is predicted from the blocks'
     output and the digits before it (as in NADE, 1605.02226): the digits of a token depend on each other most, and are
-    never drawn independently, as the tokens of one step are. Masking digits one by one, each with a head of its own
-    (2505.18495, 2603.19232), took 0.1 bits a token more in one pair of short runs, near what chance can do.
+    never drawn independently, as the tokens of one step are. Masking digits one by one (2505.18495, 2603.19232), each
+    predicted by a head of its own, took 0.1 bits a token more in one pair of short runs, near what chance can do.
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,

@@ -215,7 +215,7 @@ class EMAVQ(Quantizer):
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
         self.vq = library.VectorQuantize(code_dim, codebook_size=codebook_size, decay=decay, sync_codebook=False)
         if revive:
-            self.vq._codebook.cluster_size.zero_()  # all codes start dead: the first tokens replace them
+            self.vq._codebook.cluster_size.zero_()  # all codes start dead: the tokens of the first steps replace them
             self.vq._codebook.embed_avg.zero_()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
 

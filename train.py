@@ -40,12 +40,12 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 # images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
 # several, ("cifar10", "cifar10", "photos"): steps alternate between them
-IMAGE_SIZE = 32  # pixels a side; several, (32, 64): steps alternate, with random crops, and fewer of larger ones
+IMAGE_SIZE = 32  # pixels a side; several, (32, 64): steps alternate, with random crops, and have fewer of larger images
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
 # baselines without pretraining, which learn in both stages: "scratch", the same architecture, and "cnn" (with GRID = 4)
-GRID = 8  # tokens a side: 8 x 8 = 64 tokens an image
+GRID = 8  # tokens a side of the smallest IMAGE_SIZE: "cifar" was made for IMAGE_SIZE / GRID = 4 pixels a token
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" is the upper bound for all of them
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 SIMVQ_CODEBOOK_SIZE = 16384
@@ -75,7 +75,7 @@ PREDICT_IMAGE = 10.0  # weight of the error of an image's mean features, which i
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
-START_CHECKPOINT = None  # a path: start from its weights, except those of another quantizer; STAGES = (2,) needs one
+START_CHECKPOINT = None  # a path: start from its weights, but from a new quantizer if that differs; for STAGES = (2,)
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
@@ -100,7 +100,7 @@ def main():
         start_process()
         constants = utils.read_constants(globals())
         check_constants()
-        check_memory(build_model(False, "meta"))  # constants that do not fit fail here, before anything is downloaded
+        check_memory(build_model(False, meta=True))  # what does not fit fails here, before anything is downloaded
         names = [DATASET]
         if rank > 0:
             dist.broadcast_object_list(names)  # the first process downloads and decodes; the others wait for it
@@ -143,7 +143,8 @@ def main():
                 f"{FEATURE_CACHE_GB}, and are computed anew in each step")
         free -= cache.gigabytes if cache.gigabytes <= free else 0
     features = [caches[part.label] for part in data]
-    say(f"PSNR, SSIM, codes used and perplexity are of {len(data[0].test_images[:EVAL_IMAGES]):,} test images:\n"
+    tested = sum(len(images[:EVAL_IMAGES]) for images in {part.label: part.test_images for part in data}.values())
+    say(f"PSNR, SSIM, codes used and perplexity are of {tested:,} test images:\n"
         " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
         for stage in (stage for stage in STAGES if stage >= run.saved["stage"]):
@@ -193,7 +194,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         for i, part in enumerate(data):
             order = shuffled(len(part.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
             order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
-            order = order[i :: len(data), :, : micro_batch_size(part)]
+            order = order[i :: len(data), :, : micro_batch_size(part)]  # the steps that are its turn
             features[i].fill(order.flatten(0, 1))
             orders.append(order.to(part.train_images.device))
         log = torch.zeros(steps_per_epoch, len(loss_names) + 1, device=device)  # a row a step: losses, gradient's norm
@@ -319,32 +320,31 @@ class Objective(nn.Module):
 # What the experiment is built from
 
 
-def build_model(pretrained: bool = True, device: str = device) -> VQRAE:
-    """The model that the constants describe, with the weights of START_CHECKPOINT if that fits them."""
+def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
+    """The model that the constants describe, with the weights of START_CHECKPOINT; meta: as shapes alone."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
                "simvq": {"codebook_size": SIMVQ_CODEBOOK_SIZE, "code_dim": SIMVQ_CODE_DIM},
                "ema_vq": {"codebook_size": EMA_CODEBOOK_SIZE, "code_dim": EMA_CODE_DIM, "revive": EMA_REVIVE},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
                "none": {}}[QUANTIZER]
     options |= {"codebooks": CODEBOOKS, "combine": COMBINE} if CODEBOOKS > 1 else {}
-    with torch.device("meta" if device == "meta" else "cpu"):
+    with torch.device("meta" if meta else "cpu"):
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ADAPTER_DEPTH, POST_QUANT_KERNEL, DECODER,
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
-    if START_CHECKPOINT is not None:
+    if START_CHECKPOINT is not None and not meta:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
         quantizer = {name: loaded.config[name] for name in ("quantizer", "quantizer_options")}
-        swap = not quantizer.items() <= model.config.items()
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
-                  if loaded.config[name] != value and name not in (quantizer if swap else ("local",))]
+                  if loaded.config[name] != value and name not in ("local", *quantizer)]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
-        if swap:
+        if not quantizer.items() <= model.config.items():
             say(f"the quantizer starts anew: START_CHECKPOINT has another one, {quantizer}")
-            loaded.quantizer, loaded.config = model.quantizer, model.config
+            loaded.quantizer, loaded.config = model.quantizer, loaded.config | {n: model.config[n] for n in quantizer}
         model = loaded
     model.quantizer.random_depth = RANDOM_DEPTH
-    return model.to(device)
+    return model if meta else model.to(device)
 
 
 def build_teacher(model: VQRAE) -> nn.Module | None:
@@ -583,9 +583,9 @@ def check_constants():
 
 
 def check_memory(model: VQRAE):
-    """ValueError where weights, and a gradient and a moment of those that learn, exceed memory. model: on "meta" """
+    """ValueError where weights, and gradients and one moment of those that learn, exceed memory. model: on "meta" """
     needed = {name: sum(tensor.nbytes for tensor in part.state_dict().values())
-              + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad)
+              + 2 * sum(p.nbytes for p in part.parameters() if p.requires_grad or 2 in STAGES)
               for name, part in model.named_children()}
     sysconf = getattr(os, "sysconf", lambda name: 2**31)  # Windows has none
     memory = torch.cuda.mem_get_info()[1] if device == "cuda" else sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
