@@ -150,7 +150,7 @@ def test_a_killed_run_with_what_is_rare_ends_as_if_nothing_had_been(reference, t
 @pytest.mark.parametrize("reference", [
     "ddcl", "ema_vq", "simvq", "simvq CODEBOOKS=2 COMBINE=product", "ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5",
     "fsq DATASETS=2 IMAGE_SIZE=(16,32) GRID=4 BATCH_SIZE=16"], indirect=True)
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(4))
 def test_killed_at_any_moment(number, reference, tmp_path):
     arguments, _, seconds = reference
     process = start(tmp_path, arguments)
@@ -176,7 +176,7 @@ def prior_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(4))
 def test_generate_killed_at_any_moment(number, generated, tmp_path):
     arguments, expected, seconds = generated
     process = start(tmp_path, arguments, script="generate.py")
