@@ -34,7 +34,7 @@ from utils import Dataset, select_images, to_float
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # tokens
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_ema_vq.pt")  # of train.py
 DATASET = "auto"  # the same names as in train.py
 FLIP = True  # mirror half of the training images, at random
 # model

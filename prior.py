@@ -1,6 +1,6 @@
 """A masked discrete diffusion model over a VQRAE's tokens, trained by generate.py.
 
-    prior, vqrae = load_prior("checkpoints/<run>/prior.pt"), load_checkpoint("checkpoints/pretrained/vqrae_fsq.pt")
+    prior, vqrae = load_prior("checkpoints/<run>/prior.pt"), load_checkpoint("checkpoints/pretrained/vqrae_ema_vq.pt")
     images = vqrae.decode_from_indices(prior.generate(torch.arange(10)))     one image of each class
     prior.fill(indices, mask, labels)                                        tokens where mask is True, drawn anew
 """

@@ -87,7 +87,7 @@ def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsy
     assert "of other images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["vqrae_fsq", "vqrae_simvq"])
+@pytest.mark.parametrize("name", ["vqrae_ema_vq", "vqrae_fsq", "vqrae_simvq"])
 def test_every_recorded_figure_is_compared(name, capsys):
     records = json.loads((ROOT / "checkpoints" / "pretrained" / "results.json").read_text())
     recorded, images = records[name]["figures"], records[name]["images"]
