@@ -16,7 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from evaluate import device, format_table, measure
+from evaluate import device, format_table, limit_training, measure
 from plots import save_figure
 from quantizers import check
 from utils import load_dataset, load_torch, read_constants, write_file
@@ -93,9 +93,7 @@ def measure_run(name: str) -> dict:
         checkpoint, = Path("checkpoints", name).glob(f"*_stage{stage}_best.pt")
         content = load_torch(checkpoint)
         data = load_dataset(content["constants"]["DATASET"], content["config"]["image_size"])
-        labels = None if data.train_labels is None else data.train_labels[:TRAIN_IMAGES]
-        data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels,
-                             test_images=data.test_images.to(device))
+        data = limit_training(data._replace(test_images=data.test_images.to(device)), TRAIN_IMAGES)
         figures, _ = measure(checkpoint, data, {})
         figures["token_bits"] = figures["bits"] / figures["tokens"]
         figures["quantizer_mb"] = figures["quantizer_kb"] / 1e3

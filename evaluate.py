@@ -143,9 +143,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(not SHIP or len(set(quantizers.values())) == len(paths), "checkpoints", quantizers,
           "with SHIP = True, one of each quantizer")
     data = load_dataset(DATASET, sizes[str(paths[0])])
-    if TRAIN_IMAGES:
-        labels = None if data.train_labels is None else data.train_labels[:TRAIN_IMAGES]
-        data = data._replace(train_images=data.train_images[:TRAIN_IMAGES], train_labels=labels)
+    data = limit_training(data, TRAIN_IMAGES)
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
     check(CURVE is None or data.train_labels is not None, "CURVE", CURVE, "None where images have no classes to probe")
@@ -171,6 +169,12 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
             name += "".join(f", {k}={v}" for k, v in constants[path].items() if v != earlier.get(k))
         checkpoints[str(path) if name in checkpoints else name] = path
     return checkpoints
+
+
+def limit_training(data: Dataset, count: int | None) -> Dataset:
+    """The dataset with its first `count` training images; None: all."""
+    labels = None if data.train_labels is None else data.train_labels[:count]
+    return data._replace(train_images=data.train_images[:count], train_labels=labels)
 
 
 def load_networks(image_size: int) -> dict[str, nn.Module]:

@@ -75,7 +75,7 @@ PREDICT_IMAGE = 10.0  # weight of the error of an image's mean features, which i
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen encoder's
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
-START_CHECKPOINT = None  # a path: start from its weights, but from a new quantizer if that differs; for STAGES = (2,)
+START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
 EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
@@ -147,8 +147,9 @@ def main():
     say(f"PSNR, SSIM, codes used and perplexity are of {tested:,} test images:\n"
         " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds")
     try:
-        for stage in (stage for stage in STAGES if stage >= run.saved["stage"]):
-            train_stage(stage, model, teacher, lpips, features, data, run)
+        for stage in STAGES:
+            if stage >= run.saved["stage"]:
+                train_stage(stage, model, teacher, lpips, features, data, run)
     except KeyboardInterrupt:
         saved = f"{run.last} has all epochs above, and the same command goes on from there"
         sys.exit(f"\ntrain.py: stopped; {saved if run.last.exists() else 'no epoch was finished, so nothing is saved'}")
@@ -291,8 +292,7 @@ class Objective(nn.Module):
             if perceptual_weight and self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()
             elif perceptual_weight and self.teacher is not None:
-                # of every other image: the encoder would take a quarter of a step's time for all of them
-                perceptual_loss = F.mse_loss(self.teacher(output[::2]), teacher_z[::2])
+                perceptual_loss = F.mse_loss(self.teacher(output[::2]), teacher_z[::2])  # half of them: half the time
             image_loss = L2_WEIGHT * l2_loss + perceptual_weight * perceptual_loss
             if discriminator is not None:
                 gan_loss = -discriminator(output).float().mean()

@@ -486,3 +486,14 @@ def test_usage_of_several_codebooks_and_without_a_table_of_all_codes():
 def test_discriminator_has_a_logit_per_patch(size):
     logits = PatchDiscriminator(size)(torch.rand(1, 3, size, size))
     assert logits.shape == (1, 1, 7, 7)
+
+
+def test_a_vit_decoder_knows_where_its_tokens_are():
+    torch.manual_seed(0)
+    decoder, z, order = models.ViTDecoder(16, 1, 32, 2, 2).eval(), torch.randn(1, 16, 4, 4), torch.randperm(16)
+    pixels, shuffled = decoder(z).flatten(2), decoder(z.flatten(2)[..., order].view(z.shape)).flatten(2)
+    assert not torch.allclose(pixels[..., order], shuffled, atol=1e-3)  # a token for a pixel: nothing else tells
+    for block in decoder.blocks:  # and only relative to each other: without attention, nowhere
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    pixels, shuffled = decoder(z).flatten(2), decoder(z.flatten(2)[..., order].view(z.shape)).flatten(2)
+    assert torch.allclose(pixels[..., order], shuffled, atol=1e-5)

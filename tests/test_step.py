@@ -71,6 +71,18 @@ def test_a_step_launches_few_kernels(stage, quantizer, limit, monkeypatch):
     assert counter.launches() <= limit, counter.counts
 
 
+def test_the_perceptual_loss_is_of_every_other_image():
+    torch.manual_seed(0)
+    model = VQRAE("cifar", "fsq", decoder_width=64, decoder_depth=1).train()
+    teacher, images = copy.deepcopy(model.encoder), torch.rand(3, 3, 32, 32)
+    images[1] = 0
+    losses, output = train.Objective(1, model, teacher, None)(images, teacher(images), None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=train.PRECISION == "bf16"):
+        expected = (teacher(output) - teacher(images)).square()[[0, 2]].mean()
+    assert torch.allclose(losses["perceptual_loss"], expected, rtol=0.02)
+    assert not torch.allclose(losses["perceptual_loss"], (teacher(output) - teacher(images)).square().mean(), rtol=0.02)
+
+
 @pytest.mark.parametrize("quantizer, waits", [("fsq", 0), ("simvq", 0), ("ddcl", 0), ("ema_vq", 1)])
 def test_a_step_hardly_waits(quantizer, waits, folder, monkeypatch):
     """From step to step nothing is looked at but the quantizer's check of its input (which dispatches nothing on a CPU)
