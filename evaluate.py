@@ -4,6 +4,7 @@
                                                               where the images are the same (see RESULTS.md)
     python evaluate.py checkpoints/<run>/fsq_stage*_best.pt   your own; with NAME=value for the constants below
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
+    python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
 from plots import save_figure
+from prior import load_prior, measure_bits
 from quantizers import check
 from utils import (
     Dataset,
@@ -56,6 +58,7 @@ TRAIN_IMAGES = None  # training images that probes learn from and usage is count
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
+PRIOR = None  # with CODECS, a path: a prior that generate.py made, with which its tokenizer's tokens take fewer bits
 DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
@@ -111,7 +114,12 @@ def main():
     if CURVE:
         plot_curve(Path(CURVE), figures)
     if CODECS:
-        compare_codecs(Path(CODECS), data, reconstructions, {name: figures[name].get("bits") for name in figures})
+        bits = {name: figures[name].get("bits") for name in figures}
+        if PRIOR:
+            name = find_tokenizer(checkpoints)
+            bits[f"{name}, with its prior"] = measure_prior(checkpoints[name], data)
+            reconstructions[f"{name}, with its prior"] = reconstructions[name]
+        compare_codecs(Path(CODECS), data, reconstructions, bits)
     if DEPTHS:
         compare_depths(Path(DEPTHS), data, checkpoints)
     shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR and not SHIP]
@@ -147,7 +155,11 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
     check(CURVE is None or data.train_labels is not None, "CURVE", CURVE, "None where images have no classes to probe")
-    return name_checkpoints([ship(path) for path in paths] if SHIP else paths), data, records
+    checkpoints = name_checkpoints([ship(path) for path in paths] if SHIP else paths)
+    if PRIOR is not None:
+        check(CODECS is not None and isinstance(PRIOR, str), "PRIOR", PRIOR, "None, or with CODECS a path")
+        find_tokenizer(checkpoints)
+    return checkpoints, data, records
 
 
 def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
@@ -169,6 +181,15 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
             name += "".join(f", {k}={v}" for k, v in constants[path].items() if v != earlier.get(k))
         checkpoints[str(path) if name in checkpoints else name] = path
     return checkpoints
+
+
+def find_tokenizer(checkpoints: dict[str, Path]) -> str:
+    """The name of the one that PRIOR was trained for."""
+    trained_for = load_torch(PRIOR, "prior", "constants")["constants"].get("tokenizer")
+    for name, path in checkpoints.items():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == trained_for:
+            return name
+    raise ValueError(f"PRIOR = {PRIOR!r}, allowed: one that was trained for one of {', '.join(checkpoints)}")
 
 
 def limit_training(data: Dataset, count: int | None) -> Dataset:
@@ -365,6 +386,13 @@ def nearest_quality(encode: Callable[[int], tuple[float, Tensor]], bits: float) 
     """The quality from 1 to 100 at which encode's bits are nearest `bits`, by bisection: they grow with the quality."""
     above = 1 + bisect.bisect_left(range(1, 101), bits, key=lambda quality: encode(quality)[0])
     return min({max(above - 1, 1), min(above, 100)}, key=lambda quality: abs(encode(quality)[0] - bits))
+
+
+def measure_prior(checkpoint: Path, data: Dataset) -> float:
+    """The bits of a test image's tokens under PRIOR, not given its class."""
+    prior = load_prior(PRIOR).to(device)
+    indices = tokenize(load_checkpoint(checkpoint).to(device), data.test_images, "the prior")["indices"]
+    return measure_bits(prior, indices, torch.full((len(indices),), prior.classes), 4)
 
 
 def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor], bits: dict[str, float | None]):

@@ -27,7 +27,7 @@ import utils
 from evaluate import frechet_distance, linear_probe
 from models import PRETRAINED_DIR, VQRAE, build_encoder
 from optimization import BF16Weights, Muon
-from prior import Prior, build_prior, draw_masks, load_prior
+from prior import Prior, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
 
@@ -72,7 +72,8 @@ def main():
         utils.seed_everything(SEED)
         tokens, content = load_tokens(vqrae, data)
         prior = build_prior(vqrae.quantizer, list(tokens["test"].shape[1:]), len(data.classes), DIM, DEPTH).to(device)
-        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content}
+        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content,
+                      "tokenizer": hashlib.sha256(Path(CHECKPOINT).read_bytes()).hexdigest()}
         trained_with = {k: v for k, v in constants.items() if k not in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(trained_with)}"
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
@@ -176,17 +177,6 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-@torch.no_grad()
-def measure_bits(prior: Prior, indices: Tensor, labels: Tensor, masks: int = 1) -> float:
-    """The bound in bits an image, the mean over indices (n, h, w) with labels (n,), each with a few masks, always the
-    same ones. In fp32."""
-    torch.manual_seed(0)
-    bits = [prior(prior.to_digits(batch.repeat(masks, 1, 1)), draw_masks(masks * len(batch), prior.tokens).to(device),
-                  given.repeat(masks).to(device))
-            for batch, given in zip(tqdm(indices.split(250), "measuring", leave=False), labels.split(250))]
-    return torch.cat(bits).mean().item()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models import OnGrid, ResidualBlock, transformer
 from quantizers import DDCL, FSQ, Quantizer, check
@@ -140,6 +141,18 @@ def draw_masks(count: int, tokens: int) -> Tensor:
     evenly over the rows, so that a mean over rows varies less."""
     share = (torch.arange(count) + torch.rand(1)) / count % 1
     return torch.rand(count, tokens).argsort(1) < (share * tokens).long()[:, None] + 1
+
+
+@torch.no_grad()
+def measure_bits(prior: Prior, indices: Tensor, labels: Tensor, masks: int = 1) -> float:
+    """The bound in bits an image, the mean over indices (n, h, w) with labels (n,), each with a few masks, always the
+    same ones. In fp32."""
+    torch.manual_seed(0)
+    where, bits = prior.mask.device, []
+    for batch, given in zip(tqdm(indices.split(250), "measuring", leave=False), labels.split(250)):
+        masked = draw_masks(masks * len(batch), prior.tokens).to(where)
+        bits.append(prior(prior.to_digits(batch.repeat(masks, 1, 1)), masked, given.repeat(masks).to(where)))
+    return torch.cat(bits).mean().item()
 
 
 def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 192, depth: int = 3) -> Prior:

@@ -1,4 +1,5 @@
 """evaluate.py on small checkpoints and images."""
+import hashlib
 import json
 import runpy
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 import evaluate
 from models import VQRAE, build_encoder
+from prior import build_prior
 from utils import draw_shapes, load_checkpoint, psnr, save_checkpoint, save_torch, to_float
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +29,7 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
     for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None, "DEPTHS": None, "BATCH_SIZE": 250}.items():
+                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -348,3 +350,30 @@ def test_a_wrong_checkpoint_is_one_line(shipped, tmp_path):
     for path in ("nowhere.pt", tmp_path / "text.pt", "lr=0.1/fsq_stage1_best.pt"):
         with pytest.raises(SystemExit, match="evaluate.py: checkpoint"):
             shipped(path)
+
+
+def test_a_priors_bits_stand_beside_codecs(shipped, folder, tmp_path, capsys):
+    small_checkpoint(tmp_path / "small.pt")
+    model = load_checkpoint(tmp_path / "small.pt")
+    with torch.no_grad():
+        indices = model.encode_to_indices(to_float(evaluate.load_dataset(str(folder), 32).test_images))
+    prior, bits = build_prior(model.quantizer, [8, 8], 2, dim=16, depth=1), 0
+    for head, digits in zip(prior.heads, prior.to_digits(indices).flatten(0, 1).unbind(1)):  # how often each occurs
+        p = (digits.bincount(minlength=len(head.bias)) + 1e-3) / len(digits)
+        head.bias.data = p.log()
+        bits -= 64 * p[digits].log2().mean().item()
+    tokenizer = hashlib.sha256((tmp_path / "small.pt").read_bytes()).hexdigest()
+    for name, of in (("prior.pt", tokenizer), ("other.pt", "0" * 64)):
+        content = {"config": prior.config, "prior": prior.state_dict(), "constants": {"tokenizer": of}}
+        save_torch(tmp_path / name, content)
+    shipped(tmp_path / "small.pt", f"CODECS={tmp_path / 'codecs.png'}", f"PRIOR={tmp_path / 'prior.pt'}")
+    rows = [line.split("|")[1:5] for line in capsys.readouterr().out.splitlines() if "stage 1" in line]
+    (_, nominal, *plain), (name, estimated, *figures) = rows[-2:]
+    assert name.strip() == "cifar fsq, stage 1, with its prior" and plain == figures and int(nominal) == 506
+    assert bits < 0.99 * 64 * np.log2(240)
+    assert float(estimated.replace(",", "")) == pytest.approx(bits, rel=0.02)
+    for path in (tmp_path / "other.pt", tmp_path / "small.pt", tmp_path / "none.pt", 3):
+        with pytest.raises(SystemExit, match="evaluate.py: .*(PRIOR|small.pt|none.pt)"):
+            shipped(tmp_path / "small.pt", f"PRIOR={path}")
+    with pytest.raises(SystemExit, match="evaluate.py: PRIOR = .*with CODECS a path"):
+        shipped(tmp_path / "small.pt", f"PRIOR={tmp_path / 'prior.pt'}", "CODECS=None")
