@@ -392,7 +392,7 @@ def measure_prior(checkpoint: Path, data: Dataset) -> float:
     """The bits of a test image's tokens under PRIOR, not given its class."""
     prior = load_prior(PRIOR).to(device)
     indices = tokenize(load_checkpoint(checkpoint).to(device), data.test_images, "the prior")["indices"]
-    return measure_bits(prior, indices, torch.full((len(indices),), prior.classes), 4)
+    return measure_bits(prior, indices, torch.full((len(indices),), prior.classes))
 
 
 def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor], bits: dict[str, float | None]):

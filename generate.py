@@ -50,7 +50,7 @@ EVAL_IMAGES = 1_000  # test images whose bits are measured after each epoch; at 
 SEED = 0
 # sampling: not part of a run's name
 STEPS = 16  # in which an image's tokens are filled
-GUIDANCE = 2.0  # 1: none; more makes samples more like their class, and less diverse
+GUIDANCE = 4.0  # 1: none; more makes samples more like their class, and less diverse
 TEMPERATURE = 1.0
 SAMPLES = 10_000  # for the Fréchet distance and the probe
 
@@ -199,8 +199,8 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     """Bits, samples and their distance from test images, in the features of the first shipped encoder; results.json."""
     labels, test = data.test_labels, tokens["test"]
     results = {"tokens": prior.tokens, "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
-               "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes), 4),
-               "bits_given_class": measure_bits(prior, test, labels, 4)}
+               "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
+               "bits_given_class": measure_bits(prior, test, labels)}
     utils.seed_everything(SEED)
     classes = torch.arange(SAMPLES) % max(prior.classes, 1)
     samples = sample(prior, vqrae, classes)
