@@ -1,5 +1,6 @@
 """prior.py on made-up tokens, and generate.py itself on a few images."""
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -309,3 +310,16 @@ def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, 
         Path("flat", "test", f"{i}.png").unlink()
     with pytest.raises(SystemExit, match="DATASET = 'flat', allowed: two test images"):
         generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL)
+
+
+def test_the_prior_that_ships_is_of_the_checkpoint_that_ships():
+    folder = ROOT / "checkpoints" / "pretrained"
+    tokenizer = hashlib.sha256((folder / "vqrae_ema_vq.pt").read_bytes()).hexdigest()
+    assert load_torch(folder / "prior.pt")["constants"]["tokenizer"] == tokenizer
+    assert (folder / "prior.pt").stat().st_size < 12e6
+    torch.manual_seed(0)
+    indices = load_prior(folder / "prior.pt").generate(torch.tensor([0] * 8 + [8] * 8))  # aeroplanes and ships
+    images = load_checkpoint(folder / "vqrae_ema_vq.pt").decode_from_indices(indices)
+    assert images.shape == (16, 3, 32, 32)
+    blue, red = images[:, 2].mean(), images[:, 0].mean()  # skies and seas
+    assert blue > red + 0.03
