@@ -94,7 +94,7 @@ def measure_run(name: str) -> dict:
         content = load_torch(checkpoint)
         data = load_dataset(content["constants"]["DATASET"], content["config"]["image_size"])
         data = limit_training(data._replace(test_images=data.test_images.to(device)), TRAIN_IMAGES)
-        figures, _ = measure(checkpoint, data, {})
+        figures, *_ = measure(checkpoint, data, {})
         figures["token_bits"] = figures["bits"] / figures["tokens"]
         figures["quantizer_mb"] = figures["quantizer_kb"] / 1e3
         write_file(path, json.dumps(figures, indent=2).encode())

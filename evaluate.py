@@ -98,9 +98,9 @@ def main():
     data = data._replace(test_images=data.test_images.to(device))  # the training images may be too many
     networks = load_networks(data.test_images.shape[-1])
 
-    figures, reconstructions = {}, {}
+    figures, reconstructions, indices = {}, {}, {}
     for name, path in checkpoints.items():
-        figures[name], images = measure(path, data, networks)
+        figures[name], images, indices[name] = measure(path, data, networks)
         reconstructions[name] = images[: montage_side**2].cpu().clone()  # not a view of all of them
     each = dict.fromkeys(key for values in figures.values() for key in values if key.startswith("perplexity_"))
     columns_of_each = {f"{key.replace('_', ' ')}, test": f"{key}:,.0f" for key in each}  # of several codebooks
@@ -117,11 +117,11 @@ def main():
         bits = {name: figures[name].get("bits") for name in figures}
         if PRIOR:
             name = find_tokenizer(checkpoints)
-            bits[f"{name}, with its prior"] = measure_prior(checkpoints[name], data)
+            bits[f"{name}, with its prior"] = measure_prior(indices[name])
             reconstructions[f"{name}, with its prior"] = reconstructions[name]
         compare_codecs(Path(CODECS), data, reconstructions, bits)
     if DEPTHS:
-        compare_depths(Path(DEPTHS), data, checkpoints)
+        compare_depths(Path(DEPTHS), data, checkpoints, indices)
     shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR and not SHIP]
     if not all([compare(name, figures[name], records, hashes) for name in shipped]):
         sys.exit(1)
@@ -158,7 +158,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     checkpoints = name_checkpoints([ship(path) for path in paths] if SHIP else paths)
     if PRIOR is not None:
         check(CODECS is not None and isinstance(PRIOR, str), "PRIOR", PRIOR, "None, or with CODECS a path")
-        find_tokenizer(checkpoints)
+        load_prior(PRIOR), find_tokenizer(checkpoints)
     return checkpoints, data, records
 
 
@@ -223,9 +223,9 @@ def load_networks(image_size: int) -> dict[str, nn.Module]:
     return {name: network.to(device) for name, network in networks.items()}
 
 
-def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[dict, Tensor]:
-    """All figures that one checkpoint can have, and its reconstructions (N, 3, H, W), uint8, of the test images.
-    networks: those of load_networks."""
+def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[dict, Tensor, Tensor]:
+    """All figures that one checkpoint can have, and of the test images its reconstructions (N, 3, H, W), uint8, and
+    indices (N, h, w). networks: those of load_networks."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
     train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
     metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, test["indices"])
@@ -249,7 +249,7 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
         untrained = {"predicted"} if figures.get("predict_weight") == 0 else set()
         for name in train.keys() - {"indices"} - untrained:
             figures[f"probe_{name}"] = linear_probe(train[name], train_labels, test[name], test_labels)
-    return figures, reconstructions
+    return figures, reconstructions, test["indices"]
 
 
 @torch.no_grad()
@@ -388,10 +388,9 @@ def nearest_quality(encode: Callable[[int], tuple[float, Tensor]], bits: float) 
     return min({max(above - 1, 1), min(above, 100)}, key=lambda quality: abs(encode(quality)[0] - bits))
 
 
-def measure_prior(checkpoint: Path, data: Dataset) -> float:
-    """The bits of a test image's tokens under PRIOR, not given its class."""
+def measure_prior(indices: Tensor) -> float:
+    """The bits of an image's tokens (N, h, w) under PRIOR, not given its class."""
     prior = load_prior(PRIOR).to(device)
-    indices = tokenize(load_checkpoint(checkpoint).to(device), data.test_images, "the prior")["indices"]
     return measure_bits(prior, indices, torch.full((len(indices),), prior.classes))
 
 
@@ -436,9 +435,9 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
     print(f"\n{title}; codecs have all of them in one picture:\n\n{format_table(rows, RATE_COLUMNS, 'images from')}\n")
 
 
-def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path]):
-    """Print PSNR and SSIM of the test images from the first of residual codebooks, from the first two and so on, and
-    draw the first twelve images."""
+def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path], indices: dict[str, Tensor]):
+    """Print PSNR and SSIM of the test images, of these indices (N, h, w), from the first of residual codebooks, from
+    the first two and so on, and draw the first twelve images."""
     models = {name: load_checkpoint(checkpoint) for name, checkpoint in checkpoints.items()}
     models = {name: model.to(device) for name, model in models.items() if model.quantizer.depths}
     if not models:
@@ -447,10 +446,9 @@ def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path]):
     figure = Figure(figsize=(12, 5.5 * len(models)), layout="constrained")
     for axes, (name, model) in zip(figure.subplots(len(models), squeeze=False)[:, 0], models.items()):
         images, labels = [data.test_images[:columns].cpu()], ["images"]
-        indices = tokenize(model, data.test_images, name)["indices"]
         for depth in model.quantizer.depths:
             bits = math.log2(math.prod(model.quantizer.codebook_sizes[:depth]))
-            metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, indices, depth)
+            metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, indices[name], depth)
             rows[f"{name}, first {depth}"] = {"bits": bits, **metrics}
             images.append(reconstructions[:columns].cpu())
             labels.append(f"{bits:.0f} bits\n{metrics['psnr']:.2f} dB")

@@ -372,6 +372,10 @@ def test_a_priors_bits_stand_beside_codecs(shipped, folder, tmp_path, capsys):
     assert name.strip() == "cifar fsq, stage 1, with its prior" and plain == figures and int(nominal) == 506
     assert bits < 0.99 * 64 * np.log2(240)
     assert float(estimated.replace(",", "")) == pytest.approx(bits, rel=0.02)
+    content["prior"] = {}
+    save_torch(tmp_path / "broken.pt", content | {"constants": {"tokenizer": tokenizer}})
+    with pytest.raises(SystemExit, match="evaluate.py: prior .*broken.pt does not fit"):  # before anything is measured
+        shipped(tmp_path / "small.pt", f"PRIOR={tmp_path / 'broken.pt'}")
     for path in (tmp_path / "other.pt", tmp_path / "small.pt", tmp_path / "none.pt", 3):
         with pytest.raises(SystemExit, match="evaluate.py: .*(PRIOR|small.pt|none.pt)"):
             shipped(tmp_path / "small.pt", f"PRIOR={path}")
