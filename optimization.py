@@ -1,4 +1,5 @@
-"""Muon, and layers' weights cast to bf16 all at once: what makes a step of train.py learn more, or take less time."""
+"""Muon, the schedule of learning rates, and layers' weights cast to bf16 all at once: what makes a step of train.py and
+generate.py learn more, or take less time."""
 import math
 from collections.abc import Iterable
 
@@ -7,6 +8,11 @@ from torch import Tensor, nn
 
 from models import Conv
 from quantizers import Quantizer
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """The share of a learning rate in step 0 to steps - 1: rises over the first twentieth, then falls to nearly 0."""
+    return min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 class Muon(torch.optim.Optimizer):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, Muon, autocast_layers
+from optimization import BF16Weights, Muon, autocast_layers, warmup_cosine
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -168,7 +168,6 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     count = min(EPOCH_IMAGES or images_in_all, images_in_all)
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
-    warmup = max(1, steps // 20)
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     utils.seed_everything(SEED, stage)
@@ -226,8 +225,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 log[step, :-1] += torch.stack([losses[name].detach() for name in loss_names])
             log[step, -1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, rate in zip(optimizers, rates):
-                cosine = 0.5 + 0.5 * math.cos(math.pi * done / steps)
-                optimizer.param_groups[0]["lr"] = rate * min((done + 1) / warmup, cosine)
+                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, steps)
                 optimizer.step()
             model.zero_grad(set_to_none=True)
             if gan:
