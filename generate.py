@@ -26,24 +26,24 @@ import plots
 import utils
 from evaluate import frechet_distance, linear_probe
 from models import PRETRAINED_DIR, VQRAE, build_encoder
-from optimization import BF16Weights, Muon
-from prior import Prior, build_prior, draw_masks, load_prior, measure_bits
+from optimization import BF16Weights, Muon, warmup_cosine
+from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # tokens
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_ema_vq.pt")  # of train.py
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; its tokens are the easiest to model
 DATASET = "auto"  # the same names as in train.py
 FLIP = True  # mirror half of the training images, at random
 # model
 DIM = 192  # width of the model
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
-EPOCHS = 200 if device == "cuda" else 24  # an hour on two CPU cores, measuring included
+EPOCHS = 200 if device == "cuda" else 9  # an hour on two CPU cores, measuring included
 BATCH_SIZE = 128
-LEARNING_RATE = 1e-3  # of AdamW; twice that of Muon, for the matrices of the blocks; warm-up, cosine decay
+LEARNING_RATE = 1e-3  # AdamW's; Muon's, for the matrices of the blocks, is twice this; warm-up, cosine decay
 DROP_LABEL = 0.1  # share of images whose class the model is not told, for guidance
 PRECISION = "bf16" if fast_bf16(device) else "fp32"
 EVAL_IMAGES = 1_000  # test images whose bits are measured after each epoch; at the end: all
@@ -56,6 +56,7 @@ SAMPLES = 10_000  # for the Fréchet distance and the probe
 
 
 def main():
+    torch.backends.cudnn.allow_tf32 = False  # tokens and bits as in evaluate.py
     if device == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -70,12 +71,14 @@ def main():
             data = data._replace(train_labels=torch.zeros(len(data.train_images), dtype=torch.int64),
                                  test_labels=torch.zeros(len(data.test_images), dtype=torch.int64))
         utils.seed_everything(SEED)
+        grid = [data.size // vqrae.token_size] * 2
+        prior = build_prior(vqrae.quantizer, grid, len(data.classes), DIM, DEPTH).to(device)
         tokens, content = load_tokens(vqrae, data)
-        prior = build_prior(vqrae.quantizer, list(tokens["test"].shape[1:]), len(data.classes), DIM, DEPTH).to(device)
         constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content,
+                      "labels": utils.digest((data.classes, data.train_labels.tolist(), data.test_labels.tolist())),
                       "tokenizer": hashlib.sha256(Path(CHECKPOINT).read_bytes()).hexdigest()}
-        trained_with = {k: v for k, v in constants.items() if k not in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
-        name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(trained_with)}"
+        drawn_with = {name: constants.pop(name) for name in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
+        name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(constants)}"
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
         lock = utils.lock_folder(last.parent)
         for leftover in (*outputs.glob("*.tmp"), *last.parent.glob("*.tmp")):  # of a killed process
@@ -93,7 +96,7 @@ def main():
     try:
         with lock:
             train(prior, vqrae, tokens, data, saved, last, constants)
-            measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, outputs)
+            measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, outputs, drawn_with)
     except KeyboardInterrupt:
         sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
     except ValueError as error:
@@ -111,10 +114,11 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
         return utils.load_torch(path, "train", "test"), content.hexdigest()[:12]
     tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
     for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
-        batches = tqdm(torch.arange(copies * len(images)).split(250), f"tokenizing {split} images", leave=False)
+        batches = torch.arange(copies * len(images)).split(max(1, 2**18 // data.size**2))
+        batches = tqdm(batches, f"tokenizing {split} images", leave=False)
         tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device)))
                                    .to("cpu", dtype) for index in batches])
-    with contextlib.suppress(PermissionError):  # another user's data/ may be read-only
+    with contextlib.suppress(OSError):  # another user's data/ may be read-only, or the disk full
         utils.save_torch(path, tokens)
     return tokens, content.hexdigest()[:12]
 
@@ -124,15 +128,12 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
     outputs, labels, history = Path("outputs", last.parent.name), data.train_labels, saved["history"]
     steps_per_epoch = len(labels) // BATCH_SIZE
     steps = EPOCHS * steps_per_epoch
-    warmup = max(1, steps // 20)
     matrices = {name: p for name, p in prior.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     others = [p for name, p in prior.named_parameters() if name not in matrices]
-    optimizers = [torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
-                  Muon(matrices.values(), 2 * LEARNING_RATE, weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-        for optimizer in optimizers]
-    state = [prior, *optimizers, *schedules]
+    rates = LEARNING_RATE, 2 * LEARNING_RATE
+    optimizers = [torch.optim.AdamW(others, rates[0], betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+                  Muon(matrices.values(), rates[1], weight_decay=0.01)]
+    state = [prior, *optimizers]
     try:
         for part, content in zip(state, saved.pop("state", [])):
             part.load_state_dict(content)
@@ -144,7 +145,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a run that was resumed before it
         start, losses = time.time(), []
         order = torch.randperm(len(labels))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
-        for index in tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False):
+        for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
             copy = len(labels) * torch.randint(1 + FLIP, (BATCH_SIZE,))
             given = labels[index].masked_fill(torch.rand(BATCH_SIZE) < DROP_LABEL, prior.classes)
             masked = draw_masks(BATCH_SIZE, prior.tokens).to(device)
@@ -152,8 +153,9 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
                 digits = prior.to_digits(tokens["train"][index + copy])
                 loss = objective(digits, masked, given.to(device)).mean() / prior.tokens
             loss.backward()
-            for part in (*optimizers, *schedules):
-                part.step()
+            for optimizer, rate in zip(optimizers, rates):
+                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, steps)
+                optimizer.step()
             prior.zero_grad()
             losses.append(loss.detach())
         bits, seconds = torch.stack(losses).mean().item(), time.time() - start
@@ -188,29 +190,33 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = 
     if mask is None:
         mask = torch.ones(len(labels), *prior.grid, dtype=torch.bool)
         indices = mask.long()
-    for i in tqdm(torch.arange(len(labels)).split(250), "sampling", leave=False):
+    for i in tqdm(torch.arange(len(labels)).split(batch_size(prior)), "sampling", leave=False):
         with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
             filled = prior.fill(indices[i], mask[i], labels[i], STEPS, GUIDANCE, TEMPERATURE)
         images.append((vqrae.decode_from_indices(filled) * 255).round().byte().cpu())
     return torch.cat(images)
 
 
-def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path):
+def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path, drawn_with: dict):
     """Bits, samples and their distance from test images, in the features of the first shipped encoder; results.json."""
     labels, test = data.test_labels, tokens["test"]
-    results = {"tokens": prior.tokens, "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
+    results = {**drawn_with, "tokens": prior.tokens,
+               "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
                "bits_given_class": measure_bits(prior, test, labels)}
     utils.seed_everything(SEED)
-    classes = torch.arange(SAMPLES) % max(prior.classes, 1)
+    classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
     samples = sample(prior, vqrae, classes)
     encoder = build_encoder("cifar_first", max(1, samples.shape[-1] // 8)).eval().requires_grad_(False).to(device)
     features = [torch.cat([encoder(to_float(batch.to(device))).mean((2, 3))
                            for batch in tqdm(images.split(250), "encoding", leave=False)])
                 for images in (data.train_images, data.test_images, samples)]
     results["frechet"] = frechet_distance(features[1], features[2])
-    for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
-        results[name] = linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
+    probes = ""
+    if prior.classes:
+        for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
+            results[name] = linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
+        probes = f", probe {results['probe_samples']:.1%} (test images {results['probe_test']:.1%})"
     nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
     plots.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
 
@@ -225,16 +231,15 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
           f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
           f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the first shipped encoder's "
-          f"features {results['frechet']:.3f}, probe {results['probe_samples']:.1%} (test images "
-          f"{results['probe_test']:.1%})\nsee {outputs}/")
+          f"features {results['frechet']:.3f}{probes}\nsee {outputs}/")
 
 
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
     values = globals()
-    ranges = {"DIM": (1, 4096), "DEPTH": (1, 100), "EPOCHS": (1, 10**6), "BATCH_SIZE": (1, 10**6), "STEPS": (1, 10**5),
+    ranges = {"DIM": (2, 4096), "DEPTH": (1, 100), "EPOCHS": (1, 10**6), "BATCH_SIZE": (1, 10**6), "STEPS": (1, 10**5),
               "EVAL_IMAGES": (1, 10**9), "SAMPLES": (20, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3),
-              "TEMPERATURE": (0.01, 100.0), "GUIDANCE": (0.0, 1e3), "DROP_LABEL": (0.0, 1.0)}
+              "TEMPERATURE": (0.01, 100.0), "GUIDANCE": (0.0, 1e3), "DROP_LABEL": (0.01, 0.99)}
     for name, (low, high) in ranges.items():
         valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
         check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")

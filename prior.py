@@ -1,9 +1,11 @@
 """A masked discrete diffusion model over a VQRAE's tokens, trained by generate.py.
 
-    prior, vqrae = load_prior("checkpoints/<run>/prior.pt"), load_checkpoint("checkpoints/pretrained/vqrae_ema_vq.pt")
+    vqrae = load_checkpoint("checkpoints/pretrained/vqrae_fsq.pt")
+    prior = load_prior("checkpoints/pretrained/prior.pt", "checkpoints/pretrained/vqrae_fsq.pt")
     images = vqrae.decode_from_indices(prior.generate(torch.arange(10)))     one image of each class
     prior.fill(indices, mask, labels)                                        tokens where mask is True, drawn anew
 """
+import hashlib
 import math
 from pathlib import Path
 
@@ -57,9 +59,10 @@ class Prior(nn.Module):
 
     def to_digits(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) -> digits (B, N, k). ValueError for another grid, or indices out of range."""
-        check(tuple(indices.shape[1:]) == self.grid, "indices", tuple(indices.shape), f"(B, *{self.grid})")
-        size, low, high = len(self.number_of) or math.prod(self.codebook_sizes), indices.min(), indices.max()
-        check(0 <= low and high < size, "indices", (low.item(), high.item()), f"0 to {size - 1}")
+        valid = tuple(indices.shape[1:]) == self.grid and len(indices) > 0 and not indices.is_floating_point()
+        check(valid, "indices", (tuple(indices.shape), indices.dtype), f"(B, *{self.grid}), whole numbers")
+        size, low, high = len(self.number_of) or math.prod(self.codebook_sizes), *map(int, indices.aminmax())
+        check(0 <= low and high < size, "indices", (low, high), f"0 to {size - 1}")
         indices = indices.flatten(1).long().to(self.mask.device)
         return self.split_indices(self.number_of[indices] if len(self.number_of) else indices)
 
@@ -79,8 +82,8 @@ class Prior(nn.Module):
     def logits(self, features: Tensor, digits: Tensor) -> list[Tensor]:
         """features (M, dim), digits (M, k) -> the logits (M, size) of each digit, on which only earlier digits act"""
         hidden = self.project(features) + self.one_hot(digits) @ (self.from_digits * self.earlier)
-        hidden = F.gelu(hidden).unflatten(1, (len(self.heads), -1))
-        return [head(hidden[:, k]).float() for k, head in enumerate(self.heads)]
+        hidden = F.gelu(hidden).chunk(len(self.heads), 1)
+        return [head(part).float() for head, part in zip(self.heads, hidden)]
 
     def forward(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """As `features`, one token or more being masked in each image -> (B,), N times the mean bits of masked tokens.
@@ -95,51 +98,59 @@ class Prior(nn.Module):
         each = torch.zeros(masked.shape, device=nats.device).masked_scatter(masked, nats)
         return each.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
 
-    def generate(self, labels: Tensor, *options) -> Tensor:
-        """labels (B,) -> indices (B, h, w); options: `steps` and so on of `fill`"""
+    def generate(self, labels: Tensor, **options) -> Tensor:
+        """labels (B,), `classes` for none -> indices (B, h, w) of new images; options: `steps` and so on of `fill`"""
         mask = torch.ones(len(labels), *self.grid, dtype=torch.bool)
-        return self.fill(mask.long() * 0, mask, labels, *options)
+        return self.fill(mask.long(), mask, labels, **options)
 
     @torch.no_grad()
     def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 16,
              guidance: float = 4.0, temperature: float = 1.0) -> Tensor:
-        """Draw the tokens of indices (B, h, w) where mask (B, h, w) is True, given the others and labels (B,).
+        """Indices (B, h, w), those where mask (B, h, w) is True drawn anew, given the others and labels (B,).
 
         Tokens are filled in random order, one or more in each step, and more in later ones, as they depend less on each
-        other then: with steps = h * w one by one. guidance: classifier-free (2207.12598), logits without a class plus
-        guidance times what the class adds. ValueError for another grid, indices, labels or options out of range.
+        other then (MaskGIT's square schedule, 2202.04200): with steps = h * w one by one. labels: `classes`, or None
+        for all, is no class. guidance: classifier-free (2207.12598, whose w is guidance - 1), logits without a class
+        plus guidance times what the class adds. ValueError for another grid, indices, labels or options out of range.
         """
         digits, where = self.to_digits(indices), self.mask.device
         check(mask.shape == indices.shape and mask.dtype == torch.bool, "mask", (tuple(mask.shape), mask.dtype),
               f"{tuple(indices.shape)} of True and False")
         none = torch.full((len(indices),), self.classes)
-        labels = none if labels is None else labels
+        labels = none if labels is None else torch.as_tensor(labels)
         check(labels.shape == none.shape and 0 <= labels.min() and labels.max() <= self.classes, "labels",
               labels.tolist(), f"None, or {len(indices)} from 0 to {self.classes - 1}")
-        check(steps in range(1, 10**6), "STEPS", steps, "a whole number of 1 or more")
-        check(guidance >= 0, "GUIDANCE", guidance, "0 or more")
-        check(temperature > 0, "TEMPERATURE", temperature, "above 0")
+        check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
+        check(0 <= guidance <= 1e3, "guidance", guidance, "0 to 1000")
+        check(0 < temperature <= 1e3, "temperature", temperature, "above 0, to 1000")
         masked, count = mask.flatten(1).to(where), mask.flatten(1).sum(1, keepdim=True).to(where)
         turn = torch.rand(masked.shape, device=where).masked_fill(~masked, 2).argsort(1).argsort(1)
         steps = min(steps, int(count.max()))
+        told = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, steps + 1):
             chosen = masked & (turn < (count * (step / steps) ** 2).clamp(min=step))
-            features = [self.features(digits, masked, given.to(where))[chosen[masked]] for given in (labels, none)]
+            features = [self.features(digits, masked, given.to(where))[chosen[masked]] for given in told]
             drawn = digits.new_zeros(len(features[0]), len(self.heads))
             for k in range(len(self.heads)):
-                given, free = (self.logits(part, drawn)[k] for part in features)
-                p = ((free + guidance * (given - free)) / temperature).softmax(1)
-                drawn[:, k] = torch.multinomial(p, 1)[:, 0]
+                logits, *free = (self.logits(part, drawn)[k] for part in features)
+                if free:
+                    logits = free[0] + guidance * (logits - free[0])
+                drawn[:, k] = torch.multinomial((logits / temperature).softmax(1), 1)[:, 0]
             digits[chosen] = drawn
             masked = masked & ~chosen
         filled = self.join_indices(digits)
         return (self.code_of[filled] if len(self.code_of) else filled).view(indices.shape)
 
 
+def batch_size(prior: Prior) -> int:
+    """Images at a time where no gradients are needed"""
+    return max(1, 2**14 // prior.tokens)
+
+
 def draw_masks(count: int, tokens: int) -> Tensor:
     """(count, tokens) bool: in each row a random number from 1 to `tokens` of them are masked. The numbers are spread
     evenly over the rows, so that a mean over rows varies less."""
-    share = (torch.arange(count) + torch.rand(1)) / count % 1
+    share = (torch.randperm(count) + torch.rand(1)) / count % 1
     return torch.rand(count, tokens).argsort(1) < (share * tokens).long()[:, None] + 1
 
 
@@ -147,10 +158,11 @@ def draw_masks(count: int, tokens: int) -> Tensor:
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (n, h, w) with labels (n,), each with one mask, always
     the same."""
-    torch.manual_seed(0)
-    where, bits = prior.mask.device, []
-    for batch, given in zip(tqdm(indices.split(250), "measuring", leave=False), labels.split(250)):
-        bits.append(prior(prior.to_digits(batch), draw_masks(len(batch), prior.tokens).to(where), given.to(where)))
+    where, bits, size = prior.mask.device, [], batch_size(prior)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for batch, given in zip(tqdm(indices.split(size), "measuring", leave=False), labels.split(size)):
+            bits.append(prior(prior.to_digits(batch), draw_masks(len(batch), prior.tokens).to(where), given.to(where)))
     return torch.cat(bits).mean().item()
 
 
@@ -163,6 +175,7 @@ def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 
         sizes = quantizer.fsq._levels.tolist()
     if isinstance(quantizer, DDCL):
         sizes = [quantizer.values] * quantizer.numbers
+    check(len(sizes) == 1 or sum(sizes) <= 8192, "codebook_sizes", sizes, "8,192 codes or less in all, or one codebook")
     if len(sizes) > 1:
         return Prior(sizes, grid, classes, dim, depth)
     bits = (size - 1).bit_length()
@@ -186,10 +199,15 @@ def sort_codes(codes: Tensor, order: Tensor) -> Tensor:
     return torch.cat([sort_codes(codes, half) for half in order.tensor_split(2)])
 
 
-def load_prior(path: str | Path) -> Prior:
-    """The prior of a checkpoint written by generate.py, in eval mode. ValueError for a file that is no such one."""
+def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
+    """The prior in a file written by generate.py, in eval mode. tokenizer: the checkpoint whose tokens it is to draw.
+    ValueError for a file that is no prior, or one of another checkpoint's tokens."""
     content = load_torch(path)
     check(isinstance(content, dict) and {"config", "prior"} <= content.keys(), "prior", str(path), "a prior.pt")
+    if tokenizer is not None:
+        constants, given = content.get("constants", {}), hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+        check(constants.get("tokenizer") == given, "tokenizer", str(tokenizer),
+              f"the {constants.get('CHECKPOINT')} that {path} was trained for")
     try:
         prior = Prior(**content["config"])
         prior.load_state_dict(content["prior"])
