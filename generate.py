@@ -80,6 +80,7 @@ def main():
         drawn_with = {name: constants.pop(name) for name in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(constants)}"
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
+        outputs.mkdir(parents=True, exist_ok=True)  # what must not be written fails here, not after an epoch
         lock = utils.lock_folder(last.parent)
         for leftover in (*outputs.glob("*.tmp"), *last.parent.glob("*.tmp")):  # of a killed process
             leftover.unlink()
@@ -110,7 +111,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
     for images in (data.train_images, data.test_images):
         content.update(images.numpy())
     path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
-    if path.exists():
+    with contextlib.suppress(ValueError):  # there is no such file, or a broken one
         return utils.load_torch(path, "train", "test"), content.hexdigest()[:12]
     tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
     for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
@@ -135,11 +136,13 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
                   Muon(matrices.values(), rates[1], weight_decay=0.01)]
     state = [prior, *optimizers]
     try:
-        for part, content in zip(state, saved.pop("state", [])):
+        for part, content in zip(state, saved.pop("state", []), strict=saved["epoch"] > 0):
             part.load_state_dict(content)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         sys.exit(f"generate.py: {last} is of other code than this: go back to that, or delete it to begin anew")
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
+    if saved["epoch"]:
+        save_prior(prior, last.with_name("prior.pt"), history[-1], constants)  # should it have been lost
     print(" epoch   bits a token: training    test  images/s  seconds")
     for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a run that was resumed before it
@@ -170,11 +173,15 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
         classes = torch.arange(min(max(prior.classes, 1), 10))  # a column for each
         images = sample(prior, vqrae, classes.repeat(8))
         plots.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in prior.state_dict().items()}  # 6 MB
-        utils.save_torch(last.with_name("prior.pt"), {"config": prior.config, "prior": weights, "metrics": row,
-                                                      "constants": constants})
-        saved |= {"epoch": epoch, "state": [part.state_dict() for part in state]}
-        utils.save_torch(last, saved)
+        save_prior(prior, last.with_name("prior.pt"), row, constants)
+        utils.save_torch(last, saved | {"epoch": epoch, "state": [part.state_dict() for part in state]})
+        saved["epoch"] = epoch
+
+
+def save_prior(prior: Prior, path: Path, metrics: dict, constants: dict):
+    """In 16-bit numbers, 6 MB by default; load_prior reads it."""
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in prior.state_dict().items()}
+    utils.save_torch(path, {"config": prior.config, "prior": weights, "metrics": metrics, "constants": constants})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Prior(nn.Module):
 
     def to_digits(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) -> digits (B, N, k). ValueError for another grid, or indices out of range."""
+        check(isinstance(indices, Tensor), "indices", type(indices), "a tensor")
         valid = tuple(indices.shape[1:]) == self.grid and len(indices) > 0 and not indices.is_floating_point()
         check(valid, "indices", (tuple(indices.shape), indices.dtype), f"(B, *{self.grid}), whole numbers")
         size, low, high = len(self.number_of) or math.prod(self.codebook_sizes), *map(int, indices.aminmax())
@@ -100,6 +101,8 @@ class Prior(nn.Module):
 
     def generate(self, labels: Tensor, **options) -> Tensor:
         """labels (B,), `classes` for none -> indices (B, h, w) of new images; options: `steps` and so on of `fill`"""
+        labels = torch.as_tensor(labels)
+        check(labels.ndim == 1, "labels", tuple(labels.shape), "(B,)")
         mask = torch.ones(len(labels), *self.grid, dtype=torch.bool)
         return self.fill(mask.long(), mask, labels, **options)
 
@@ -114,12 +117,14 @@ class Prior(nn.Module):
         plus guidance times what the class adds. ValueError for another grid, indices, labels or options out of range.
         """
         digits, where = self.to_digits(indices), self.mask.device
-        check(mask.shape == indices.shape and mask.dtype == torch.bool, "mask", (tuple(mask.shape), mask.dtype),
-              f"{tuple(indices.shape)} of True and False")
+        valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
+        check(valid, "mask", getattr(mask, "shape", type(mask)), f"{tuple(indices.shape)} of True and False")
         none = torch.full((len(indices),), self.classes)
-        labels = none if labels is None else torch.as_tensor(labels)
-        check(labels.shape == none.shape and 0 <= labels.min() and labels.max() <= self.classes, "labels",
-              labels.tolist(), f"None, or {len(indices)} from 0 to {self.classes - 1}")
+        labels = none if labels is None else torch.as_tensor(labels).cpu()
+        valid = labels.shape == none.shape and not labels.is_floating_point() and labels.dtype != torch.bool
+        check(valid and 0 <= labels.min() and labels.max() <= self.classes, "labels", labels.tolist(),
+              f"None, or {len(indices)} whole numbers from 0 to {self.classes}, the last for no class")
+        labels = labels.long()
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
         check(0 <= guidance <= 1e3, "guidance", guidance, "0 to 1000")
         check(0 < temperature <= 1e3, "temperature", temperature, "above 0, to 1000")
@@ -205,6 +210,8 @@ def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
     content = load_torch(path)
     check(isinstance(content, dict) and {"config", "prior"} <= content.keys(), "prior", str(path), "a prior.pt")
     if tokenizer is not None:
+        check(isinstance(tokenizer, str | Path) and Path(tokenizer).is_file(), "tokenizer", str(tokenizer)[:80],
+              "the path of a checkpoint")
         constants, given = content.get("constants", {}), hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
         check(constants.get("tokenizer") == given, "tokenizer", str(tokenizer),
               f"the {constants.get('CHECKPOINT')} that {path} was trained for")

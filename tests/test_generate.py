@@ -180,6 +180,11 @@ def test_codes_of_one_cluster_are_alike():
     (lambda p, i, m: p.fill(i, m, torch.tensor([0, 3])), "labels"),
     (lambda p, i, m: p.fill(i, m, torch.tensor([0])), "labels"),
     (lambda p, i, m: p.generate(torch.tensor([-1])), "labels"),
+    (lambda p, i, m: p.generate(torch.tensor([0.5])), "labels"),
+    (lambda p, i, m: p.generate(3), "labels"),
+    (lambda p, i, m: p.fill(i.tolist(), m), "indices"),
+    (lambda p, i, m: p.fill(i, m.tolist()), "mask"),
+    (lambda p, i, m: load_prior(SHIPPED / "prior.pt", "nowhere.pt"), "nowhere.pt"),
     (lambda p, i, m: p.fill(i, m, None, 0), "steps"),
     (lambda p, i, m: p.fill(i, m, None, 2.5), "steps"),
     (lambda p, i, m: p.fill(i, m, None, 2.0), "steps"),
@@ -257,12 +262,18 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
 
     content = (checkpoints / "last.pt").read_bytes()
     broken = load_torch(checkpoints / "last.pt") | {"state": [[1]]}
-    for path, left in (("last.pt", {"epoch": 1}), ("last.pt", broken), ("prior.pt", {})):
-        (checkpoints / "last.pt").write_bytes(content)
-        utils.save_torch(checkpoints / path, left)
-        with pytest.raises(SystemExit, match=f"^generate.py: .*{path}.*"):
+    for left in ({"epoch": 1}, broken, broken | {"state": []}):
+        utils.save_torch(checkpoints / "last.pt", left)
+        with pytest.raises(SystemExit, match="^generate.py: .*last.pt.*"):
             generate(*arguments)
     (checkpoints / "last.pt").write_bytes(content)
+    cached, = Path("data").glob("tokens_*.pt")
+    for path in (checkpoints / "prior.pt", cached):  # both are made again
+        path.write_bytes(b"broken")
+    generate(*arguments)
+    assert json.loads((outputs / "results.json").read_text()) == results
+    assert load_prior(checkpoints / "prior.pt").config == prior.config
+    assert load_torch(cached).keys() == {"train", "test"}
 
     stopped = tmp_path / "stopped"
     stopped.mkdir()
