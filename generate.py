@@ -193,13 +193,11 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = 
            mask: Tensor | None = None) -> Tensor:
     """uint8 images (B, 3, H, W) of classes (B,), from indices (B, h, w) with those drawn anew where mask is True, or
     all of them."""
-    images = []
-    if mask is None:
-        mask = torch.ones(len(labels), *prior.grid, dtype=torch.bool)
-        indices = mask.long()
+    images, options = [], {"steps": STEPS, "guidance": GUIDANCE, "temperature": TEMPERATURE}
     for i in tqdm(torch.arange(len(labels)).split(batch_size(prior)), "sampling", leave=False):
         with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-            filled = prior.fill(indices[i], mask[i], labels[i], STEPS, GUIDANCE, TEMPERATURE)
+            filled = (prior.generate(labels[i], **options) if mask is None
+                      else prior.fill(indices[i], mask[i], labels[i], **options))
         images.append((vqrae.decode_from_indices(filled) * 255).round().byte().cpu())
     return torch.cat(images)
 

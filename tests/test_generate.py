@@ -90,6 +90,7 @@ def test_the_bound_is_the_mean_over_orders():
         assert bound == pytest.approx(sum(map(bits, orders)) / len(orders), rel=1e-5)
     drawn = torch.cat([draw_masks(64, 3) for _ in range(100)]).sum(1).bincount() / 6400
     torch.testing.assert_close(drawn, torch.tensor([0, 1, 1, 1]) / 3, atol=0.01, rtol=0)
+    assert len({draw_masks(64, 64)[0].sum().item() for _ in range(50)}) > 10  # whichever row an image is in
 
 
 def test_sampling_token_by_token_reproduces_the_joint_distribution(monkeypatch):
