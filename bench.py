@@ -56,8 +56,8 @@ RACE_SEEDS = 3
 RACE_SECONDS = 900  # no longer runs after one that took longer
 RACE = {"train.py, EMA-VQ of 65,536 codes": "QUANTIZER=ema_vq EMA_CODEBOOK_SIZE=65536 EMA_CODE_DIM=8",
         "ordinary loop, the library's VQ of 8,192": None,  # ordinary_loop below; its search takes 30 s a step in 65,536
-        "CNN from scratch, FSQ, 16 tokens": "ENCODER=cnn GRID=4 ADAPTER_DEPTH=0 POST_QUANT_KERNEL=0 BATCH_SIZE=128 "
-                                            "LEARNING_RATE=(3e-4,3e-4)"}  # of 256 bits an image in all
+        "CNN from scratch, FSQ, 16 tokens": "ENCODER=cnn QUANTIZER=fsq GRID=4 ADAPTER_DEPTH=0 POST_QUANT_KERNEL=0 "
+                                            "BATCH_SIZE=128 LEARNING_RATE=(3e-4,3e-4)"}  # of 256 bits an image in all
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent
 

@@ -1,6 +1,6 @@
 """Generate images: train a masked diffusion model over a checkpoint's tokens, and measure what they cost in bits.
 
-    python generate.py                                  tokens of the shipped checkpoint, with the constants below
+    python generate.py                                  tokens of vqrae_fsq.pt, with the constants below
     python generate.py CHECKPOINT=checkpoints/<run>/fsq_stage2_best.pt DATASET=shapes
 
 Some of an image's tokens are masked, any number of them, and predicted from the others and the class: absorbing-state
@@ -34,7 +34,7 @@ from utils import Dataset, select_images, to_float
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # tokens
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; its tokens are the easiest to model
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; FSQ's tokens are easy to model
 DATASET = "auto"  # the same names as in train.py
 FLIP = True  # mirror half of the training images, at random
 # model

@@ -3,7 +3,8 @@
     python pretrain.py
 
 writes checkpoints/pretrained/cifar_encoder.pt (16-bit weights, BatchNorm folded in) and, beside it,
-cifar_encoder.json with the recipe and what was measured. Run once, by us; train.py only loads the result.
+cifar_encoder.json with the recipe and what was measured. train.py only loads them. (Those that ship had their last five
+epochs in a second run: RESULTS.md.)
 
 Most of the recipe is airbench's (2404.00498, github.com/KellerJordan/cifar10-airbench): the network, whitened input,
 convolutions that start as the identity, label smoothing, alternating flips, Muon with weights of fixed norm.
@@ -26,7 +27,7 @@ from utils import load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
 DATASET = "cifar10"  # or a folder of the same images, with train/<class>/ and test/<class>/
-# training: two minutes an epoch on a 2-core CPU
+# training: some three minutes an epoch on a 2-core CPU
 EPOCHS = 16
 BATCH_SIZE = 500
 LEARNING_RATE = (0.1, 5e-3)  # of Muon, for the deep convolutions, and of AdamW, for all else; both are constant for the

@@ -76,7 +76,7 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen enco
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
-EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or some minutes on a laptop
+EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or half an hour on a laptop
 EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together

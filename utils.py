@@ -1,4 +1,4 @@
-"""Constants, datasets, cached features, metrics, plots and checkpoints."""
+"""Constants, datasets, cached features, metrics and checkpoints."""
 import ast
 import contextlib
 import csv
