@@ -48,8 +48,7 @@ ENCODERS = {
     "internvit_300m": "vit_intern300m_patch14_448.ogvl_dist",
 }
 
-# Baselines without pretraining.
-FROM_SCRATCH = {"scratch": "the shipped encoder's architecture", "cnn": "the plain CNN of small CIFAR-10 repositories"}
+FROM_SCRATCH = ("scratch", "cnn")  # baselines: the shipped encoder's architecture; the CNN of small repositories
 
 
 def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Module:
@@ -504,7 +503,7 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, unless by a ViT."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, if the model is local."""
         def encode(strip: Tensor) -> Tensor:
             return self.encode(strip)[2]
 
@@ -514,7 +513,7 @@ class VQRAE(nn.Module):
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks; size as in
-        decode. Large images in strips."""
+        decode. Large images in strips, if the model is local."""
         def decode(strip: Tensor) -> Tensor:
             return self.decode(self.quantizer.indices_to_codes(strip, codebooks))
 
@@ -595,7 +594,7 @@ class VQRAE(nn.Module):
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
-              strip_tokens: int = 2**15) -> Tensor:
+              strip_tokens: int = 2**17) -> Tensor:
     """function(x) for x (..., H, W), on strips of rows of some strip_tokens tokens, so that memory does not grow with
     the height, and with a progress bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
 
