@@ -404,6 +404,7 @@ if __name__ == "__main__":
         constants = read_constants(globals())
         for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
             check(type(constants[name]) is int and constants[name] >= 1, name, constants[name], "1 or more")
+        check(TOKENS % 32 == 0, "TOKENS", TOKENS, "a multiple of 32, the images of search")
         check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
               f"some of {tuple(benchmarks)}, such as ('search',)")
     except ValueError as error:
@@ -415,4 +416,6 @@ if __name__ == "__main__":
         except subprocess.CalledProcessError as error:
             *_, last_line = error.stderr.strip().splitlines()
             print(f"\n{name}: {last_line}")
+        except (ValueError, RuntimeError) as error:  # a dataset that is not there
+            sys.exit(f"bench.py: {error}")
         torch.cuda.empty_cache()  # for the processes that the next one starts

@@ -87,7 +87,7 @@ def train(arguments: list[str]) -> str:
 
 def measure_run(name: str) -> dict:
     """The figures of a finished run's last stage, of all test images; kept in its outputs/, as they take a while."""
-    path = Path("outputs", name, "figures.json")
+    path = Path("outputs", name, f"figures_{TRAIN_IMAGES}.json")
     if not path.exists():
         stage = json.loads(Path("outputs", name, "results.json").read_text())["stage"]
         checkpoint, = Path("checkpoints", name).glob(f"*_stage{stage}_best.pt")

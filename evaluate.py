@@ -41,6 +41,7 @@ from quantizers import check
 from utils import (
     Dataset,
     evaluate,
+    hash_file,
     load_checkpoint,
     load_dataset,
     load_lpips,
@@ -63,6 +64,7 @@ DEPTHS = None  # a path: draw images there from the first of residual codebooks,
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # all figures are of fp32, on a GPU, too, whichever script measures
 montage_side = 31  # images a side, at most, of the picture that codecs get: they have a largest size
 RECORDS = PRETRAINED_DIR / "results.json"  # {checkpoint: {"images": hash of each split, "figures": {name: value}}}
 # how far a figure may be from its record, a perplexity relative to it; figures that are not here must be equal
@@ -86,7 +88,6 @@ PUBLISHED = {"BMS hyperprior (1802.01436)": ((896, 27.8), (1024, 28.7)),
 
 
 def main():
-    torch.backends.cudnn.allow_tf32 = False  # fp32 on a GPU, too
     try:
         checkpoints, data, records = set_up()
     except torch.OutOfMemoryError:  # a RuntimeError, but no mistake in the arguments
@@ -130,9 +131,7 @@ def main():
 def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     """The checkpoints, by name, and constants of the command line, checked, with the dataset and the recorded figures.
     With SHIP, the checkpoints are those in checkpoints/pretrained, just written."""
-    constants = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
-    paths = [Path(argument) for argument in sys.argv[1:] if argument not in constants]
-    read_constants(globals(), constants)
+    paths = read_arguments(globals())
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
     check(type(BATCH_SIZE) is int and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
     check(TRAIN_IMAGES is None or type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
@@ -142,8 +141,6 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")
-    paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
-    check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
     configs = {str(path): load_checkpoint(path).config for path in paths}  # finds a broken file before measuring others
     sizes = {path: config["image_size"] for path, config in configs.items()}
     check(len(set(sizes.values())) == 1, "checkpoints", sizes, "images of one size")
@@ -162,6 +159,16 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     return checkpoints, data, records
 
 
+def read_arguments(constants: dict) -> list[Path]:
+    """Take a script's `constants` from the command line. Returns the paths of checkpoints there, or those that ship."""
+    given = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
+    read_constants(constants, given)
+    paths = [Path(argument) for argument in sys.argv[1:] if argument not in given]
+    paths = paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
+    check(paths, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
+    return paths
+
+
 def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
     """Each checkpoint by its name in the tables: of a shipped one the file's, of others encoder, quantizer and stage.
 
@@ -170,7 +177,7 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
     """
     checkpoints, constants = {}, {}
     for path in paths:
-        content = load_torch(path)
+        content = load_torch(path, "config", "stage", "model")
         constants[path] = content.get("constants", {})
         config = content["config"]
         name = f"{config['encoder']} {config['quantizer']}, stage {content['stage']}"
@@ -187,7 +194,7 @@ def find_tokenizer(checkpoints: dict[str, Path]) -> str:
     """The name of the one that PRIOR was trained for."""
     trained_for = load_torch(PRIOR, "prior", "constants")["constants"].get("tokenizer")
     for name, path in checkpoints.items():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == trained_for:
+        if hash_file(path) == trained_for:
             return name
     raise ValueError(f"PRIOR = {PRIOR!r}, allowed: one that was trained for one of {', '.join(checkpoints)}")
 
@@ -196,6 +203,18 @@ def limit_training(data: Dataset, count: int | None) -> Dataset:
     """The dataset with its first `count` training images; None: all."""
     labels = None if data.train_labels is None else data.train_labels[:count]
     return data._replace(train_images=data.train_images[:count], train_labels=labels)
+
+
+def reference_encoder(image_size: int) -> nn.Module:
+    """What distances between images are measured with: the first encoder that shipped, in all tables the same."""
+    return build_encoder("cifar_first", max(1, image_size // 8)).eval().to(device)
+
+
+@torch.no_grad()
+def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W) -> the mean of each one's features (N, C)"""
+    batches = tqdm(images.split(BATCH_SIZE), "encoding", leave=False)
+    return torch.cat([encoder(to_float(batch.to(device))).mean((2, 3)) for batch in batches])
 
 
 def load_networks(image_size: int) -> dict[str, nn.Module]:
@@ -211,7 +230,7 @@ def load_networks(image_size: int) -> dict[str, nn.Module]:
             raise RuntimeError(f"{URL_INCEPTION_V3} cannot be reached")
         return FrechetInceptionDistance(2048)
 
-    networks = {"encoder": build_encoder("cifar_first", max(1, image_size // 8)).eval()}
+    networks = {"encoder": reference_encoder(image_size)}
     for name, load in (("rFID", load_inception), ("LPIPS", load_lpips)):
         try:
             networks[name.lower()] = load()
@@ -300,7 +319,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return distance.compute().item()
 
 
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, steps: int = 100) -> float:
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
     """Test accuracy in [0, 1] of logistic regression on standardised features x (N, C) with labels y (N,). A test label
     without training images counts as an error. With one training image or class, every test image is assigned to it."""
     for x, y, name in ((train_x, train_y, "train_x"), (test_x, test_y, "test_x")):
@@ -310,7 +329,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

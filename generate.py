@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import plots
 import utils
-from evaluate import frechet_distance, linear_probe
-from models import PRETRAINED_DIR, VQRAE, build_encoder
-from optimization import BF16Weights, Muon, warmup_cosine
+from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
+from models import PRETRAINED_DIR, VQRAE
+from optimization import BF16Weights, adamw_and_muon, warmup_cosine
 from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
@@ -56,7 +56,6 @@ SAMPLES = 10_000  # for the Fréchet distance and the probe
 
 
 def main():
-    torch.backends.cudnn.allow_tf32 = False  # tokens and bits as in evaluate.py
     if device == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -76,14 +75,11 @@ def main():
         tokens, content = load_tokens(vqrae, data)
         constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content,
                       "labels": utils.digest((data.classes, data.train_labels.tolist(), data.test_labels.tolist())),
-                      "tokenizer": hashlib.sha256(Path(CHECKPOINT).read_bytes()).hexdigest()}
+                      "tokenizer": utils.hash_file(CHECKPOINT)}
         drawn_with = {name: constants.pop(name) for name in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(constants)}"
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
-        outputs.mkdir(parents=True, exist_ok=True)  # what must not be written fails here, not after an epoch
-        lock = utils.lock_folder(last.parent)
-        for leftover in (*outputs.glob("*.tmp"), *last.parent.glob("*.tmp")):  # of a killed process
-            leftover.unlink()
+        lock = utils.lock_run(outputs, last.parent)  # what must not be written fails here, not after an epoch
         saved = utils.load_torch(last, "epoch", "history", "state") if last.exists() else {"epoch": 0, "history": []}
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
@@ -129,17 +125,17 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
     outputs, labels, history = Path("outputs", last.parent.name), data.train_labels, saved["history"]
     steps_per_epoch = len(labels) // BATCH_SIZE
     steps = EPOCHS * steps_per_epoch
-    matrices = {name: p for name, p in prior.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
-    others = [p for name, p in prior.named_parameters() if name not in matrices]
-    rates = LEARNING_RATE, 2 * LEARNING_RATE
-    optimizers = [torch.optim.AdamW(others, rates[0], betas=(0.9, 0.95), weight_decay=0.01, fused=True),
-                  Muon(matrices.values(), rates[1], weight_decay=0.01)]
+    optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state = [prior, *optimizers]
     try:
         for part, content in zip(state, saved.pop("state", []), strict=saved["epoch"] > 0):
             part.load_state_dict(content)
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-        sys.exit(f"generate.py: {last} is of other code than this: go back to that, or delete it to begin anew")
+        sys.exit(f"generate.py: {last} was written by another version of this code: check that out, or delete the file "
+                 "to begin anew")
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
     if saved["epoch"]:
         save_prior(prior, last.with_name("prior.pt"), history[-1], constants)  # should it have been lost
@@ -212,10 +208,8 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
     samples = sample(prior, vqrae, classes)
-    encoder = build_encoder("cifar_first", max(1, samples.shape[-1] // 8)).eval().requires_grad_(False).to(device)
-    features = [torch.cat([encoder(to_float(batch.to(device))).mean((2, 3))
-                           for batch in tqdm(images.split(250), "encoding", leave=False)])
-                for images in (data.train_images, data.test_images, samples)]
+    encoder = reference_encoder(samples.shape[-1])
+    features = [pooled_features(encoder, images) for images in (data.train_images, data.test_images, samples)]
     results["frechet"] = frechet_distance(features[1], features[2])
     probes = ""
     if prior.classes:

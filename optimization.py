@@ -45,6 +45,15 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(matrices, updates)
 
 
+def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon at twice its rate for the matrices of those layers whose names begin with one of `blocks`."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in learning.items() if name.startswith(blocks) and p.ndim == 2}
+    others = [p for name, p in learning.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    return optimizers + ([Muon(matrices.values(), 2 * learning_rate, weight_decay=0.01)] if matrices else [])
+
+
 def orthogonalize(matrices: list[Tensor], pad: bool):
     """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
 

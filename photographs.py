@@ -3,8 +3,8 @@
     python photographs.py PHOTOS=my_photos                                        the shipped checkpoints
     python photographs.py PHOTOS=my_photos checkpoints/<run>/fsq_stage2_best.pt   your own
 
-Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, and writes the first one, with its
-reconstructions to outputs/photographs/.
+Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, and writes the first one, beside
+each of its reconstructions, to outputs/photographs/.
 """
 import functools
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
@@ -17,27 +17,29 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from evaluate import available_codecs, encode_montage, format_table, name_checkpoints, nearest_quality
-from models import PRETRAINED_DIR, VQRAE
+from evaluate import (
+    available_codecs,
+    device,
+    encode_montage,
+    format_table,
+    name_checkpoints,
+    nearest_quality,
+    read_arguments,
+)
+from models import VQRAE
 from quantizers import check
-from utils import find_images, load_checkpoint, load_image, psnr, read_constants, ssim, to_float
+from utils import find_images, load_checkpoint, load_image, psnr, ssim, to_float
 
 PHOTOS = None  # a folder
 COUNT = None  # photographs measured, of all in a fixed order; None: all
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def main():
     try:
-        constants = [argument for argument in sys.argv[1:] if argument.startswith(("PHOTOS=", "COUNT="))]
-        read_constants(globals(), constants)
+        paths = read_arguments(globals())
         check(isinstance(PHOTOS, str) and Path(PHOTOS).is_dir(), "PHOTOS", PHOTOS, "a folder of photographs")
         check(COUNT is None or type(COUNT) is int and COUNT >= 1, "COUNT", COUNT, "None, or 1 or more")
-        paths = [Path(argument) for argument in sys.argv[1:] if argument not in constants]
-        models = {name: load_checkpoint(path).to(device) for name, path in
-                  name_checkpoints(paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))).items()}
-        check(models, "checkpoints", str(PRETRAINED_DIR), "vqrae_*.pt there, or paths as arguments")
+        models = {name: load_checkpoint(path).to(device) for name, path in name_checkpoints(paths).items()}
         sizes = {name: model.quantizer.codebook_size for name, model in models.items()}
         check(all(sizes.values()), "checkpoints", sizes, "with a quantizer")
         files = find_images(Path(PHOTOS))[:COUNT]

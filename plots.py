@@ -1,6 +1,5 @@
 """Image grids and plots."""
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: i
 
     An incomplete last row is left out. Small images are enlarged, each pixel to a square: a viewer would blur them.
     """
-    count = min(len(originals), len(reconstructions))
-    check(count > 0 and originals.shape[1:] == reconstructions.shape[1:], "originals and reconstructions",
-          (tuple(originals.shape), tuple(reconstructions.shape)), "images of one size, at least one")
+    count = len(originals)
+    check(count > 0 and originals.shape == reconstructions.shape, "originals and reconstructions",
+          (tuple(originals.shape), tuple(reconstructions.shape)), "as many images of one size, at least one")
     columns = min(columns, count)
     count -= count % columns
     zoom = max(1, 128 // originals.shape[-1])
@@ -53,7 +52,7 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     save_figure(path, figure)
 
 
-def plot_curves(path: Path, history: list[dict], losses: Iterable[str], metrics: Iterable[str], title: str):
+def plot_curves(path: Path, history: list[dict], losses: list[str], metrics: list[str], title: str):
     """Plot columns of metrics.csv over the epochs: the losses together, unless they are zero throughout, each metric by
     itself. A dotted line is where stage 2 begins."""
     figure = Figure(figsize=(14, 3.2))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluate import linear_probe
+from evaluate import device, linear_probe, pooled_features
 from models import AirbenchEncoder, ConvNorm, fuse
 from quantizers import check, fast_bf16
 from utils import load_dataset, read_constants, save_torch, to_float, write_file
@@ -67,12 +67,6 @@ def initialize(encoder: AirbenchEncoder, images: Tensor):
     nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # shallow channels then have 0.16 of the features' variance
 
 
-@torch.no_grad()
-def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """uint8 images (N, 3, 32, 32) -> the mean of each one's 8x8 features (N, 256), in fp32"""
-    return torch.cat([encoder(to_float(batch)).mean((2, 3)) for batch in images.split(500)])
-
-
 def main():
     try:
         constants = read_constants(globals())
@@ -81,15 +75,15 @@ def main():
         for name, low in {"EPOCHS": 1, "BATCH_SIZE": 1, "SEED": 0}.items():
             check(type(constants[name]) is int and constants[name] >= low, name, constants[name],
                   f"a whole number of {low} or more")
-        for name in ("LABEL_SMOOTHING", "PIXEL_WEIGHT"):
-            check(type(constants[name]) in (int, float) and constants[name] >= 0, name, constants[name], "0 or more")
+        for name, high in {"LABEL_SMOOTHING": 1, "PIXEL_WEIGHT": 1e9}.items():
+            check(type(constants[name]) in (int, float) and 0 <= constants[name] <= high, name, constants[name],
+                  f"a number from 0 to {high:g}")
         rates = isinstance(LEARNING_RATE, (tuple, list)) and [type(rate) in (int, float) for rate in LEARNING_RATE]
         check(rates == [True, True] and min(LEARNING_RATE) > 0, "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
         check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "at most the number of images")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
     torch.manual_seed(SEED)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = data.train_images.to(device), data.train_labels.to(device)
 
     encoder = AirbenchEncoder(fused=False)
@@ -137,7 +131,7 @@ def main():
             sums += torch.stack([class_loss, pixel_loss]).detach()
         encoder.eval()
         with torch.no_grad():
-            guesses = class_head(pooled_features(encoder, data.test_images.to(device))).argmax(1).cpu()
+            guesses = class_head(pooled_features(encoder, data.test_images)).argmax(1).cpu()
         class_loss, pixel_loss = (sums / len(batches)).tolist()
         accuracy = (guesses == data.test_labels).float().mean()
         print(f"epoch {epoch:3}  class loss {class_loss:.4f}  pixel loss {pixel_loss:.5f}  "
@@ -146,7 +140,7 @@ def main():
     # 16-bit weights, and every figure measured on exactly these
     encoder = fuse(encoder).half().float()
     probe = linear_probe(pooled_features(encoder, images), labels,
-                         pooled_features(encoder, data.test_images.to(device)), data.test_labels.to(device))
+                         pooled_features(encoder, data.test_images), data.test_labels.to(device))
     recipe = {name: value for name, value in constants.items() if name != "OUT"}
     recipe |= {"DATASET": data.name, "linear_probe_accuracy": round(probe, 4), "seconds": round(time.time() - start),
                "parameters": sum(p.numel() for p in encoder.parameters()), "device": device}

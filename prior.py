@@ -5,7 +5,6 @@
     images = vqrae.decode_from_indices(prior.generate(torch.arange(10)))     one image of each class
     prior.fill(indices, mask, labels)                                        tokens where mask is True, drawn anew
 """
-import hashlib
 import math
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import OnGrid, ResidualBlock, transformer
-from quantizers import DDCL, FSQ, Quantizer, check
-from utils import load_torch
+from quantizers import Quantizer, check
+from utils import hash_file, load_torch, summarize
 
 
 class Prior(nn.Module):
@@ -127,7 +126,7 @@ class Prior(nn.Module):
         labels = labels.long()
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
         check(0 <= guidance <= 1e3, "guidance", guidance, "0 to 1000")
-        check(0 < temperature <= 1e3, "temperature", temperature, "above 0, to 1000")
+        check(0.01 <= temperature <= 100, "temperature", temperature, "0.01 to 100")
         masked, count = mask.flatten(1).to(where), mask.flatten(1).sum(1, keepdim=True).to(where)
         turn = torch.rand(masked.shape, device=where).masked_fill(~masked, 2).argsort(1).argsort(1)
         steps = min(steps, int(count.max()))
@@ -174,12 +173,8 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
 def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 192, depth: int = 3) -> Prior:
     """A prior of tokens of this quantizer. A single codebook's codes are sorted so that neighbours are alike, and the
     digits of their places in this order, the first of which tell clusters apart, are predicted."""
-    size, sizes = quantizer.codebook_size, list(quantizer.codebook_sizes)
+    size, sizes = quantizer.codebook_size, list(getattr(quantizer, "levels", quantizer.codebook_sizes))
     check(size > 0, "quantizer", type(quantizer).__name__, "one that has codes")
-    if isinstance(quantizer, FSQ):
-        sizes = quantizer.fsq._levels.tolist()
-    if isinstance(quantizer, DDCL):
-        sizes = [quantizer.values] * quantizer.numbers
     check(len(sizes) == 1 or sum(sizes) <= 8192, "codebook_sizes", sizes, "8,192 codes or less in all, or one codebook")
     if len(sizes) > 1:
         return Prior(sizes, grid, classes, dim, depth)
@@ -208,16 +203,16 @@ def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
     """The prior in a file written by generate.py, in eval mode. tokenizer: the checkpoint whose tokens it is to draw.
     ValueError for a file that is no prior, or one of another checkpoint's tokens."""
     content = load_torch(path)
-    check(isinstance(content, dict) and {"config", "prior"} <= content.keys(), "prior", str(path), "a prior.pt")
+    check({"config", "prior"} <= content.keys(), "prior", str(path), "a prior.pt")
     if tokenizer is not None:
         check(isinstance(tokenizer, str | Path) and Path(tokenizer).is_file(), "tokenizer", str(tokenizer)[:80],
               "the path of a checkpoint")
-        constants, given = content.get("constants", {}), hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-        check(constants.get("tokenizer") == given, "tokenizer", str(tokenizer),
+        constants = content.get("constants", {})
+        check(constants.get("tokenizer") == hash_file(tokenizer), "tokenizer", str(tokenizer),
               f"the {constants.get('CHECKPOINT')} that {path} was trained for")
     try:
         prior = Prior(**content["config"])
         prior.load_state_dict(content["prior"])
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"prior {path} does not fit this code: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"prior {path} does not fit this code: {summarize(error)}") from None
     return prior.eval()

@@ -141,6 +141,7 @@ class FSQ(Quantizer):
         check(math.prod(levels) <= 2**24, "levels", levels, "at most 2**24 codes in all")
         check(dim >= len(levels), "dim", dim, f"at least one channel for each of the {len(levels)} levels")
         super().__init__(dim, math.prod(levels))
+        self.levels = tuple(levels)  # sizes of an index's digits
         with torch.device("cpu"):  # the library reads numbers back, which are not to be had on "meta"
             self.fsq = library.FSQ(list(levels), dim=dim, preserve_symmetry=True)  # symmetric: 2411.19842, section 3.2
 
@@ -283,6 +284,7 @@ class DDCL(Quantizer):
         self.steps = round(1 / delta)  # messages are integers from -steps to steps
         self.values = 2 * self.steps + 1
         super().__init__(dim, self.values**self.numbers)
+        self.levels = (self.values,) * self.numbers  # sizes of an index's digits
         self.delta = 1 / self.steps
         self.comm_weight = comm_weight
         self.project_in = nn.Linear(dim, self.numbers)
@@ -330,7 +332,7 @@ class MultiCodebook(Quantizer):
         check(combine in combinations, "combine", combine, ", ".join(f'"{name}"' for name in combinations))
         finer = [2 if residual and kind is SimVQ else 1]  # by this factor are each stage's codes shorter
         if kind is FSQ:
-            finer = FSQ(dim, **options).fsq._levels.tolist()
+            finer = FSQ(dim, **options).levels
             most = max(finer)
             check(most**codebooks <= 2**16, "codebooks", codebooks, f"{most}**codebooks levels in all, 2**16 at most")
         code_dim = len(finer) if kind is FSQ else dim if code_dim is None else code_dim

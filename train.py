@@ -9,7 +9,6 @@ keeps the encoder's features close to the frozen encoder's. Grids and curves go 
 checkpoints/<run>/. A run that was stopped resumes after its last epoch; a changed constant is a new run.
 """
 import copy
-import hashlib
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, Muon, autocast_layers, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, autocast_layers, warmup_cosine
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -227,10 +226,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             for optimizer, rate in zip(optimizers, rates):
                 optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, steps)
                 optimizer.step()
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             if gan:
                 gan_optimizer.step()
-                gan_optimizer.zero_grad(set_to_none=True)
+                gan_optimizer.zero_grad()
             if step % 50 == 49 or step == steps_per_epoch - 1:  # not each step: looking at a value waits for the GPU
                 exit_if_not_finite(log, place)
 
@@ -357,16 +356,9 @@ def build_teacher(model: VQRAE) -> nn.Module | None:
 
 
 def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon at twice its rate for the matrices of the blocks around the quantizer. The encoder has AdamW
-    alone: a pretrained one is only to be tuned."""
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Muon is for the blocks around the quantizer; the encoder, if pretrained only to be tuned, has AdamW alone."""
     blocks = ("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
-    matrices = {name: p for name, p in learning.items() if name.startswith(blocks) and p.ndim == 2}
-    if OPTIMIZER == "adamw":
-        matrices = {}
-    others = [p for name, p in learning.items() if name not in matrices]
-    optimizers = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
-    return optimizers + ([Muon(matrices.values(), 2 * learning_rate, weight_decay=0.01)] if matrices else [])
+    return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), learning_rate)
 
 
 def shuffled(n: int, count: int, epoch: int) -> Tensor:
@@ -398,7 +390,7 @@ class Run:
         parts = [[part.label, len(part.train_images), len(part.test_images), part.digest] for part in data]
         content = constants | {"DATASET": parts}
         if START_CHECKPOINT is not None:
-            content["START_CHECKPOINT"] = hashlib.sha256(Path(START_CHECKPOINT).read_bytes()).hexdigest()
+            content["START_CHECKPOINT"] = utils.hash_file(START_CHECKPOINT)
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))
         self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(description)}"
@@ -410,9 +402,7 @@ class Run:
         check(not described.exists() or described.read_bytes() == description, "constants of this run",
               str(described), "the same as here: delete that folder")
         if rank == 0 and not self.finished:
-            self.lock = utils.lock_folder(self.checkpoints)  # of this process, and gone with it
-            for leftover in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a killed process
-                leftover.unlink()
+            self.lock = utils.lock_run(self.outputs, self.checkpoints)  # of this process, and gone with it
             utils.write_file(described, description)
         if ranks > 1:
             dist.barrier()  # the last of another run's files may just have been written
@@ -541,7 +531,7 @@ def check_constants():
         for name in names.split():
             check(ok(constants[name]), name, constants[name], allowed)
 
-    check_each("ENCODER QUANTIZER", lambda v: type(v) is str, "a name in quotes")
+    check_each("ENCODER", lambda v: type(v) is str, "a name in quotes")
     check_each("GRID BATCH_SIZE ACCUMULATE CODEBOOKS", lambda v: whole(v, 1), "a whole number of 1 or more")
     given = IMAGE_SIZE if isinstance(IMAGE_SIZE, (tuple, list)) else (IMAGE_SIZE,)
     check(given and all(whole(n, 16, 4096) for n in given), "IMAGE_SIZE", IMAGE_SIZE, "16 to 4096, or several of them")

@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import datasets
@@ -116,7 +116,7 @@ class Dataset(NamedTuple):
 
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
-DATASETS = {"auto": "CIFAR-10 or else shapes", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "drawn here"}
+DATASETS = ("auto", "cifar10", "cifar100", "shapes")  # "auto": CIFAR-10 or else shapes, which are drawn here
 
 
 def load_dataset(name: str, image_size: int, data_dir: str = "data") -> Dataset:
@@ -472,8 +472,7 @@ def open_atomically(path: Path):
 
 
 def lock_folder(folder: Path, wait: bool = False) -> AcquireReturnProxy:
-    """Keep other processes out of a folder, to the end of a with statement, or of this process. While another one has
-    it, wait, or ValueError."""
+    """A folder's lock, until a with statement or this process ends. If another process has it: wait, or ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", mode=0o666, is_singleton=True)  # for any user who may write there
     with contextlib.suppress(Timeout):
@@ -481,6 +480,19 @@ def lock_folder(folder: Path, wait: bool = False) -> AcquireReturnProxy:
     check(wait, "run", str(folder), "one that is not going on elsewhere: end that, or wait")
     print(f"waiting for another process to decode images into {folder}/", flush=True)
     return lock.acquire()
+
+
+def lock_run(outputs: Path, checkpoints: Path) -> AcquireReturnProxy:
+    """Make a run's two folders, lock them as lock_folder does, and remove what a killed process left unfinished."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(checkpoints)
+    for leftover in (*outputs.glob("*.tmp"), *checkpoints.glob("*.tmp")):
+        leftover.unlink()
+    return lock
+
+
+def hash_file(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def download(url: str, path: Path, algorithm: str, checksum: str, reason: str):
@@ -511,8 +523,7 @@ def write_file(path: Path, content: bytes):
 def write_csv(path: Path, rows: list[dict]):
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writeheader(), writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 

@@ -44,6 +44,10 @@ def test_an_unknown_benchmark_is_one_line(bench):
         bench("BENCHMARKS=search")
     with pytest.raises(SystemExit, match=r"^bench.py: ROUNDS = 0, allowed: 1 or more"):
         bench("ROUNDS=0", "BENCHMARKS=()")
+    with pytest.raises(SystemExit, match=r"^bench.py: TOKENS = 1000, allowed: a multiple of 32"):
+        bench("TOKENS=1000", "BENCHMARKS=()")
+    with pytest.raises(SystemExit, match=r"^bench.py: DATASET = 'nowhere', allowed: .*a folder"):
+        bench("DATASET=nowhere", "BENCHMARKS=('race',)")
     with pytest.raises(SystemExit, match=r"^bench.py: argument = 'ROUND=1', allowed: .*ROUNDS"):
         bench("ROUND=1")
 

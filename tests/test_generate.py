@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -268,6 +269,14 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
         with pytest.raises(SystemExit, match="^generate.py: .*last.pt.*"):
             generate(*arguments)
     (checkpoints / "last.pt").write_bytes(content)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optimization.Muon.load_state_dict", full)
+        with pytest.raises(SystemExit, match="^generate.py: the GPU's memory is full"):  # not: of other code
+            generate(*arguments)
     cached, = Path("data").glob("tokens_*.pt")
     for path in (checkpoints / "prior.pt", cached):  # both are made again
         path.write_bytes(b"broken")
@@ -301,6 +310,15 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
     assert len(flat[0]) == len(flat[1]) > 50
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*flat))
     assert Counter(path.suffix for path in stopped.rglob("*.*")).keys().isdisjoint({".tmp"})
+
+    relabelled = Path(shutil.copytree(folder, Path("relabelled") / folder.name))
+    for split in ("train", "test"):  # the same images in the same order, of a class with another name
+        first = min((relabelled / split).iterdir())
+        first.rename(first.with_name(f"{first.name}_"))
+    generate(f"DATASET={relabelled}", *SMALL)
+    new, = set(Path("checkpoints").iterdir()) - {checkpoints}
+    constants = [load_torch(path / "prior.pt")["constants"] for path in (checkpoints, new)]
+    assert {name for name in constants[0] if constants[0][name] != constants[1][name]} == {"labels"}
 
 
 def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, monkeypatch):

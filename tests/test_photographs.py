@@ -11,7 +11,7 @@ from PIL import Image
 
 import photographs
 from models import VQRAE
-from utils import draw_shapes, load_checkpoint, load_image, save_checkpoint
+from utils import draw_shapes, load_checkpoint, load_image, save_checkpoint, save_torch
 
 
 @pytest.fixture
@@ -64,3 +64,8 @@ def test_what_is_no_photographs(run, wrong, tmp_path):
         run(f"PHOTOS={tmp_path / 'photos'}", wrong, tmp_path / "a.pt")
     with pytest.raises(SystemExit, match=r"^photographs.py: checkpoint [^\n]*$"):
         run(f"PHOTOS={tmp_path / 'photos'}", "b.pt")
+    save_torch(tmp_path / "last.pt", {"stage": 1, "epoch": 1})  # what a run resumes from
+    with pytest.raises(SystemExit, match=r"^photographs.py: checkpoint .*last.pt.*has not all of config[^\n]*$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match=r"^photographs.py: .*COUNTS[^\n]*$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", "COUNTS=3")
