@@ -55,6 +55,10 @@ def test_the_table_and_figure_grow_and_finished_runs_are_kept(run, folder, capfd
     assert trained == ["FEATURE_CACHE_GB=0 QUANTIZER=fsq FSQ_LEVELS=(8, 8)",
                        "QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE=64"]
     assert len(measured) == 2 and len(drawn) == 3
+    monkeypatch.setattr(compare, "TRAIN_IMAGES", 40)  # other probes: not those of before
+    compare.measure_run("new")
+    compare.measure_run("new")
+    assert len(measured) == 3
 
     table = Path("outputs", "quantizers.md").read_text()
     assert table in capfd.readouterr().out

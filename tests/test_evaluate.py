@@ -113,6 +113,10 @@ def test_every_recorded_figure_is_compared(name, capsys):
     assert capsys.readouterr().out == f"{name}: as recorded, lpips not compared\n"
 
 
+def test_figures_are_measured_without_tf32():
+    assert not torch.backends.cudnn.allow_tf32  # as torch has it, a GPU's convolutions would round to 10 bits
+
+
 def test_names_of_checkpoints_that_differ_in_constants_or_in_none():
     def save(name, quantizer, **constants):
         config = {"encoder": "cifar", "quantizer": quantizer}
