@@ -2,6 +2,7 @@
 import hashlib
 import json
 import runpy
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from io import BytesIO
@@ -114,7 +115,8 @@ def test_every_recorded_figure_is_compared(name, capsys):
 
 
 def test_figures_are_measured_without_tf32():
-    assert not torch.backends.cudnn.allow_tf32  # as torch has it, a GPU's convolutions would round to 10 bits
+    code = "import torch, evaluate; print(torch.backends.cudnn.allow_tf32)"  # True would round convolutions to 10 bits
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False\n"
 
 
 def test_names_of_checkpoints_that_differ_in_constants_or_in_none():
