@@ -26,7 +26,7 @@ import plots
 import utils
 from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
 from models import PRETRAINED_DIR, VQRAE
-from optimization import BF16Weights, adamw_and_muon, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, load_states, warmup_cosine
 from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
@@ -80,7 +80,7 @@ def main():
         name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(constants)}"
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
         lock = utils.lock_run(outputs, last.parent)  # what must not be written fails here, not after an epoch
-        saved = utils.load_torch(last, "epoch", "history", "state") if last.exists() else {"epoch": 0, "history": []}
+        saved = utils.load_torch(last, "epoch", "history") if last.exists() else {"epoch": 0, "history": []}
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -127,17 +127,10 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
     steps = EPOCHS * steps_per_epoch
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    state = [prior, *optimizers]
-    try:
-        for part, content in zip(state, saved.pop("state", []), strict=saved["epoch"] > 0):
-            part.load_state_dict(content)
-    except torch.OutOfMemoryError:  # a RuntimeError, too
-        raise
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-        sys.exit(f"generate.py: {last} was written by another version of this code: check that out, or delete the file "
-                 "to begin anew")
+    state = {"prior": prior} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
     if saved["epoch"]:
+        load_states(state, saved, last)
         save_prior(prior, last.with_name("prior.pt"), history[-1], constants)  # should it have been lost
     print(" epoch   bits a token: training    test  images/s  seconds")
     for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
@@ -170,7 +163,8 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
         images = sample(prior, vqrae, classes.repeat(8))
         plots.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
         save_prior(prior, last.with_name("prior.pt"), row, constants)
-        utils.save_torch(last, saved | {"epoch": epoch, "state": [part.state_dict() for part in state]})
+        parts = {name: part.state_dict() for name, part in state.items()}
+        utils.save_torch(last, {"epoch": epoch, "history": history, **parts})
         saved["epoch"] = epoch
 
 

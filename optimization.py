@@ -1,7 +1,9 @@
 """Muon, the schedule of learning rates, and layers' weights cast to bf16 all at once: what makes a step of train.py and
 generate.py learn more, or take less time."""
 import math
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -120,3 +122,16 @@ class BF16Weights(nn.Module):
     def forward(self, *arguments):
         weights = ToBF16.apply(*map(self.module.get_parameter, self.names))
         return torch.func.functional_call(self.module, dict(zip(self.names, weights)), arguments)
+
+
+def load_states(parts: dict[str, nn.Module | torch.optim.Optimizer], saved: dict, path: Path):
+    """Load each part from what `saved`, the content of a run's file, has under its name, and drop it there. Ends the
+    program where that does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        sys.exit(f"{Path(sys.argv[0]).name}: {path} was written by another version of this code: check that out, or "
+                 "delete the file to begin anew")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, adamw_and_muon, autocast_layers, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, warmup_cosine
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -245,8 +245,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 
 
 def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, tuple]:
-    """For each part of the data, by its label, what utils.evaluate returns of up to `count` test images (None: all),
-    and these images (N, 3, H, W), uint8."""
+    """By label, what utils.evaluate returns of `count` test images (None: all), and these (N, 3, H, W), uint8."""
     measured = {}
     for part in {part.label: part for part in data}.values():
         images = part.test_crops()[:count]
@@ -295,14 +294,12 @@ class Objective(nn.Module):
                 gan_loss = -discriminator(output).float().mean()
                 image_loss = self.with_adaptive_weight(image_loss, gan_loss, output)
             loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
-        return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
-                "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
-                "discriminator_loss": zero}, output
+        return dict(zip(loss_names, (loss, l2_loss, perceptual_loss, quantizer_loss, predict_loss, distill_loss,
+                                     gan_loss, zero))), output
 
     def with_adaptive_weight(self, image_loss: Tensor, gan_loss: Tensor, output: Tensor) -> Tensor:
         """image_loss + GAN_WEIGHT * weight * gan_loss, both losses functions of output (B, 3, H, W), with the weight at
-        which their gradients have the same norm at the decoder's last layer (VQGAN, 2012.09841, equation 7; 1e-4 and
-        the largest weight as in its code)."""
+        which their gradients have one norm at the decoder's last layer (VQGAN, 2012.09841, equation 7)."""
         last_layer = self.model.decoder.head.weight
         # The gradients at the output are computed once, for the weight and for the backward pass.
         at_output = [torch.autograd.grad(loss, output)[0] for loss in (image_loss, gan_loss)]  # frees both graphs
@@ -411,18 +408,10 @@ class Run:
         self.history = self.saved["history"]
 
     def resume(self, stage: int, state: dict) -> int:
-        """Load modules and optimizers, by name in `state`, from last.pt if it is of this stage. Returns the first epoch
-        to train."""
+        """Load the parts of `state` from last.pt, if it is of this stage. Returns the first epoch to train."""
         if self.saved["stage"] != stage:
             return 1
-        try:
-            for name, part in state.items():
-                part.load_state_dict(self.saved.pop(name))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-            sys.exit(f"train.py: {self.last} was written by another version of this code: check that out, or delete "
-                     "the file to begin anew")
+        load_states(state, self.saved, self.last)
         return self.saved["epoch"] + 1
 
     def save_epoch(self, row: dict, model: VQRAE, state: dict, measured: dict[str, tuple]):

@@ -293,8 +293,7 @@ def load_image(path: str | Path) -> Tensor:
 
 
 def open_image(file: Path) -> Image.Image:
-    """In RGB and upright, as a viewer shows it: what is transparent on white, grey of 16 bits from 0 to 65535 and of
-    floats from 0 to 1."""
+    """In RGB and upright, as a viewer shows it: transparency on white, 16-bit grey from 0 to 65535, floats 0 to 1."""
     with Image.open(file, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -540,8 +539,7 @@ def summarize(error: Exception) -> str:
 
 
 def load_torch(path: str | Path, *keys: str) -> dict:
-    """Load a dict with these keys, of tensors and plain values alone, written by torch.save. ValueError where the file
-    is broken, missing or another."""
+    """Load a dict with these keys, of tensors and plain values, from torch.save. ValueError for any other file."""
     check(isinstance(path, str | Path) and Path(path).is_file(), "checkpoint", str(path), "an existing file")
     try:
         verified = io.BytesIO()
