@@ -70,11 +70,12 @@ class Quantizer(nn.Module, ABC):
             return self._from_tokens(self.get_codebook_entry(indices.flatten(), **depth), indices.shape)
 
     @torch.no_grad()
-    def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index."""
+    def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
+        """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
+        exact: False takes any z_q, and finds the nearest codes; of residual codebooks one after the other's."""
         tokens, layout = self._to_tokens(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
-            return self._tokens_to_indices(tokens).view(layout)
+            return self._tokens_to_indices(tokens, exact).view(layout)
 
     def split_indices(self, indices: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
         """indices (...) -> the index in each codebook (..., k), the coarsest first, as the digits of a number: index =
@@ -90,9 +91,8 @@ class Quantizer(nn.Module, ABC):
         check(valid, "digits", (tuple(digits.shape), *digits.aminmax()), f"(..., {len(sizes)}), each below {sizes}")
         return indices
 
-    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device))
-        return nearest_code(tokens, codebook, exact=True)
+    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+        return nearest_code(unproject(tokens, self.project_out), self.codebook, exact)
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         valid = isinstance(indices, Tensor) and indices.ndim == 1
@@ -147,18 +147,19 @@ class FSQ(Quantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         levels = self.fsq.quantize(self.fsq.project_in(x))
-        return self.fsq.project_out(levels), x.new_zeros(()), self._levels_to_indices(levels.detach())
+        return self.project_out(levels), x.new_zeros(()), self._levels_to_indices(levels.detach())
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        return self.fsq.project_out(self.fsq.implicit_codebook[self._check_indices(indices)])
+        return self.project_out(self.fsq.implicit_codebook[self._check_indices(indices)])
 
-    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
-        return self._levels_to_indices(unproject(tokens, self.fsq.project_out))
+    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+        return self._levels_to_indices(unproject(tokens, self.project_out))
+
+    project_out = property(lambda self: self.fsq.project_out)
 
     def _levels_to_indices(self, levels: Tensor) -> Tensor:
-        # the library itself adds up the digits in fp32, which is wrong from some six million codes on
         digits = (levels.clamp(-1, 1) + 1).mul((self.fsq._levels - 1) / 2).round().long()
-        return digits.mul(self.fsq._basis).sum(-1)
+        return digits.mul(self.fsq._basis).sum(-1)  # the library adds them up in fp32: wrong from 6 million codes on
 
 
 class SimVQ(Quantizer):
@@ -178,10 +179,7 @@ class SimVQ(Quantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # the library's forward would copy the codebook for each image; its loss is the one below divided by code_dim
         x = F.normalize(self.project_in(x), dim=-1)
-        with torch.no_grad():
-            codebook = self.simvq.codebook
-            indices = nearest_code(x, F.normalize(codebook, dim=-1, out=codebook))  # in place: it may take 100 MB
-            del codebook
+        indices = nearest_code(x, self.codebook)
         codes = self._codes(indices)
         # squared distances, 2 - 2 cos: codes move towards tokens, and tokens (with a smaller weight) towards codes
         commitment = self.simvq.input_to_quantize_commit_loss_weight
@@ -190,6 +188,12 @@ class SimVQ(Quantizer):
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         return self.project_out(self._codes(self._check_indices(indices)))
+
+    @property
+    @torch.no_grad()
+    def codebook(self) -> Tensor:
+        codebook = self.simvq.codebook
+        return F.normalize(codebook, dim=-1, out=codebook)  # in place: it may take 100 MB
 
     def _codes(self, indices: Tensor) -> Tensor:
         # mapped once more, with a gradient: through the whole codebook, autograd would keep several copies of that
@@ -222,8 +226,8 @@ class EMAVQ(Quantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.project_in(x)
-        indices = nearest_code(x, self.vq.codebook)
-        codes = self.vq.codebook[indices]  # a copy from before the update
+        indices = nearest_code(x, self.codebook)
+        codes = self.codebook[indices]  # a copy from before the update
         if self.training:
             self.update(x.detach(), indices)
         loss = self.commitment_cost * F.mse_loss(x, codes)
@@ -258,7 +262,9 @@ class EMAVQ(Quantizer):
                 state[0, dead] = torch.where(revived, value, state[0, dead])
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        return self.project_out(self.vq.codebook[self._check_indices(indices)])
+        return self.project_out(self.codebook[self._check_indices(indices)])
+
+    codebook = property(lambda self: self.vq.codebook)  # (codebook_size, code_dim)
 
 
 class DDCL(Quantizer):
@@ -270,9 +276,8 @@ class DDCL(Quantizer):
 
     The loss is comm_weight times the sum over the four of log2(2 |x| / delta + 1). In training it bounds the expected
     bits of the message, as the paper counts them: log2(2 |m| + 1) for an integer m, the logarithm of how many integers
-    are no larger (not the length of a code). m is one of the two integers next to x / delta, and x / delta on average,
-    so that E|m| = |x| / delta; the logarithm is concave, so that (Jensen) its mean is at most log2(2 E|m| + 1), and
-    equal to it where x is a multiple of delta.
+    are no larger (not the length of a code). m is one of the two integers next to x / delta, and x / delta on average:
+    E|m| = |x| / delta. The logarithm is concave, so its mean is at most log2(2 E|m| + 1) (Jensen's inequality).
     """
 
     def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -304,7 +309,7 @@ class DDCL(Quantizer):
         message = self._check_indices(indices)[:, None] // self.basis % self.values - self.steps
         return self.project_out(message * self.delta)
 
-    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
+    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
         message = (unproject(tokens, self.project_out) / self.delta).round().clamp(-self.steps, self.steps)
         return ((message.long() + self.steps) * self.basis).sum(-1)
 
@@ -386,7 +391,14 @@ class MultiCodebook(Quantizer):
         codes = self.parts[i].get_codebook_entry(digits) * self.scales[i]
         return codes if self.depths else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
-    def _tokens_to_indices(self, tokens: Tensor) -> Tensor:
+    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+        if not exact:
+            left, digits = unproject(tokens, self.project_out), []
+            for i, part in enumerate(self.parts):
+                numbers = left if self.depths else left[:, i * self.width : (i + 1) * self.width]
+                digits.append(part._tokens_to_indices(numbers / self.scales[i], exact))
+                left = left - self._stage_codes(i, digits[-1])
+            return self.join_indices(torch.stack(digits, 1))
         # Beam search: the code nearest to a sum of codes need not be one of them. So the `beam` nearest go on to the
         # next codebook, and so on. The widest beam has all sums of up to 2**24 codes; for most tokens a few are enough.
         size = self.codebook_sizes[0]
@@ -416,8 +428,9 @@ class NoQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x, x.new_zeros(()), torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
-    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, exact: bool | None = None) -> Tensor:
         raise ValueError('quantizer = "none" has no codes, allowed for them: "fsq", "simvq", "ema_vq", "ddcl"')
+    _tokens_to_indices = get_codebook_entry
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}
