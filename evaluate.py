@@ -6,6 +6,7 @@
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
     python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
+    python evaluate.py SEARCH=16                              of the test images' tokens that search.py finds
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the first shipped encoder's features need no download.
@@ -38,6 +39,7 @@ from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
 from plots import save_figure
 from prior import load_prior, measure_bits
 from quantizers import check
+from search import search_tokens
 from utils import (
     Dataset,
     evaluate,
@@ -61,6 +63,7 @@ CURVE = None  # a path: plot PSNR against probes there, a line for each quantize
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
 PRIOR = None  # with CODECS, a path: a prior that generate.py made, with which its tokenizer's tokens take fewer bits
 DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
+SEARCH = 0  # sweeps of search.py over the test images' tokens; 0: the encoder's own. Probes learn from the latter
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +110,8 @@ def main():
     columns_of_each = {f"{key.replace('_', ' ')}, test": f"{key}:,.0f" for key in each}  # of several codebooks
     for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS | columns_of_each):
         print(format_table(figures, columns), end="\n\n")
+    if SEARCH:
+        print(f"of tokens from search.py, {SEARCH} sweeps; probes learned from the encoder's\n")
     print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
           f"{len(data.test_images):,} test images ({hashes['test']}...)")
     if SHIP:
@@ -123,8 +128,8 @@ def main():
         compare_codecs(Path(CODECS), data, reconstructions, bits)
     if DEPTHS:
         compare_depths(Path(DEPTHS), data, checkpoints, indices)
-    shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR and not SHIP]
-    if not all([compare(name, figures[name], records, hashes) for name in shipped]):
+    shipped = [name for name, path in checkpoints.items() if path.resolve().parent == PRETRAINED_DIR]
+    if not (SHIP or SEARCH or all([compare(name, figures[name], records, hashes) for name in shipped])):
         sys.exit(1)
 
 
@@ -136,8 +141,9 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(type(BATCH_SIZE) is int and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
     check(TRAIN_IMAGES is None or type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
           "None or 2 or more")
-    check(isinstance(SHIP, bool) and not (SHIP and TRAIN_IMAGES), "SHIP", SHIP,
-          "False, or True with TRAIN_IMAGES = None")
+    check(isinstance(SHIP, bool) and not (SHIP and (TRAIN_IMAGES or SEARCH)), "SHIP", SHIP,
+          "False, or True with TRAIN_IMAGES = None and SEARCH = 0")
+    check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
     for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")
@@ -246,7 +252,7 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
     """All figures that one checkpoint can have, and of the test images its reconstructions (N, 3, H, W), uint8, and
     indices (N, h, w). networks: those of load_networks."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
-    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name)
+    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name, SEARCH)
     metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, test["indices"])
     figures = {"tokens": model.config["grid"] ** 2, **metrics}
     if model.quantizer.codebook_size:
@@ -272,13 +278,16 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
 
 
 @torch.no_grad()
-def tokenize(model: VQRAE, images: Tensor, name: str) -> dict[str, Tensor]:
+def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0) -> dict[str, Tensor]:
     """The indices (N, h, w) of uint8 images (N, 3, H, W), and each one's means (N, C) of its features z, of z_q and,
-    where the model has a predictor, of the features predicted from z_q."""
+    where the model has a predictor, of the features predicted from z_q. sweeps: of search.py."""
     outputs = []
     for batch in tqdm(images.split(BATCH_SIZE), f"tokenizing for {name}", leave=False):
         z = model.encoder(to_float(batch.to(device)))
         z_q, _, indices = model.quantize(z)
+        if sweeps and model.quantizer.codebook_size:
+            indices = search_tokens(model, to_float(batch.to(device)), sweeps)
+            z_q = model.quantizer.indices_to_codes(indices)
         outputs.append({"indices": indices, "z": z.mean((2, 3)), "z_q": z_q.mean((2, 3))})
         if not model.from_scratch:
             outputs[-1]["predicted"] = model.predict_features(z_q).mean((2, 3))

@@ -28,9 +28,11 @@ from evaluate import (
 )
 from models import VQRAE
 from quantizers import check
+from search import search_tokens
 from utils import find_images, load_checkpoint, load_image, psnr, ssim, to_float
 
 PHOTOS = None  # a folder
+SEARCH = 0  # sweeps of search.py; 0: the encoder's own tokens
 COUNT = None  # photographs measured, of all in a fixed order; None: all
 
 
@@ -39,6 +41,7 @@ def main():
         paths = read_arguments(globals())
         check(isinstance(PHOTOS, str) and Path(PHOTOS).is_dir(), "PHOTOS", PHOTOS, "a folder of photographs")
         check(COUNT is None or type(COUNT) is int and COUNT >= 1, "COUNT", COUNT, "None, or 1 or more")
+        check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
         models = {name: load_checkpoint(path).to(device) for name, path in name_checkpoints(paths).items()}
         sizes = {name: model.quantizer.codebook_size for name, model in models.items()}
         check(all(sizes.values()), "checkpoints", sizes, "with a quantizer")
@@ -76,7 +79,7 @@ def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: di
             save_image(torch.cat([image, reconstruction], 3), path)
 
     for name, model in models.items():
-        indices = model.encode_to_indices(image)
+        indices = search_tokens(model, image, SEARCH) if SEARCH else model.encode_to_indices(image)
         bits = indices.numel() * math.log2(model.quantizer.codebook_size)
         add(name, bits, model.decode_from_indices(indices, size=image.shape[2:]))
     for codec in codecs:  # at the last checkpoint's bits

@@ -30,7 +30,7 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
     for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "BATCH_SIZE": 250}.items():
+                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "SEARCH": 0, "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -46,7 +46,7 @@ def small_checkpoint(path, **metadata):
     save_checkpoint(path, model.eval(), metrics={"images_per_second": 123.0}, **metadata)
 
 
-def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys):
+def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys, monkeypatch):
     half, records = tmp_path / "pretrained" / "vqrae_fsq.pt", tmp_path / "pretrained" / "results.json"
     other = {"vqrae_simvq": {"images": {"training": "0" * 12, "test": "0" * 12}, "figures": {"psnr": 27.0}}}
     records.parent.mkdir()
@@ -88,6 +88,12 @@ def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsy
     records.write_text(json.dumps(written))
     shipped()
     assert "of other images" in capsys.readouterr().out
+    measure, searched = evaluate.measure, []
+    monkeypatch.setattr(evaluate, "measure", lambda *args: searched.append(measure(*args)) or searched[-1])
+    shipped("SEARCH=2")
+    printed = capsys.readouterr().out
+    assert "of tokens from search.py, 2 sweeps" in printed and "vqrae_fsq:" not in printed
+    assert searched[0][0]["psnr"] > figures["psnr"] and not torch.equal(searched[0][2], indices)
 
 
 @pytest.mark.parametrize("name", ["vqrae_ema_vq", "vqrae_fsq", "vqrae_simvq"])

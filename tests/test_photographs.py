@@ -19,6 +19,7 @@ def run(tmp_path, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(photographs, "PHOTOS", None)
         monkeypatch.setattr(photographs, "COUNT", None)
+        monkeypatch.setattr(photographs, "SEARCH", 0)
         monkeypatch.setattr(sys, "argv", ["photographs.py", *map(str, arguments)])
         photographs.main()
 
@@ -54,10 +55,14 @@ def test_photographs(run, tmp_path, capsys):
         expected.append((tokens * math.log2(240) / (height * width), -10 * math.log10(error)))
     assert (bits, psnr) == pytest.approx(tuple(np.mean(expected, 0)), abs=0.006)
     assert {"JPEG", "WebP", "AVIF"} <= rows.keys()
+
+    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt", "SEARCH=2")
+    searched, = re.findall(r"^\| cifar fsq, stage 1 +\| +[\d.]+ +\| +([\d.]+) ", capsys.readouterr().out, re.M)
+    assert float(searched) > psnr
     assert Image.open("outputs/photographs/JPEG.png").size in ((140, 45), (66, 64))
 
 
-@pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "PHOTOS=outputs"])
+@pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "SEARCH=-1", "PHOTOS=outputs"])
 def test_what_is_no_photographs(run, wrong, tmp_path):
     (tmp_path / "outputs").mkdir()
     with pytest.raises(SystemExit, match=rf"^photographs.py: {wrong.split('=')[0]} = [^\n]*$"):

@@ -1,0 +1,99 @@
+"""Search for the tokens that an image is decoded from best. The encoder's own are only a first guess.
+
+    indices = search_tokens(vqrae, images)      instead of vqrae.encode_to_indices(images): sharper, and much slower
+
+Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. In turns, one of 2 x 2
+tokens moves against the gradient of the error, to the nearest code there, and stays if the error around it has become
+smaller. A token acts on its neighbourhood alone, so that a quarter of them can be tried in one decoding.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from models import VQRAE, check_images, in_strips
+from quantizers import check, fast_bf16
+
+most_tokens = 2**14  # at a time, for memory
+
+
+def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4) -> Tensor:
+    """images (B, 3, H, W) in [0, 1], of any size -> indices (B, h, w), int64. In each sweep every token is tried once.
+
+    The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
+    tokens, where the model predicts any. At 5e-4 features keep about the error that they have with the encoder's
+    tokens, at 0 they become worse. No image's error grows. ValueError for images or options out of range, a model that
+    has no codes, or one in train mode.
+    """
+    images = check_images(images)
+    check(not vqrae.training, "vqrae", "in train mode", "one in eval mode")
+    check(vqrae.quantizer.codebook_size > 0, "quantizer", vqrae.config["quantizer"], "one that has codes")
+    check(type(sweeps) is int and sweeps >= 1, "sweeps", sweeps, "a whole number of 1 or more")
+    check(0 <= feature_weight <= 1e6, "feature_weight", feature_weight, "0 to 1e6")
+    tokens = max(1, images.shape[2] * images.shape[3] // vqrae.token_size**2)
+    return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight), part,
+                                vqrae.token_size, 1, vqrae.encoder_reach, most_tokens)
+                      for part in images.split(max(1, most_tokens // tokens))])
+
+
+@torch.no_grad()
+def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: float) -> Tensor:
+    """As search_tokens, all at once."""
+    quantizer = vqrae.quantizer
+    z_q, _, indices = vqrae.encode(images)
+    features = None if vqrae.from_scratch or not feature_weight else vqrae.encoder(images)
+    (height, width), (h, w), patch = images.shape[2:], indices.shape[1:], vqrae.token_size
+    first, first_indices = z_q, indices
+
+    def measure(z_q: Tensor) -> Tensor:
+        """The error of each token (B, h, w)"""
+        errors = (vqrae.decode(z_q, (height, width)).float() - images).square().mean(1, keepdim=True)
+        errors = F.avg_pool2d(F.pad(errors, (0, w * patch - width, 0, h * patch - height)), patch)[:, 0]
+        if features is not None:
+            errors = errors + feature_weight * (vqrae.predict_features(z_q).float() - features).square().mean(1)
+        return errors
+
+    # codes are made of a few numbers by a linear layer: no change across its columns can bring another code near
+    columns = getattr(quantizer.project_out, "weight", torch.eye(len(z_q[0]), device=z_q.device))
+    basis = torch.linalg.qr(columns).Q  # (C, numbers)
+
+    def differentiate(z_q: Tensor) -> tuple[Tensor, Tensor]:
+        """The error of each token (B, h, w), and the gradient of their sum (B, C, h, w), along codes"""
+        z_q = z_q.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(z_q.device.type, torch.bfloat16, enabled=fast_bf16(z_q.device)):
+            errors = measure(z_q)
+            gradient, = torch.autograd.grad(errors.sum(), z_q)
+        return errors.detach(), torch.einsum("bchw,cn,dn->bdhw", gradient, basis, basis)
+
+    def around(values: Tensor) -> Tensor:
+        """The mean of 3 x 3 tokens' values (B, h, w)"""
+        return F.avg_pool2d(values[:, None], 3, 1, 1)[:, 0]
+
+    errors, gradient = differentiate(z_q)
+    # how far each token moves at a try, which it learns: at first a quarter of how far codes are from their mean
+    step = 0.25 * (z_q - z_q.mean((0, 2, 3), keepdim=True)).norm(dim=1).mean() * torch.ones_like(errors)
+    generator = torch.Generator(z_q.device).manual_seed(0)
+    for _ in tqdm(range(sweeps), "searching", leave=False):
+        for top, left in ((0, 0), (1, 1), (0, 1), (1, 0)):
+            turn = ..., slice(top, None, 2), slice(left, None, 2)  # the tokens whose turn it is
+            if not indices[turn].numel():  # of a single row or column
+                continue
+            noise = torch.randn(gradient.shape, generator=generator, device=z_q.device)  # no try twice
+            norm = gradient.norm(dim=1, keepdim=True)
+            move = gradient + 0.7 * norm / len(gradient[0]) ** 0.5 * noise
+            move = move / norm.mean((2, 3), keepdim=True).clamp(min=1e-30)
+            tried, tried_z_q = indices.clone(), z_q.clone()
+            tried[turn] = quantizer.codes_to_indices((z_q - step[:, None] * move)[turn], exact=False)
+            tried_z_q[turn] = quantizer.indices_to_codes(tried[turn])
+            tried_errors, tried_gradient = differentiate(tried_z_q)
+            moved = tried != indices
+            better = moved & (around(tried_errors) < around(errors))
+            worse = moved & ~better
+            indices, z_q = torch.where(better, tried, indices), torch.where(better[:, None], tried_z_q, z_q)
+            # without another decoding: what was measured with the tokens that are now there, or nearly
+            undone = F.max_pool2d(worse[:, None].float(), 3, 1, 1) > 0
+            errors = torch.where(undone[:, 0], errors, tried_errors)
+            gradient = torch.where(undone, gradient, tried_gradient)
+            step[turn] *= torch.where(worse, 0.8, torch.where(moved, 1.0, 1.2))[turn]
+    improved = measure(z_q).mean((1, 2)) < measure(first).mean((1, 2))
+    return torch.where(improved[:, None, None], indices, first_indices)

@@ -1,0 +1,109 @@
+"""search.py: tokens that an image is decoded from better than from the encoder's."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import search
+from models import PRETRAINED_DIR, VQRAE
+from search import search_tokens
+from utils import draw_shapes, load_checkpoint, psnr, to_float
+
+QUANTIZERS = {
+    "fsq": {}, "ddcl": {}, "simvq": {"codebook_size": 512, "code_dim": 8},
+    "ema_vq": {"codebook_size": 256, "code_dim": 8}, "residual fsq": {"levels": [4, 4, 4], "codebooks": 2},
+    "residual simvq": {"codebook_size": 32, "code_dim": 8, "codebooks": 2},
+    "product ema_vq": {"codebook_size": 32, "code_dim": 8, "codebooks": 2},
+    "residual ema_vq": {"codebook_size": 32, "code_dim": 8, "codebooks": 2},
+}
+
+
+def build(name="fsq", **options):
+    *combine, kind = name.split()
+    quantizer = QUANTIZERS[name] | ({"combine": combine[0]} if combine else {})
+    options = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "adapter_depth": 1} | options
+    model = VQRAE(quantizer=kind, quantizer_options=quantizer, **options)
+    model(images(16))  # in train mode: EMA-VQ's codes become tokens
+    return model.eval()
+
+
+def images(count, height=32, width=32):
+    return F.interpolate(to_float(draw_shapes(32, train=count, test=1).train_images), (height, width))
+
+
+@torch.no_grad()
+def errors(model, originals, indices):
+    output = model.decode_from_indices(indices, size=originals.shape[2:])
+    return (output - originals).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_no_image_gets_worse_and_the_mean_gets_better(name):
+    model, originals = build(name), images(6)
+    random_state, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    first = model.encode_to_indices(originals)
+    found = search_tokens(model, originals, sweeps=2, feature_weight=0)
+    assert found.shape == first.shape and found.dtype == torch.int64 and not torch.equal(found, first)
+    before, after = errors(model, originals, first), errors(model, originals, found)
+    assert (after <= before).all() and (after < before).sum() > 1  # a decoder that has not learned hardly listens
+    assert torch.equal(found, search_tokens(model, originals, sweeps=2, feature_weight=0))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (4, 21), (45, 5), (33, 47)])
+@pytest.mark.parametrize("options", [{}, {"decoder": "vit"}, {"encoder": "scratch"}], ids=["conv", "vit", "scratch"])
+def test_images_of_any_size(height, width, options):
+    model, originals = build(**options), images(2, height, width)
+    first, found = model.encode_to_indices(originals), search_tokens(model, originals, sweeps=3)
+    assert found.shape == first.shape == (2, -(-height // 4), -(-width // 4))
+    if not options:  # what features cost is not looked at here
+        found = search_tokens(model, originals, sweeps=3, feature_weight=0)
+        assert (errors(model, originals, found) <= errors(model, originals, first)).all()
+
+
+def test_large_images_in_strips_and_many_in_parts(monkeypatch):
+    model = build()
+    tall, many = images(1, 600, 24), images(5)
+    whole = errors(model, tall, search_tokens(model, tall, sweeps=2))
+    largest, strip = [], search.search_strip
+
+    def watched(model, x, *rest):
+        largest.append(x.shape)
+        return strip(model, x, *rest)
+
+    monkeypatch.setattr(search, "search_strip", watched)
+    monkeypatch.setattr(search, "most_tokens", 6 * 45)
+    found = search_tokens(model, tall, sweeps=2)
+    assert len(largest) > 2 and found.shape == (1, 150, 6)
+    assert errors(model, tall, found) == pytest.approx(whole, rel=0.01)
+    assert search_tokens(model, many, sweeps=1).shape == (5, 8, 8) and largest[-1][0] == 1
+
+
+def test_features_are_kept_by_their_weight():
+    model = load_checkpoint(PRETRAINED_DIR / "vqrae_ema_vq.pt")
+    originals = images(8)
+    z = model.encoder(originals)
+    found = {weight: search_tokens(model, originals, 4, weight) for weight in (0, 5e-4, 0.01)}
+    with torch.no_grad():
+        distances = [F.mse_loss(model.features_from_indices(indices), z) for indices in found.values()]
+        quality = [psnr(model.decode_from_indices(indices), originals).mean() for indices in found.values()]
+        own = psnr(model(originals)[0], originals).mean()
+    assert distances == sorted(distances, reverse=True)
+    assert min(quality[:2]) > own + 0.3 and min(quality[:2]) > quality[2]
+
+
+def test_what_is_refused():
+    model, originals = build(), images(2)
+    for call, message in [
+        (lambda: search_tokens(model, originals, sweeps=0), "sweeps = 0"),
+        (lambda: search_tokens(model, originals, sweeps=True), "sweeps = True"),
+        (lambda: search_tokens(model, originals, feature_weight=-1), "feature_weight = -1"),
+        (lambda: search_tokens(model, originals * 2), "images = "),
+        (lambda: search_tokens(model, originals[0]), "images = "),
+        (lambda: search_tokens(model, originals[..., :3]), "images = .*a token"),
+        (lambda: search_tokens(model.train(), originals), "vqrae = .*eval mode"),
+        (lambda: search_tokens(VQRAE(quantizer="none", decoder_width=32).eval(), originals), "quantizer = 'none'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
