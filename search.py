@@ -53,17 +53,17 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             errors = errors + feature_weight * (vqrae.predict_features(z_q).float() - features).square().mean(1)
         return errors
 
-    # codes are made of a few numbers by a linear layer: no change across its columns can bring another code near
+    # codes are made of n numbers by a linear layer: moves are in the space of its columns, where codes are
     columns = getattr(quantizer.project_out, "weight", torch.eye(len(z_q[0]), device=z_q.device))
-    basis = torch.linalg.qr(columns).Q  # (C, numbers)
+    basis = torch.linalg.qr(columns).Q  # (C, n)
 
     def differentiate(z_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The error of each token (B, h, w), and the gradient of their sum (B, C, h, w), along codes"""
+        """The error of each token (B, h, w), and the gradient of their sum (B, n, h, w), in `basis`"""
         z_q = z_q.detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(z_q.device.type, torch.bfloat16, enabled=fast_bf16(z_q.device)):
             errors = measure(z_q)
             gradient, = torch.autograd.grad(errors.sum(), z_q)
-        return errors.detach(), torch.einsum("bchw,cn,dn->bdhw", gradient, basis, basis)
+        return errors.detach(), torch.einsum("bchw,cn->bnhw", gradient, basis)
 
     def around(values: Tensor) -> Tensor:
         """The mean of 3 x 3 tokens' values (B, h, w)"""
@@ -72,18 +72,15 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
     errors, gradient = differentiate(z_q)
     # how far each token moves at a try, which it learns: at first a quarter of how far codes are from their mean
     step = 0.25 * (z_q - z_q.mean((0, 2, 3), keepdim=True)).norm(dim=1).mean() * torch.ones_like(errors)
-    generator = torch.Generator(z_q.device).manual_seed(0)
     for _ in tqdm(range(sweeps), "searching", leave=False):
         for top, left in ((0, 0), (1, 1), (0, 1), (1, 0)):
             turn = ..., slice(top, None, 2), slice(left, None, 2)  # the tokens whose turn it is
             if not indices[turn].numel():  # of a single row or column
                 continue
-            noise = torch.randn(gradient.shape, generator=generator, device=z_q.device)  # no try twice
-            norm = gradient.norm(dim=1, keepdim=True)
-            move = gradient + 0.7 * norm / len(gradient[0]) ** 0.5 * noise
-            move = move / norm.mean((2, 3), keepdim=True).clamp(min=1e-30)
+            move = gradient / gradient.norm(dim=1, keepdim=True).mean((2, 3), keepdim=True).clamp(min=1e-30)
+            target = z_q - torch.einsum("bnhw,cn->bchw", step[:, None] * move, basis)
             tried, tried_z_q = indices.clone(), z_q.clone()
-            tried[turn] = quantizer.codes_to_indices((z_q - step[:, None] * move)[turn], exact=False)
+            tried[turn] = quantizer.codes_to_indices(target[turn], exact=False)
             tried_z_q[turn] = quantizer.indices_to_codes(tried[turn])
             tried_errors, tried_gradient = differentiate(tried_z_q)
             moved = tried != indices
