@@ -111,7 +111,7 @@ def main():
     for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS | columns_of_each):
         print(format_table(figures, columns), end="\n\n")
     if SEARCH:
-        print(f"of tokens from search.py, {SEARCH} sweeps; probes learned from the encoder's\n")
+        print(f"of tokens from search.py, {SEARCH} sweeps; usage in training images and probes from the encoder's\n")
     print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
           f"{len(data.test_images):,} test images ({hashes['test']}...)")
     if SHIP:

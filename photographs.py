@@ -2,6 +2,7 @@
 
     python photographs.py PHOTOS=my_photos                                        the shipped checkpoints
     python photographs.py PHOTOS=my_photos checkpoints/<run>/fsq_stage2_best.pt   your own
+    python photographs.py PHOTOS=my_photos SEARCH=6                               with tokens that search.py finds
 
 Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, and writes the first one, beside
 each of its reconstructions, to outputs/photographs/.
@@ -63,7 +64,8 @@ def main():
     means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
     columns = {"bits a pixel": "bits:.3f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
     count = len(next(iter(rows.values())))
-    print(f"{count} photographs of {PHOTOS}:\n\n{format_table(means, columns, 'photographs from')}")
+    searched = f", tokens from search.py, {SEARCH} sweeps" if SEARCH else ""
+    print(f"{count} photographs of {PHOTOS}{searched}:\n\n{format_table(means, columns, 'photographs from')}")
 
 
 def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: dict[str, list[dict]]):

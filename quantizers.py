@@ -72,7 +72,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
         """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
-        exact: False takes any z_q, and finds the nearest codes; of residual codebooks one after the other's."""
+        exact: False finds codes near any z_q, by the numbers they are made of, in one codebook after the other."""
         tokens, layout = self._to_tokens(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
             return self._tokens_to_indices(tokens, exact).view(layout)
@@ -92,7 +92,10 @@ class Quantizer(nn.Module, ABC):
         return indices
 
     def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
-        return nearest_code(unproject(tokens, self.project_out), self.codebook, exact)
+        if not exact:
+            return nearest_code(unproject(tokens, self.project_out), self.codebook)
+        codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device))
+        return nearest_code(tokens, codebook, exact=True)
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         valid = isinstance(indices, Tensor) and indices.ndim == 1

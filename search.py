@@ -4,7 +4,7 @@
 
 Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. In turns, one of 2 x 2
 tokens moves against the gradient of the error, to the nearest code there, and stays if the error around it has become
-smaller. A token acts on its neighbourhood alone, so that a quarter of them can be tried in one decoding.
+smaller. A token acts on its neighbourhood above all, so that a quarter of them can be tried in one decoding.
 """
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models import VQRAE, check_images, in_strips
 from quantizers import check, fast_bf16
 
-most_tokens = 2**14  # at a time, for memory
+most_tokens = 2**14  # at a time, or, of a wide image, the fewest rows that strips may have
 
 
 def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4) -> Tensor:
@@ -22,24 +22,27 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight
 
     The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
     tokens, where the model predicts any. At 5e-4 features keep about the error that they have with the encoder's
-    tokens, at 0 they become worse. No image's error grows. ValueError for images or options out of range, a model that
-    has no codes, or one in train mode.
+    tokens, at 0 they become worse. An image, or a strip of a large one, whose error is not smaller in the end keeps the
+    encoder's tokens. ValueError for images or options out of range, a model that has no codes, or one in train mode.
     """
     images = check_images(images)
     check(not vqrae.training, "vqrae", "in train mode", "one in eval mode")
     check(vqrae.quantizer.codebook_size > 0, "quantizer", vqrae.config["quantizer"], "one that has codes")
     check(type(sweeps) is int and sweeps >= 1, "sweeps", sweeps, "a whole number of 1 or more")
-    check(0 <= feature_weight <= 1e6, "feature_weight", feature_weight, "0 to 1e6")
+    valid = isinstance(feature_weight, int | float) and 0 <= feature_weight <= 1e6
+    check(valid, "feature_weight", feature_weight, "0 to 1e6")
     tokens = max(1, images.shape[2] * images.shape[3] // vqrae.token_size**2)
     return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight), part,
                                 vqrae.token_size, 1, vqrae.encoder_reach, most_tokens)
                       for part in images.split(max(1, most_tokens // tokens))])
 
 
+@torch.inference_mode(False)  # gradients are needed even where the caller turned them off
 @torch.no_grad()
 def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: float) -> Tensor:
     """As search_tokens, all at once."""
     quantizer = vqrae.quantizer
+    images = images.clone()  # one made in inference mode takes no part in gradients
     z_q, _, indices = vqrae.encode(images)
     features = None if vqrae.from_scratch or not feature_weight else vqrae.encoder(images)
     (height, width), (h, w), patch = images.shape[2:], indices.shape[1:], vqrae.token_size
@@ -54,7 +57,7 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
         return errors
 
     # codes are made of n numbers by a linear layer: moves are in the space of its columns, where codes are
-    columns = getattr(quantizer.project_out, "weight", torch.eye(len(z_q[0]), device=z_q.device))
+    columns = getattr(quantizer.project_out, "weight", torch.eye(z_q.shape[1], device=z_q.device))
     basis = torch.linalg.qr(columns).Q  # (C, n)
 
     def differentiate(z_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,10 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
 
     errors, gradient = differentiate(z_q)
     # how far each token moves at a try, which it learns: at first a quarter of how far codes are from their mean
-    step = 0.25 * (z_q - z_q.mean((0, 2, 3), keepdim=True)).norm(dim=1).mean() * torch.ones_like(errors)
+    some = torch.randint(quantizer.codebook_size, (512,), generator=torch.Generator().manual_seed(0))
+    codes = quantizer.get_codebook_entry(some)
+    spread = (codes - codes.mean(0)).norm(dim=1).mean()
+    step = torch.full_like(errors, 0.25) * spread
     for _ in tqdm(range(sweeps), "searching", leave=False):
         for top, left in ((0, 0), (1, 1), (0, 1), (1, 0)):
             turn = ..., slice(top, None, 2), slice(left, None, 2)  # the tokens whose turn it is
@@ -92,5 +98,6 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             errors = torch.where(undone[:, 0], errors, tried_errors)
             gradient = torch.where(undone, gradient, tried_gradient)
             step[turn] *= torch.where(worse, 0.8, torch.where(moved, 1.0, 1.2))[turn]
+            step = step.minimum(4 * spread)  # that of a token at the edge of the codes would grow for ever
     improved = measure(z_q).mean((1, 2)) < measure(first).mean((1, 2))
     return torch.where(improved[:, None, None], indices, first_indices)

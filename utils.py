@@ -351,10 +351,8 @@ class FeatureCache:
             self.missing = torch.ones(count, dtype=torch.bool)  # on the host, where looking at it costs nothing
 
     def fill(self, batches: Tensor):
-        """batches (n, B), on the CPU: compute the features of each batch that has a missing image.
-
-        A whole batch at a time: a resumed run, which has none of them, then computes the same numbers.
-        """
+        """batches (n, B), on the CPU: compute the features of each batch that has a missing image, whole, so that a
+        resumed run, which has none of them, computes the same numbers."""
         if self.kept is None:
             return
         for index in tqdm([index for index in batches if self.missing[index].any()], "encoding", leave=False):
@@ -394,11 +392,8 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity of each image (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1].
-
-    The mean over Gaussian windows of 11x11 pixels within the image, as the original SSIM; torchmetrics' own mean
-    includes padded ones.
-    """
+    """Structural similarity of each image (B,), in [-1, 1]; both (B, 3, H, W), clamped to [0, 1]: the mean over
+    Gaussian windows of 11x11 pixels within the image, as the original SSIM; torchmetrics' own includes padded ones."""
     check(images.shape == targets.shape, "images", tuple(images.shape), f"the targets' shape {tuple(targets.shape)}")
     check(min(images.shape[-2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
     _, similarity = structural_similarity_index_measure(images.clamp(0, 1), targets.clamp(0, 1), data_range=1.0,

@@ -31,6 +31,15 @@ def build(name, **options):
     return build_quantizer(kind, DIM, **({"codebooks": 2, "combine": combine} | SEVERAL[name] | options))
 
 
+@pytest.mark.parametrize("name", ["simvq", "ema_vq"])
+def test_round_trip_of_codes_wider_than_features(name):
+    quantizer = build(name, code_dim=2 * DIM)
+    z = torch.randn(4, 7, DIM)
+    quantizer(z)
+    z_q = quantizer.eval()(z)[0]
+    assert torch.equal(quantizer.indices_to_codes(quantizer.codes_to_indices(z_q)), z_q)
+
+
 @pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, shape):

@@ -56,14 +56,14 @@ def test_images_of_any_size(height, width, options):
     model, originals = build(**options), images(2, height, width)
     first, found = model.encode_to_indices(originals), search_tokens(model, originals, sweeps=3)
     assert found.shape == first.shape == (2, -(-height // 4), -(-width // 4))
-    if not options:  # what features cost is not looked at here
-        found = search_tokens(model, originals, sweeps=3, feature_weight=0)
-        assert (errors(model, originals, found) <= errors(model, originals, first)).all()
+    found = search_tokens(model, originals, sweeps=3, feature_weight=0)
+    assert (errors(model, originals, found) <= errors(model, originals, first) * (1 + 1e-6)).all()
 
 
 def test_large_images_in_strips_and_many_in_parts(monkeypatch):
-    model = build()
-    tall, many = images(1, 600, 24), images(5)
+    model = load_checkpoint(PRETRAINED_DIR / "vqrae_ema_vq.pt")
+    tall, many = images(1, 640, 24), images(5)
+    own = errors(model, tall, model.encode_to_indices(tall))
     whole = errors(model, tall, search_tokens(model, tall, sweeps=2))
     largest, strip = [], search.search_strip
 
@@ -74,9 +74,19 @@ def test_large_images_in_strips_and_many_in_parts(monkeypatch):
     monkeypatch.setattr(search, "search_strip", watched)
     monkeypatch.setattr(search, "most_tokens", 6 * 45)
     found = search_tokens(model, tall, sweeps=2)
-    assert len(largest) > 2 and found.shape == (1, 150, 6)
-    assert errors(model, tall, found) == pytest.approx(whole, rel=0.01)
+    assert len(largest) > 2 and found.shape == (1, 160, 6)
+    assert own - errors(model, tall, found) > 0.9 * (own - whole) > 0.03 * own
     assert search_tokens(model, many, sweeps=1).shape == (5, 8, 8) and largest[-1][0] == 1
+
+
+def test_one_token_many_sweeps_and_no_gradients_around():
+    model, originals = load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt"), images(3)[..., 10:14, 10:14]
+    first = errors(model, originals, model.encode_to_indices(originals))
+    with torch.inference_mode():
+        found = search_tokens(model, originals, sweeps=300, feature_weight=0)
+    assert (errors(model, originals, found) < first).any()
+    alone = search_tokens(model, originals[:1], sweeps=20)
+    assert torch.equal(alone, search_tokens(model, originals, sweeps=20)[:1])  # whatever else is in the batch
 
 
 def test_features_are_kept_by_their_weight():
@@ -98,6 +108,7 @@ def test_what_is_refused():
         (lambda: search_tokens(model, originals, sweeps=0), "sweeps = 0"),
         (lambda: search_tokens(model, originals, sweeps=True), "sweeps = True"),
         (lambda: search_tokens(model, originals, feature_weight=-1), "feature_weight = -1"),
+        (lambda: search_tokens(model, originals, feature_weight="0"), "feature_weight = '0'"),
         (lambda: search_tokens(model, originals * 2), "images = "),
         (lambda: search_tokens(model, originals[0]), "images = "),
         (lambda: search_tokens(model, originals[..., :3]), "images = .*a token"),
