@@ -284,10 +284,11 @@ def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0) -> dict[s
     outputs = []
     for batch in tqdm(images.split(BATCH_SIZE), f"tokenizing for {name}", leave=False):
         z = model.encoder(to_float(batch.to(device)))
-        z_q, _, indices = model.quantize(z)
         if sweeps and model.quantizer.codebook_size:
             indices = search_tokens(model, to_float(batch.to(device)), sweeps)
             z_q = model.quantizer.indices_to_codes(indices)
+        else:
+            z_q, _, indices = model.quantize(z)
         outputs.append({"indices": indices, "z": z.mean((2, 3)), "z_q": z_q.mean((2, 3))})
         if not model.from_scratch:
             outputs[-1]["predicted"] = model.predict_features(z_q).mean((2, 3))

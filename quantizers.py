@@ -431,9 +431,11 @@ class NoQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x, x.new_zeros(()), torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
-    def get_codebook_entry(self, indices: Tensor, exact: bool | None = None) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
         raise ValueError('quantizer = "none" has no codes, allowed for them: "fsq", "simvq", "ema_vq", "ddcl"')
-    _tokens_to_indices = get_codebook_entry
+
+    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+        return self.get_codebook_entry(tokens)
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}

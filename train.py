@@ -299,7 +299,7 @@ class Objective(nn.Module):
 
     def with_adaptive_weight(self, image_loss: Tensor, gan_loss: Tensor, output: Tensor) -> Tensor:
         """image_loss + GAN_WEIGHT * weight * gan_loss, both losses functions of output (B, 3, H, W), with the weight at
-        which their gradients have one norm at the decoder's last layer (VQGAN, 2012.09841, equation 7)."""
+        which their gradients have one norm at the decoder's last layer (VQGAN, 2012.09841, eq. 7, limits: its code)."""
         last_layer = self.model.decoder.head.weight
         # The gradients at the output are computed once, for the weight and for the backward pass.
         at_output = [torch.autograd.grad(loss, output)[0] for loss in (image_loss, gan_loss)]  # frees both graphs
