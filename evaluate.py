@@ -56,7 +56,7 @@ from utils import (
     write_file,
 )
 
-DATASET = "cifar10"  # the same names as in train.py
+DATASET = "cifar10"  # one of the names in train.py; of a checkpoint of several IMAGE_SIZEs, in the smallest
 TRAIN_IMAGES = None  # training images that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
 CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT

@@ -35,7 +35,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # tokens
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; FSQ's tokens are easy to model
-DATASET = "auto"  # the same names as in train.py
+DATASET = "auto"  # one of the names in train.py
 FLIP = True  # mirror half of the training images, at random
 # model
 DIM = 192  # width of the model

@@ -504,23 +504,18 @@ class VQRAE(nn.Module):
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, if the model is local."""
-        def encode(strip: Tensor) -> Tensor:
-            return self.encode(strip)[2]
-
-        return in_strips(encode, check_images(images), self.token_size, 1, self.encoder_reach)
+        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_reach)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks; size as in
         decode. Large images in strips, if the model is local."""
-        def decode(strip: Tensor) -> Tensor:
-            return self.decode(self.quantizer.indices_to_codes(strip, codebooks))
-
-        valid = isinstance(indices, Tensor) and indices.ndim == 3
-        check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, h, w)")
+        valid = isinstance(indices, Tensor) and indices.ndim == 3 and indices.numel() > 0
+        check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, h, w), none 0")
         height, width = self._image_size(indices, size)
-        return in_strips(decode, indices, 1, self.token_size, self.decoder_reach)[..., :height, :width]
+        return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
+                         self.token_size, self.decoder_reach)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens"""
@@ -547,7 +542,7 @@ class VQRAE(nn.Module):
         """indices of any shape -> how often each code is used (codebook_size,), the share of codes used, and the
         perplexity exp(-sum p log p), between 1 and codebook_size. Beyond 2**24 codes, counts are of used codes alone.
         codebook: its place among several, from 0; None: their combinations"""
-        check(indices.numel() > 0, "indices", tuple(indices.shape), "at least one")
+        check(isinstance(indices, Tensor) and indices.numel(), "indices", type(indices), "a tensor of one or more")
         indices, size = self.quantizer._check_indices(indices.flatten()), self.quantizer.codebook_size
         if codebook is not None:
             check(0 <= codebook < len(self.quantizer.codebook_sizes), "codebook", codebook, "that of one of several")
@@ -576,14 +571,15 @@ class VQRAE(nn.Module):
         """The (H, W) of images of these tokens (..., h, w); ValueError for a size that needs another number of them."""
         grid = tuple(tokens.shape[-2:])
         size = tuple(n * self.token_size for n in grid) if size is None else size
-        valid = isinstance(size, (tuple, list)) and tuple(-(-n // self.token_size) for n in size) == grid
+        valid = isinstance(size, (tuple, list)) and all(hasattr(n, "__index__") for n in size)  # also NumPy's integers
+        valid = valid and tuple(-(-n // self.token_size) for n in size) == grid
         check(valid, "size", size, f"that of {grid} tokens of {self.token_size} x {self.token_size} pixels, the last "
               "of which may be cut off")
         return size
 
     def _check_features(self, z: Tensor, name: str) -> Tensor:
-        check(isinstance(z, Tensor), name, type(z).__name__, "a tensor")
-        check(z.ndim == 4 and z.shape[1] == self.encoder.dim, name, tuple(z.shape), f"(B, {self.encoder.dim}, h, w)")
+        valid = isinstance(z, Tensor) and z.ndim == 4 and z.shape[1] == self.encoder.dim and z.numel() > 0
+        check(valid, name, getattr(z, "shape", type(z)), f"a tensor of shape (B, {self.encoder.dim}, h, w), none 0")
         check(z.dtype.is_floating_point, name, z.dtype, "a floating-point type")
         self._check_weights()
         return z

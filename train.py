@@ -189,19 +189,19 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
         place, start = f"stage {stage}, epoch {epoch}", time.time()
-        orders = []  # of each dataset and size: this process's share of its batches (steps, micro-batches, images)
+        orders = []  # of each dataset and size: this process's share of its turns (steps, micro-batches, images)
         for i, part in enumerate(data):
             order = shuffled(len(part.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
             order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
-            order = order[i :: len(data), :, : micro_batch_size(part)]  # the steps that are its turn
+            order = order[(i - (epoch - 1) * steps_per_epoch) % len(data) :: len(data), :, : micro_batch_size(part)]
             features[i].fill(order.flatten(0, 1))
             orders.append(order.to(part.train_images.device))
         log = torch.zeros(steps_per_epoch, len(loss_names) + 1, device=device)  # a row a step: losses, gradient's norm
         progress = tqdm(range(steps_per_epoch), f"stage {stage} epoch {epoch}/{EPOCHS[stage - 1]}", leave=False,
                         disable=rank > 0)
         for step in progress:
-            turn, number = step % len(data), step // len(data)
             done = (epoch - 1) * steps_per_epoch + step
+            turn, number = done % len(data), step // len(data)
             gan = done >= gan_start
             for i, index in enumerate(orders[turn][number]):
                 images, teacher_z = features[turn][index]
@@ -548,7 +548,7 @@ def check_constants():
     check(names and all(isinstance(name, str) and (name in known or Path(name).is_dir()) for name in names), "DATASET",
           DATASET, f"{', '.join(known)} or a folder with train/ and test/ in it, or several of them")
     check(sizes()[0] % GRID == 0 and not any(n % (sizes()[0] // GRID) for n in sizes()), "GRID", GRID,
-          f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}, all of whole tokens")
+          f"a divisor of IMAGE_SIZE = {IMAGE_SIZE}, all of whole tokens, here of {sizes()[0] / GRID:g} pixels")
     check(not RANDOM_DEPTH or CODEBOOKS > 1 and COMBINE == "residual", "RANDOM_DEPTH", RANDOM_DEPTH,
           "0 without residual codebooks")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,

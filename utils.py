@@ -115,6 +115,7 @@ class Dataset(NamedTuple):
         return self.test_images[..., start : start + self.size, start : start + self.size]
 
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph; folders still skip such files
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
 DATASETS = ("auto", "cifar10", "cifar100", "shapes")  # "auto": CIFAR-10 or else shapes, which are drawn here
 
@@ -144,9 +145,9 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
     """Each dataset named, in each of the sizes that its images have, for training on several of either. One that is
     named twice is there twice, and has twice as many of the steps.
 
-    Images are not enlarged: CIFAR-10 takes part in sizes up to 32, a folder up to the median of its images' shorter
-    sides. They are kept at up to four times the largest size, to take crops at random scales from. With one name and
-    one size alone: whole images, resized as load_dataset does.
+    CIFAR-10 takes part in sizes up to 32, a folder up to the median of its images' shorter sides, to which smaller ones
+    are enlarged. They are kept at up to four times the largest size, to take crops at random scales from. With one name
+    and one size alone: whole images, resized as load_dataset does.
     """
     if isinstance(names, str) and isinstance(sizes, int):
         return [load_dataset(names, sizes, data_dir)]
@@ -160,6 +161,8 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
         check(fitting, "IMAGE_SIZE", sizes, f"sizes of which one is at most {size}, that of the images of {name}")
         whole = load_dataset(name, min(size, 4 * max(sizes)), data_dir)
         data[name] = [whole._replace(size=n) for n in fitting]
+    left = set(sizes) - {part.size for parts in data.values() for part in parts}
+    check(not left, "IMAGE_SIZE", sorted(left), f"sizes that images of one of {names} have")
     labels = {parts[0].name for parts in data.values()}
     check(len(labels) == len(data), "DATASET", names, "folders of different names")
     return [part for name in names for part in data[name]]
@@ -285,7 +288,7 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
 
 def load_image(path: str | Path) -> Tensor:
     """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError where it cannot be read."""
-    check(Path(path).is_file(), "image", str(path), "an existing file")
+    check(isinstance(path, str | Path) and Path(path).is_file(), "image", str(path), "the path of an existing file")
     try:
         return to_float(torch.from_numpy(np.array(open_image(Path(path)))).permute(2, 0, 1)[None])
     except Exception as error:  # Pillow raises nearly anything for a broken file
@@ -297,8 +300,9 @@ def open_image(file: Path) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        grey = np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535)
-        image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
+        grey, white = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
+        check(0 <= grey.min() and grey.max() <= white, "grey", f"{grey.min():g} to {grey.max():g}", f"0 to {white}")
+        image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -339,8 +343,7 @@ class FeatureCache:
                  flip: bool = False):
         self.encoder, self.images, self.device, self.dtype = encoder, data.train_images, torch.device(device), dtype
         stored, self.kept, self.gigabytes = self.images.shape[-1], None, 0.0
-        scales = (data.size / stored) ** 2, 1
-        self.crop = None if data.size == stored else RandomResizedCrop(data.size, scales, ratio=(1, 1))
+        self.crop = None if data.size == stored else RandomResizedCrop(data.size, ((data.size / stored)**2, 1), (1, 1))
         if encoder is None or self.crop:
             return
         count = len(self.images) * (2 if flip else 1)
@@ -561,6 +564,7 @@ def save_checkpoint(path: Path, model: VQRAE, **metadata):
     save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **metadata})
 
 
+@torch.inference_mode(False)  # weights made in inference mode could not be searched or trained with
 def load_checkpoint(path: str | Path) -> VQRAE:
     """The VQRAE of a checkpoint written by train.py, in eval mode, built from its own config and without any download.
 

@@ -80,7 +80,8 @@ def test_large_images_in_strips_and_many_in_parts(monkeypatch):
 
 
 def test_one_token_many_sweeps_and_no_gradients_around():
-    model, originals = load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt"), images(3)[..., 10:14, 10:14]
+    with torch.inference_mode():
+        model, originals = load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt"), images(3)[..., 10:14, 10:14]
     first = errors(model, originals, model.encode_to_indices(originals))
     with torch.inference_mode():
         found = search_tokens(model, originals, sweeps=300, feature_weight=0)

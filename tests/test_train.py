@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from models import VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
-from utils import draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
+from utils import FeatureCache, draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256",
@@ -95,6 +95,17 @@ def test_several_sizes_and_datasets(train, folder, tmp_path, capsys):
     model = load_checkpoint(next(Path("checkpoints", outputs.name).glob("*stage2_best.pt")))
     assert model.token_size == 4
     assert all(f"{label}, all " in capsys.readouterr().out for label in labels[:1])
+
+
+def test_each_size_has_its_turn_though_an_epoch_has_one_step(train, tmp_path, monkeypatch):
+    for split, count in (("train", 33), ("test", 2)):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i, image in enumerate(draw_shapes(60, train=count, test=1).train_images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
+    sizes, select = [], FeatureCache.select
+    monkeypatch.setattr(FeatureCache, "select", lambda self, i: sizes.append(x := select(self, i)) or x)
+    train(f"DATASET={tmp_path / 'photos'}", "IMAGE_SIZE=(32, 48)", *SMALL, "EPOCHS=(3, 1)")
+    assert [batch.shape[-1] for batch in sizes] == [32, 48, 32, 32]
 
 
 def test_several_codebooks(train, folder, capsys):

@@ -324,10 +324,17 @@ def test_loading_one_image(tmp_path):
     Image.fromarray(alpha).save(tmp_path / "alpha.png")
     assert (load_image(tmp_path / "alpha.png") == 1).all()
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    for name in ("broken.png", "missing.png"):
+    levels = np.linspace(0, 1, 84, dtype=np.float32).reshape(7, 12)
+    Image.fromarray(levels).save(tmp_path / "floats.tiff")
+    assert torch.allclose(load_image(tmp_path / "floats.tiff"), torch.from_numpy(levels), atol=3e-3)
+    Image.fromarray(levels * 255).save(tmp_path / "bright.tiff")
+    Image.fromarray(levels * np.nan).save(tmp_path / "nan.tiff")
+    for name in ("broken.png", "missing.png", "bright.tiff", "nan.tiff"):
         with pytest.raises(ValueError, match=name) as error:
             load_image(tmp_path / name)
         assert "\n" not in str(error.value)
+    with open(tmp_path / "a.png", "rb") as file, pytest.raises(ValueError, match="path of an existing file"):
+        load_image(file)
 
 
 def test_random_crops_are_parts_of_their_images_at_random_scales():
@@ -354,12 +361,14 @@ def test_datasets_in_the_sizes_that_their_images_have(tmp_path):
     small, large = (str(tmp_path / name) for name in ("small", "large"))
     data = load_datasets((small, large), (32, 48), str(tmp_path))
     assert [part.label for part in data] == ["folder-small 32x32", "folder-large 32x32", "folder-large 48x48"]
-    assert [part.train_images.shape[-1] for part in data] == [40, 192, 192]  # not enlarged, and 4 * 48 at most
+    assert [part.train_images.shape[-1] for part in data] == [40, 192, 192]  # 4 * 48 at most
     assert len(load_datasets((small, small, large), (32, 48), str(tmp_path))) == 4
     whole, = load_datasets(large, 32, str(tmp_path))
     assert whole.train_images.shape[-1] == whole.size == 32
     with pytest.raises(ValueError, match="IMAGE_SIZE.*40"):
         load_datasets(small, (64, 128), str(tmp_path))
+    with pytest.raises(ValueError, match=r"IMAGE_SIZE = \[64\]"):  # not left out in silence
+        load_datasets((small, small), (32, 64), str(tmp_path))
 
 
 def test_selecting_images_and_mirrored_images():
