@@ -115,7 +115,6 @@ class Dataset(NamedTuple):
         return self.test_images[..., start : start + self.size, start : start + self.size]
 
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph; folders still skip such files
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
 DATASETS = ("auto", "cifar10", "cifar100", "shapes")  # "auto": CIFAR-10 or else shapes, which are drawn here
 
@@ -170,10 +169,10 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
 
 def median_side(folder: Path) -> int:
     """The median of the shorter sides of a folder's images, in pixels, of about 100 of them"""
-    sides = []
-    files = find_images(folder)
-    for file in files[:: len(files) // 100 + 1]:
-        with contextlib.suppress(Exception), Image.open(file, formats=FORMATS) as image:  # decoding names broken ones
+    sides, files = [], find_images(folder)
+    for file in files[:: len(files) // 100 + 1]:  # decoding names those that are broken, or have too many pixels
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), \
+                Image.open(file, formats=FORMATS) as image:
             sides.append(min(image.size))
     check(sides, "DATASET", str(folder), "a folder with images that can be read")
     return int(np.median(sides))
@@ -254,8 +253,8 @@ def decode_files(files: list[Path], image_size: int, decoded: Path) -> tuple[Ten
 
     def write():
         readable, checksum = bytearray(), 0
-        with open_atomically(decoded) as output, ThreadPool() as pool, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for a small file of very many pixels
+        refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)  # may be a bomb
+        with open_atomically(decoded) as output, ThreadPool() as pool, refused:
             for start in tqdm(range(0, len(files), 1024), f"decoding {name}", unit=" batches", leave=False):
                 images = pool.map(decode, files[start : start + 1024])  # not all files at once, for memory
                 readable.extend(map(bool, images))
@@ -290,7 +289,8 @@ def load_image(path: str | Path) -> Tensor:
     """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError where it cannot be read."""
     check(isinstance(path, str | Path) and Path(path).is_file(), "image", str(path), "the path of an existing file")
     try:
-        return to_float(torch.from_numpy(np.array(open_image(Path(path)))).permute(2, 0, 1)[None])
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # it was asked for
+            return to_float(torch.from_numpy(np.array(open_image(Path(path)))).permute(2, 0, 1)[None])
     except Exception as error:  # Pillow raises nearly anything for a broken file
         raise ValueError(f"image {str(path)!r} cannot be read: {summarize(error)}") from None
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -335,6 +336,17 @@ def test_loading_one_image(tmp_path):
         assert "\n" not in str(error.value)
     with open(tmp_path / "a.png", "rb") as file, pytest.raises(ValueError, match="path of an existing file"):
         load_image(file)
+
+
+def test_a_large_photograph_is_loaded_without_a_warning_and_skipped_in_a_folder(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for name, side in (("large", 12), ("small", 8)):
+            Image.new("RGB", (side, side)).save(tmp_path / split / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns of more, and refuses twice as many
+    with warnings.catch_warnings(record=True) as caught:
+        assert load_image(tmp_path / "train" / "large.png").shape == (1, 3, 12, 12)
+    assert not caught and len(load_dataset(str(tmp_path), 8, str(tmp_path / "data")).train_images) == 1
 
 
 def test_random_crops_are_parts_of_their_images_at_random_scales():
