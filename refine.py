@@ -1,0 +1,185 @@
+"""Train a checkpoint's decoder on tokens that search.py finds, of which it has never seen any.
+
+    python refine.py CHECKPOINT=checkpoints/<run>/ema_vq_stage2_best.pt DATASET=cifar10
+
+Tokens of some training images are searched for, once, and kept in data/. From these, and from the encoder's own for
+every other image, learn the decoder, the predictor and the linear layer from a code's few numbers to z_q. Encoder,
+adapter and codebook stay, and so do the tokens that an image is encoded to. The losses are those of the checkpoint's
+training, without a GAN. Writes checkpoints/<run>/<quantizer>_refined.pt; a run that was stopped goes on.
+"""
+import contextlib
+import interrupt  # noqa: F401, it handles Ctrl-C from here on
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import utils
+from models import PRETRAINED_DIR, VQRAE, build_encoder
+from optimization import BF16Weights, adamw_and_muon, load_states, warmup_cosine
+from quantizers import check, fast_bf16
+from search import search_tokens
+from utils import FeatureCache, psnr, to_float
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_ema_vq.pt")  # of train.py
+DATASET = "auto"  # one of the names in train.py, or several: then random crops, in equal shares
+FLIP = True  # take mirrored images, too
+IMAGES = 12_000  # training images whose tokens are searched for: 22 minutes on a core
+SWEEPS = 4  # of the search, here and in measuring
+EPOCHS = 7  # over these images: 27 minutes on a core
+BATCH_SIZE = 32
+LEARNING_RATE = 5e-4  # AdamW's; Muon's, for the matrices of the blocks, is twice this; warm-up, cosine decay
+PRECISION = "bf16" if fast_bf16(device) else "fp32"
+EVAL_IMAGES = 200  # test images measured before, and after each epoch
+SEED = 0
+
+
+def main():
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        constants = utils.read_constants(globals())
+        check_constants()
+        vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
+        weights = {"PREDICT_IMAGE": 0.0} | content["constants"]  # older checkpoints have no such loss
+        for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PERCEPTUAL_WEIGHT"):
+            check(name in weights, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
+        check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
+              "one with a pretrained encoder and a quantizer")
+        data = utils.load_datasets(DATASET, vqrae.config["image_size"])
+        constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT), "DATASET": [(d.name, d.digest) for d in data]}
+        searched = {name: constants[name] for name in ("CHECKPOINT", "DATASET", "FLIP", "IMAGES", "SWEEPS", "SEED")}
+        outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
+        lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
+        utils.seed_everything(SEED)
+        images = draw_images(data)
+        with lock:
+            tokens = load_tokens(vqrae, images, Path("data", f"searched_{utils.digest(searched)}.pt"))
+            train(vqrae, content, weights, images, tokens, data[0].test_images[:EVAL_IMAGES], outputs)
+    except KeyboardInterrupt:
+        sys.exit("\nrefine.py: stopped; the same command goes on after the last tokens, or the last epoch")
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"refine.py: {error}")
+
+
+def draw_images(data: list[utils.Dataset]) -> Tensor:
+    """IMAGES training images or crops (N, 3, H, W), uint8, of all datasets in equal shares, in a random order"""
+    drawn = []
+    for part in data:
+        available = len(part.train_images) * (1 + FLIP)
+        cache = FeatureCache(None, part, "cpu", 0.0, torch.float32)
+        index = torch.cat([torch.randperm(available) for _ in range(IMAGES // (available * len(data)) + 1)])
+        drawn.append((cache.select(index[: math.ceil(IMAGES / len(data))]) * 255).round().byte())
+    images = torch.cat(drawn)
+    return images[torch.randperm(len(images))[:IMAGES]]
+
+
+def load_tokens(vqrae: VQRAE, images: Tensor, path: Path) -> Tensor:
+    """The encoder's tokens of the images, and searched ones (2, N, h, w). They are kept in `path` as they are made."""
+    tokens = []
+    with contextlib.suppress(ValueError):  # there is no such file, or a broken one
+        tokens = list(utils.load_torch(path, "tokens")["tokens"].split(250, 1))
+    for batch in tqdm(images.split(250)[len(tokens) :], "searching for tokens", initial=len(tokens)):
+        x = to_float(batch.to(device))
+        tokens.append(torch.stack([vqrae.encode_to_indices(x), search_tokens(vqrae, x, SWEEPS)]).cpu())
+        utils.save_torch(path, {"tokens": torch.cat(tokens, 1)})
+    return torch.cat(tokens, 1)
+
+
+class Objective(nn.Module):
+    """What a step minimises: train.py's losses of a stage in which only what follows the tokens learns."""
+
+    def __init__(self, vqrae: VQRAE, weights: dict):
+        super().__init__()
+        self.vqrae, self.weights = vqrae, weights
+        encoder = build_encoder(vqrae.config["encoder"], vqrae.token_size).to(device)
+        self.teacher = encoder.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, indices: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1], indices (B, h, w) -> loss"""
+        with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
+            with torch.no_grad():
+                features = self.teacher(images)
+            z_q = self.vqrae.quantizer.indices_to_codes(indices)
+            output, w = self.vqrae.decode(z_q), self.weights
+            _, predict_loss = self.vqrae.compute_distillation_loss(features, z_q, features, w["PREDICT_IMAGE"])
+            perceptual_loss = F.mse_loss(self.teacher(output[::2]), features[::2])  # half of them: half the time
+            return (w["L2_WEIGHT"] * F.mse_loss(output, images) + w["PREDICT_WEIGHT"] * predict_loss
+                    + w["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)
+
+
+def train(vqrae: VQRAE, content: dict, weights: dict, images: Tensor, tokens: Tensor, test_images: Tensor,
+          outputs: Path):
+    """Train, from where a run was stopped, and leave a checkpoint after each epoch."""
+    vqrae.requires_grad_(False)
+    for part in (vqrae.decoder, vqrae.post_quant_conv, vqrae.predictor, vqrae.quantizer.project_out):
+        part.requires_grad_(True)
+    optimizers = adamw_and_muon(vqrae, ("predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks."),
+                                LEARNING_RATE)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    state = {"vqrae": vqrae} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    last, steps_per_epoch = outputs / "last.pt", len(images) // BATCH_SIZE
+    saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
+    metadata = {name: content[name] for name in ("constants", "metrics", "epoch") if name in content}
+    objective = Objective(vqrae, weights)
+    objective = BF16Weights(objective) if PRECISION == "bf16" else objective
+    print(f"{outputs.name}: {len(images):,} images, {sum(p.numel() for p in vqrae.parameters() if p.requires_grad):,} "
+          f"parameters learn; PSNR of {len(test_images)} test images\n epoch    loss   encoder's tokens   searched")
+    if saved["epoch"]:
+        load_states(state, saved, last)
+    else:
+        print("{:6} {:7} {:18.2f} {:10.2f}".format(0, "", *measure(vqrae, test_images)), flush=True)
+    for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
+        utils.seed_everything(SEED, epoch)  # an epoch is the same in a run that was resumed before it
+        vqrae.train()  # without clamping to [0, 1], which stops gradients
+        losses, order = [], torch.randperm(len(images))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
+        for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
+            kind = torch.arange(BATCH_SIZE) % 2  # in turns the encoder's and searched ones
+            loss = objective(to_float(images[index].to(device)), tokens[kind, index].to(device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
+            for optimizer, rate in zip(optimizers, rates):
+                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, EPOCHS * steps_per_epoch)
+                optimizer.step()
+            vqrae.zero_grad()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean().item()
+        check(math.isfinite(loss), "loss", loss, "a finite one; checkpoints of earlier epochs are kept")
+        print("{:6} {:7.4f} {:18.2f} {:10.2f}".format(epoch, loss, *measure(vqrae, test_images)), flush=True)
+        path = outputs / f"{vqrae.config['quantizer']}_refined.pt"
+        utils.save_checkpoint(path, vqrae, **metadata)
+        utils.save_torch(last, {"epoch": epoch, **{name: part.state_dict() for name, part in state.items()}})
+    print(f"see {outputs}/")
+
+
+def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
+    """Mean PSNR of reconstructions from the encoder's tokens, and from searched ones"""
+    vqrae.eval()
+    images = to_float(test_images.to(device))
+    tokens = vqrae.encode_to_indices(images), search_tokens(vqrae, images, SWEEPS)
+    return [psnr(vqrae.decode_from_indices(t, size=images.shape[2:]), images).mean().item() for t in tokens]
+
+
+def check_constants():
+    """ValueError, naming the constant, its value and what is allowed, before anything is read."""
+    values = globals()
+    ranges = {"IMAGES": (1, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (2, IMAGES),
+              "EVAL_IMAGES": (1, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3)}
+    for name, (low, high) in ranges.items():
+        valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
+        check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
+    check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
+    check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
+
+
+if __name__ == "__main__":
+    main()
