@@ -60,15 +60,16 @@ def main():
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
         utils.seed_everything(SEED)
         images = draw_images(data)
-        with lock:
-            tokens = load_tokens(vqrae, images, Path("data", f"searched_{utils.digest(searched)}.pt"))
-            train(vqrae, content, weights, images, tokens, data[0].test_images[:EVAL_IMAGES], outputs)
-    except KeyboardInterrupt:
-        sys.exit("\nrefine.py: stopped; the same command goes on after the last tokens, or the last epoch")
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"refine.py: {error}")
+    try:
+        with lock:
+            tokens = load_tokens(vqrae, images, Path("data", f"searched_{utils.digest(searched)}.pt"))
+            train(vqrae, content, weights, images, tokens, data[0].test_crops()[:EVAL_IMAGES], outputs)
+    except KeyboardInterrupt:
+        sys.exit("\nrefine.py: stopped; the same command goes on after the last tokens, or the last epoch")
 
 
 def draw_images(data: list[utils.Dataset]) -> Tensor:
@@ -153,7 +154,8 @@ def train(vqrae: VQRAE, content: dict, weights: dict, images: Tensor, tokens: Te
             vqrae.zero_grad()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()
-        check(math.isfinite(loss), "loss", loss, "a finite one; checkpoints of earlier epochs are kept")
+        if not math.isfinite(loss):
+            sys.exit(f"refine.py: the loss is not finite in epoch {epoch}; the checkpoint of the one before is kept")
         print("{:6} {:7.4f} {:18.2f} {:10.2f}".format(epoch, loss, *measure(vqrae, test_images)), flush=True)
         path = outputs / f"{vqrae.config['quantizer']}_refined.pt"
         utils.save_checkpoint(path, vqrae, **metadata)
@@ -177,9 +179,16 @@ def check_constants():
     for name, (low, high) in ranges.items():
         valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
         check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
+    valid = isinstance(DATASET, str | tuple | list) and DATASET and all(isinstance(name, str) for name in DATASET)
+    check(valid, "DATASET", DATASET, "a dataset's name, or several in ()")
     check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("refine.py: the GPU's memory is full: try less BATCH_SIZE")
+    except OSError as error:  # a full disk, a folder that must not be written
+        sys.exit(f"refine.py: {error}; files written before are whole, and the same command goes on from them")

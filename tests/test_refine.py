@@ -86,7 +86,8 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argument", ["IMAGES=0", "SWEEPS=0", "EPOCHS=1.5", "BATCH_SIZE=41", "FLIP=1", "PRECISION=fp16",
-                                      "LEARNING_RATE=0", "DATASET=nowhere", "CHECKPOINT=nowhere.pt", "SIZE=3"])
+                                      "LEARNING_RATE=0", "DATASET=nowhere", "DATASET=5",
+                                      "CHECKPOINT=nowhere.pt", "SIZE=3"])
 def test_a_wrong_constant_is_named_in_one_line(argument, run):
     name, value = argument.split("=")
     with pytest.raises(SystemExit) as stopped:
