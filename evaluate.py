@@ -35,7 +35,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from models import PRETRAINED_DIR, VQRAE, build_encoder, reachable
+from downloads import reachable
+from models import PRETRAINED_DIR, VQRAE, build_encoder
 from plots import save_figure
 from prior import load_prior, measure_bits
 from quantizers import check

@@ -6,20 +6,15 @@
            -> post_quant_conv, decoder    images (B, 3, H, W), cropped             VQRAE.decode
            -> predictor                   features (B, C, h, w)                    VQRAE.predict_features
 """
-import contextlib
 import difflib
 import math
 import re
-import threading
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 from timm.layers import LayerNorm2d, RotaryEmbeddingCat
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -27,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from downloads import weights_file
 from quantizers import build_quantizer, check
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
@@ -234,40 +230,6 @@ class TimmEncoder(nn.Module):
         x = (resize(images, self.token_size, self.patch) - self.mean) / self.std
         tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :].float()  # no class or register tokens
         return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
-
-
-def reachable(url: str, seconds: float = 8) -> bool:
-    """Whether url answers. A thread bounds the wait: urlopen's time-out does not where a network drops packets."""
-    answers = []
-
-    def request():
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-            answers.append(True)
-
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-def weights_file(name: str) -> str:
-    """The path of timm's weights of that name, downloaded if need be. RuntimeError within seconds where that fails: the
-    hub's own client would retry for a minute."""
-    source = timm.get_pretrained_cfg(name)
-    check(source.hf_hub_id, "ENCODER", name, "a ViT for which timm has pretrained weights")
-    file = source.hf_hub_filename or "model.safetensors"
-    cached = try_to_load_from_cache(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
-    if isinstance(cached, str):
-        return cached
-    if not reachable(ENDPOINT):
-        raise RuntimeError(f"the weights of {source.hf_hub_id} are not in {HF_HUB_CACHE}, and {ENDPOINT} cannot be "
-                           'reached; ENCODER = "cifar" needs no download')
-    try:
-        return hf_hub_download(source.hf_hub_id, file, cache_dir=HF_HUB_CACHE)
-    except Exception as error:  # the hub's client and its libraries raise many kinds
-        reason = " ".join(str(error).split())
-        raise RuntimeError(f"the weights of {source.hf_hub_id} could not be downloaded: {reason}") from None
 
 
 def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
@@ -590,7 +552,7 @@ class VQRAE(nn.Module):
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
-              strip_tokens: int = 2**17) -> Tensor:
+              strip_tokens: int = 3 * 2**16) -> Tensor:
     """function(x) for x (..., H, W), on strips of rows of some strip_tokens tokens, so that memory does not grow with
     the height, and with a progress bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
 

@@ -89,7 +89,8 @@ def load_tokens(vqrae: VQRAE, images: Tensor, path: Path) -> Tensor:
     tokens = []
     with contextlib.suppress(ValueError):  # there is no such file, or a broken one
         tokens = list(utils.load_torch(path, "tokens")["tokens"].split(250, 1))
-    for batch in tqdm(images.split(250)[len(tokens) :], "searching for tokens", initial=len(tokens)):
+    batches = images.split(250)
+    for batch in tqdm(batches[len(tokens) :], "searching for tokens", len(batches), initial=len(tokens)):
         x = to_float(batch.to(device))
         tokens.append(torch.stack([vqrae.encode_to_indices(x), search_tokens(vqrae, x, SWEEPS)]).cpu())
         utils.save_torch(path, {"tokens": torch.cat(tokens, 1)})

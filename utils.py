@@ -38,7 +38,8 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from tqdm import tqdm
 
 import shapes
-from models import VQRAE, reachable
+from downloads import reachable
+from models import VQRAE
 from quantizers import check
 
 

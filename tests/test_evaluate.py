@@ -350,7 +350,7 @@ def test_a_full_gpu_memory_is_no_missing_network_or_dataset(where, folder, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     small_checkpoint(tmp_path / "small.pt")
-    monkeypatch.setattr("models.reachable", lambda url: False)
+    monkeypatch.setattr("downloads.reachable", lambda url: False)
     monkeypatch.setattr(f"utils.{where}", Full() if where == "load_dataset" else Full)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "small.pt"), f"DATASET={folder}"])
     with pytest.raises(SystemExit, match="evaluate.py: the GPU's memory is full"):

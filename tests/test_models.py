@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+import downloads
 import models
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
 from pretrain import augment, initialize
@@ -91,8 +92,8 @@ def small(monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """cache(name, state) writes weights where the hub's client keeps them; the network is not used."""
-    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(models, "reachable", lambda url: False)
+    monkeypatch.setattr(downloads, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(downloads, "reachable", lambda url: False)
 
     def write(name, state):
         hub_id = timm.get_pretrained_cfg(ENCODERS[name]).hf_hub_id
@@ -233,8 +234,8 @@ def test_unknown_encoder_names_the_nearest():
 
 
 def test_weights_out_of_reach(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "reachable", lambda url: False)
-    monkeypatch.setattr(models, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(downloads, "reachable", lambda url: False)
+    monkeypatch.setattr(downloads, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError, match='vit_small_patch14_dinov2.*ENCODER = "cifar"'):
         build_encoder("dinov2_s", 8)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import datasets
 
-import models
+import downloads
 import plots
 import shapes
 import utils
@@ -267,9 +267,9 @@ def test_reachable_has_a_time_out(monkeypatch):
         time.sleep(3)
         return io.BytesIO()
 
-    monkeypatch.setattr(models.urllib.request, "urlopen", drop_packets)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", drop_packets)
     start = time.time()
-    assert not models.reachable("https://example.org", seconds=0.2)
+    assert not downloads.reachable("https://example.org", seconds=0.2)
     assert time.time() - start < 2
 
 
