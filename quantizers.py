@@ -531,13 +531,15 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     slack = 2 * x.shape[1] * torch.finfo(x.dtype).eps * (squares + lengths.max())  # as much may rounding change
     x, codes = F.pad(x, (0, 1), value=1.0), torch.cat([codes, lengths / -2], 1)  # a product of them is a score
     centres = codes[::512]
-    apart = torch.cdist(centres[:, :-1], centres[:, :-1]).clamp(min=1e-30)
+    apart = (centres[:, None] - centres)[..., :-1].norm(dim=2).clamp(min=1e-30)  # cdist would round small distances
     cell = search_fp32(codebook, codebook[::512], exact=False)
     order = cell.argsort(stable=True)
     cells = codes[order].split(cell.bincount(minlength=len(centres)).tolist())
-    memory = x.new_empty(min(len(x), 2**13) * max(map(len, cells)))
+    largest = max(map(len, cells))
+    size = min(len(x), 2**13, 2**24 // largest)  # tokens at a time
+    memory = x.new_empty(size * largest)
     indices = []
-    for tokens, square, slack in zip(x.split(2**13), squares.split(2**13), slack.split(2**13)):
+    for tokens, square, slack in zip(x.split(size), squares.split(size), slack.split(size)):
         scores = tokens @ centres.T
         highest, own = scores.max(1, keepdim=True)
         planes = (highest - scores - slack) / apart[own[:, 0]]
