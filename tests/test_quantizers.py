@@ -19,7 +19,6 @@ from quantizers import (
     build_quantizer,
     nearest_code,
     search_bf16,
-    search_fp32,
     straight_through,
 )
 
