@@ -485,7 +485,8 @@ def nearest_code(x: Tensor, codebook: Tensor, exact: bool = False, bf16: bool | 
         bf16 = x.shape[1] >= 128 and fast_bf16(x.device)
     if not bf16:
         by_cells = len(x) >= 512 and len(codebook) >= 4096 and x.shape[1] <= 32 and not (exact or x.is_cuda)
-        return search_by_cells(x, codebook) if by_cells else search_fp32(x, codebook, exact)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round what cells are left out by
+            return search_by_cells(x, codebook) if by_cells else search_fp32(x, codebook, exact)
     indices, proven = search_bf16(x, codebook)
     if not proven.all():
         indices[~proven] = search_fp32(x[~proven], codebook, exact=True)

@@ -275,6 +275,13 @@ def test_search_by_cells_finds_what_an_exhaustive_search_finds(case, monkeypatch
     assert (excess <= 1e-6 * rounding).all()
 
 
+def test_search_by_cells_is_exact_under_autocast():
+    x, codebook = torch.randn(600, 2), torch.randn(8000, 2)
+    expected = nearest_code(x, codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_code(x, codebook), expected)
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_nearest_of_codes_prepared_in_several_pieces(bf16):
     codebook = torch.randn(1100, 1024)
