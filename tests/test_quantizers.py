@@ -276,7 +276,7 @@ def test_search_by_cells_finds_what_an_exhaustive_search_finds(case, monkeypatch
 
 
 def test_search_by_cells_is_exact_under_autocast():
-    x, codebook = torch.randn(600, 2), torch.randn(8000, 2)
+    x, codebook = torch.randn(9000, 2), torch.randn(40000, 2)
     expected = nearest_code(x, codebook)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(nearest_code(x, codebook), expected)
