@@ -529,11 +529,11 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     origin = codebook[:: len(codebook) // 128 + 1].median(0).values  # as in search_fp32
     x, codes = x - origin, codebook - origin
     squares, lengths = x.square().sum(1, keepdim=True), codes.square().sum(1, keepdim=True)
-    slack = 2 * x.shape[1] * torch.finfo(x.dtype).eps * (squares + lengths.max())  # as much may rounding change
+    slack = 3 * (x.shape[1] + 1) * torch.finfo(x.dtype).eps * (squares + lengths.max())  # rounding of s_i - s_j
     x, codes = F.pad(x, (0, 1), value=1.0), torch.cat([codes, lengths / -2], 1)  # a product of them is a score
     centres = codes[::512]
     apart = (centres[:, None] - centres)[..., :-1].norm(dim=2).clamp(min=1e-30)  # cdist would round small distances
-    cell = search_fp32(codebook, codebook[::512], exact=False)
+    cell = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).argmax(1) for c in codes[:, :-1].split(2**13)])
     order = cell.argsort(stable=True)
     cells = codes[order].split(cell.bincount(minlength=len(centres)).tolist())
     largest = max(map(len, cells))

@@ -48,7 +48,8 @@ def main():
         constants = utils.read_constants(globals())
         check_constants()
         vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
-        weights = {"PREDICT_IMAGE": 0.0} | content["constants"]  # older checkpoints have no such loss
+        stored = content["constants"]
+        weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # its name, and no such loss, earlier
         for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PERCEPTUAL_WEIGHT"):
             check(name in weights, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
         check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
@@ -145,7 +146,7 @@ def train(vqrae: VQRAE, content: dict, weights: dict, images: Tensor, tokens: Te
         vqrae.train()  # without clamping to [0, 1], which stops gradients
         losses, order = [], torch.randperm(len(images))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
         for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
-            kind = torch.arange(BATCH_SIZE) % 2  # in turns the encoder's and searched ones
+            kind = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
             loss = objective(to_float(images[index].to(device)), tokens[kind, index].to(device))
             loss.backward()
             nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
@@ -175,7 +176,7 @@ def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
     values = globals()
-    ranges = {"IMAGES": (1, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (2, IMAGES),
+    ranges = {"IMAGES": (1, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (4, IMAGES),
               "EVAL_IMAGES": (1, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3)}
     for name, (low, high) in ranges.items():
         valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high

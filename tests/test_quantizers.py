@@ -259,6 +259,10 @@ def codebooks_by_cells():
     crowded = torch.randn(20480, 3)
     crowded[::512] = 3 + 1e-4 * torch.randn(40, 3)
     yield "centres that nearly coincide", tokens, crowded, 1.1
+    border = torch.zeros(4096, 1)
+    border[::512, 0] = 1.45 * torch.tensor([1, 0.99, 0.98, 0.97, 0.96, -1, -1 + 2.6e-5, -1 + 5.2e-5])
+    border[1], border[2] = -1.4231109619140625, -1.4156
+    yield "a code on the border of cells", border[1:2].repeat(512, 1), border, 1.1
 
 
 @pytest.mark.parametrize("case", [*codebooks_by_cells()], ids=lambda case: case[0])
