@@ -11,16 +11,7 @@ from vector_quantize_pytorch import GroupedResidualVQ, ResidualFSQ, ResidualVQ, 
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 
 import quantizers
-from quantizers import (
-    DDCL,
-    EMAVQ,
-    FSQ,
-    SimVQ,
-    build_quantizer,
-    nearest_code,
-    search_bf16,
-    straight_through,
-)
+from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, nearest_code, search_bf16, straight_through
 
 DIM = 32
 OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
