@@ -3,9 +3,10 @@
     python refine.py CHECKPOINT=checkpoints/<run>/ema_vq_stage2_best.pt DATASET=cifar10
 
 Tokens of some training images are searched for, once, and kept in data/. From these, and from the encoder's own for
-every other image, learn the decoder, the predictor and the linear layer from a code's few numbers to z_q. Encoder,
-adapter and codebook stay, and so do the tokens that an image is encoded to. The losses are those of the checkpoint's
-training, without a GAN. Writes checkpoints/<run>/<quantizer>_refined.pt; a run that was stopped goes on.
+every other pair of images, learn what comes after them: the linear layer from a code's few numbers to z_q, the
+convolution behind it, decoder and predictor. Encoder, adapter and codebook stay, and so do the tokens that an image is
+encoded to. The losses are those of the checkpoint's training, without a GAN. Writes
+checkpoints/<run>/<quantizer>_refined.pt; a run that was stopped goes on.
 """
 import contextlib
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
@@ -54,13 +55,19 @@ def main():
             check(name in weights, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
         check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
               "one with a pretrained encoder and a quantizer")
+        for name, allowed in {"PERCEPTUAL": "encoder", "RANDOM_DEPTH": 0}.items():  # other losses would unlearn them
+            check(stored.get(name, allowed) == allowed, "CHECKPOINT", CHECKPOINT, f"one made with {name} = {allowed!r}")
         data = utils.load_datasets(DATASET, vqrae.config["image_size"])
         constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT), "DATASET": [(d.name, d.digest) for d in data]}
         searched = {name: constants[name] for name in ("CHECKPOINT", "DATASET", "FLIP", "IMAGES", "SWEEPS", "SEED")}
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
         utils.seed_everything(SEED)
-        images = draw_images(data)
+        images, objective = draw_images(data), Objective(vqrae, weights)
+        last = outputs / "last.pt"
+        saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
+        dataset = content.get("metrics", {}).get("dataset", data[0].name)  # its figures are those of another decoder
+        metadata = {"constants": stored, "metrics": {"dataset": dataset}}
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -68,7 +75,7 @@ def main():
     try:
         with lock:
             tokens = load_tokens(vqrae, images, Path("data", f"searched_{utils.digest(searched)}.pt"))
-            train(vqrae, content, weights, images, tokens, data[0].test_crops()[:EVAL_IMAGES], outputs)
+            train(objective, metadata, images, tokens, data[0].test_crops()[:EVAL_IMAGES], last, saved)
     except KeyboardInterrupt:
         sys.exit("\nrefine.py: stopped; the same command goes on after the last tokens, or the last epoch")
 
@@ -80,7 +87,8 @@ def draw_images(data: list[utils.Dataset]) -> Tensor:
         available = len(part.train_images) * (1 + FLIP)
         cache = FeatureCache(None, part, "cpu", 0.0, torch.float32)
         index = torch.cat([torch.randperm(available) for _ in range(IMAGES // (available * len(data)) + 1)])
-        drawn.append((cache.select(index[: math.ceil(IMAGES / len(data))]) * 255).round().byte())
+        batches = index[: math.ceil(IMAGES / len(data))].split(250)
+        drawn += [(cache.select(batch) * 255).round().byte() for batch in batches]
     images = torch.cat(drawn)
     return images[torch.randperm(len(images))[:IMAGES]]
 
@@ -120,23 +128,21 @@ class Objective(nn.Module):
                     + w["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)
 
 
-def train(vqrae: VQRAE, content: dict, weights: dict, images: Tensor, tokens: Tensor, test_images: Tensor,
-          outputs: Path):
-    """Train, from where a run was stopped, and leave a checkpoint after each epoch."""
-    vqrae.requires_grad_(False)
+def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, test_images: Tensor, last: Path,
+          saved: dict):
+    """Train, from where a run was stopped (`saved`, the content of `last`), and leave a checkpoint after each epoch."""
+    vqrae = objective.vqrae.requires_grad_(False)
     for part in (vqrae.decoder, vqrae.post_quant_conv, vqrae.predictor, vqrae.quantizer.project_out):
         part.requires_grad_(True)
     optimizers = adamw_and_muon(vqrae, ("predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks."),
                                 LEARNING_RATE)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state = {"vqrae": vqrae} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    last, steps_per_epoch = outputs / "last.pt", len(images) // BATCH_SIZE
-    saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
-    metadata = {name: content[name] for name in ("constants", "metrics", "epoch") if name in content}
-    objective = Objective(vqrae, weights)
+    steps_per_epoch = len(images) // BATCH_SIZE
     objective = BF16Weights(objective) if PRECISION == "bf16" else objective
-    print(f"{outputs.name}: {len(images):,} images, {sum(p.numel() for p in vqrae.parameters() if p.requires_grad):,} "
-          f"parameters learn; PSNR of {len(test_images)} test images\n epoch    loss   encoder's tokens   searched")
+    learning = sum(p.numel() for p in vqrae.parameters() if p.requires_grad)
+    print(f"{last.parent.name}: {len(images):,} images, {learning:,} parameters learn; PSNR of "
+          f"{len(test_images)} test images\n epoch    loss   encoder's tokens   searched")
     if saved["epoch"]:
         load_states(state, saved, last)
     else:
@@ -159,18 +165,20 @@ def train(vqrae: VQRAE, content: dict, weights: dict, images: Tensor, tokens: Te
         if not math.isfinite(loss):
             sys.exit(f"refine.py: the loss is not finite in epoch {epoch}; the checkpoint of the one before is kept")
         print("{:6} {:7.4f} {:18.2f} {:10.2f}".format(epoch, loss, *measure(vqrae, test_images)), flush=True)
-        path = outputs / f"{vqrae.config['quantizer']}_refined.pt"
-        utils.save_checkpoint(path, vqrae, **metadata)
+        utils.save_checkpoint(last.with_name(f"{vqrae.config['quantizer']}_refined.pt"), vqrae, **metadata, epoch=epoch)
         utils.save_torch(last, {"epoch": epoch, **{name: part.state_dict() for name, part in state.items()}})
-    print(f"see {outputs}/")
+    print(f"see {last.parent}/")
 
 
 def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
     """Mean PSNR of reconstructions from the encoder's tokens, and from searched ones"""
     vqrae.eval()
-    images = to_float(test_images.to(device))
-    tokens = vqrae.encode_to_indices(images), search_tokens(vqrae, images, SWEEPS)
-    return [psnr(vqrae.decode_from_indices(t, size=images.shape[2:]), images).mean().item() for t in tokens]
+    sums = torch.zeros(2)
+    for images in to_float(test_images).split(250):
+        images = images.to(device)
+        tokens = vqrae.encode_to_indices(images), search_tokens(vqrae, images, SWEEPS)
+        sums += torch.tensor([psnr(vqrae.decode_from_indices(t, size=images.shape[2:]), images).sum() for t in tokens])
+    return (sums / len(test_images)).tolist()
 
 
 def check_constants():

@@ -56,6 +56,32 @@ def test_only_what_follows_the_tokens_learns(name, run, folder, capsys):
     assert content["constants"] == WEIGHTS and content["metrics"] == {"dataset": "tiny"} and content["stage"] == 2
 
 
+@pytest.mark.parametrize("batch", [4, 8, 13])
+def test_every_loss_is_of_both_kinds_of_tokens(batch, run, monkeypatch):
+    """Tokens are told apart by their values: searched ones are all 1, the encoder's 0."""
+    compared, quantized = [], []
+    monkeypatch.setattr(refine, "search_tokens", lambda vqrae, images, sweeps: torch.ones(len(images), 8, 8).long())
+    monkeypatch.setattr(VQRAE, "encode_to_indices", lambda vqrae, images: torch.zeros(len(images), 8, 8).long())
+    forward, teach = refine.Objective.forward, refine.build_encoder
+
+    def log_tokens(objective, images, indices):
+        quantized.append(indices[:, 0, 0])
+        return forward(objective, images, indices)
+
+    def build_encoder(*arguments):
+        encoder = teach(*arguments)
+        encoder.register_forward_pre_hook(lambda _, images: compared.append(len(images[0])))
+        return encoder
+
+    monkeypatch.setattr(refine.Objective, "forward", log_tokens)
+    monkeypatch.setattr(refine, "build_encoder", build_encoder)
+    run("ema_vq", f"BATCH_SIZE={batch}", "EPOCHS=1", "PRECISION=fp32")
+    assert compared == [batch, (batch + 1) // 2] * (40 // batch)  # targets, then every other reconstruction
+    for tokens in quantized:
+        for part in (tokens, tokens[::2]):  # the pixels' and the perceptual loss
+            assert abs((part == 1).sum() - (part == 0).sum()) <= 2 and part.unique().tolist() == [0, 1], part
+
+
 def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
     weights, expected = load_torch(run())["model"], capsys.readouterr().out
     stopped = tmp_path / "stopped"
@@ -102,7 +128,26 @@ def test_a_checkpoint_that_cannot_be_refined(run):
     save_checkpoint(Path("scratch.pt"), VQRAE("scratch", decoder_width=32, decoder_depth=1), constants=WEIGHTS)
     save_checkpoint(Path("bare.pt"), VQRAE(decoder_width=32, decoder_depth=1))
     save_checkpoint(Path("weights.pt"), VQRAE(decoder_width=32, decoder_depth=1), constants={})
+    for constants in ({"PERCEPTUAL": "lpips"}, {"RANDOM_DEPTH": 0.5}):
+        path = Path(f"{next(iter(constants))}.pt")
+        save_checkpoint(path, VQRAE(decoder_width=32, decoder_depth=1), constants=WEIGHTS | constants)
     for name, reason in (("none", "a quantizer"), ("scratch", "pretrained encoder"), ("bare", "constants"),
-                         ("weights", "L2_WEIGHT")):
+                         ("weights", "L2_WEIGHT"), ("PERCEPTUAL", "PERCEPTUAL = 'encoder'"),
+                         ("RANDOM_DEPTH", "RANDOM_DEPTH = 0")):
         with pytest.raises(SystemExit, match=f"^refine.py: .*{name}.pt.*{reason}[^\n]*$"):
             run("ema_vq", f"CHECKPOINT={name}.pt")
+
+
+def test_what_cannot_be_read_is_named_before_anything_is_searched(run, monkeypatch):
+    path = run("fsq")
+    path.with_name("last.pt").write_bytes(b"torn")
+    monkeypatch.setattr(refine, "search_tokens", None)
+    with pytest.raises(SystemExit, match="^refine.py: checkpoint .*last.pt cannot be read[^\n]*$"):
+        run("fsq")
+
+    def unreachable(*arguments):
+        raise RuntimeError("weights cannot be downloaded")
+
+    monkeypatch.setattr(refine, "build_encoder", unreachable)
+    with pytest.raises(SystemExit, match="^refine.py: weights cannot be downloaded$"):
+        run("fsq", "SEED=1")
