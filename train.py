@@ -50,7 +50,7 @@ FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8
 SIMVQ_CODEBOOK_SIZE = 16384
 SIMVQ_CODE_DIM = 8  # width of a code; None: that of the encoder's features, as in the papers
 EMA_CODEBOOK_SIZE = 65536
-EMA_CODE_DIM = 16  # width of a code: with 8 images are sharper, with 16 z_q keeps more of their meaning
+EMA_CODE_DIM = 16  # width of a code: images are as sharp with 8, but z_q tells less of what they show
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
 CODEBOOKS = 1  # of the size above each, except for DDCL: two of 256 make 65,536 codes
 COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of the code's numbers
