@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -111,32 +112,28 @@ def fuse(encoder: nn.Module) -> nn.Module:
 
 
 class ConvBlock(nn.Module):
-    """Residual block of two 3x3 convolutions."""
+    """Residual block of two 3x3 convolutions, of the first encoder."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv1 = ConvNorm(dim, dim, 3, padding_mode="zeros")
-        self.conv2 = ConvNorm(dim, dim, 3, padding_mode="zeros")
+        self.conv1, self.conv2 = [ConvNorm(dim, dim, 3, padding_mode="zeros") for _ in range(2)]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-class ConvEncoder(nn.Module):
+class FirstEncoder(nn.Module):
     """The first encoder that shipped: a residual network's 192 channels, and 64 of a linear patch embedding."""
 
-    patch = 4
-    dim = 256
+    patch, dim = 4, 256
 
     def __init__(self, token_size: int = 4):
         super().__init__()
         self.token_size = token_size
-        self.deep = nn.Sequential(
-            ConvNorm(3, 32, 3, padding_mode="zeros"), nn.ReLU(),
-            ConvNorm(32, 96, 3, stride=2, padding_mode="zeros"), nn.ReLU(), ConvBlock(96),
-            ConvNorm(96, 192, 3, stride=2, padding_mode="zeros"), nn.ReLU(), ConvBlock(192), ConvBlock(192),
-            ConvNorm(192, 192, 1),
-        )
+        conv = partial(ConvNorm, padding_mode="zeros")
+        self.deep = nn.Sequential(conv(3, 32, 3), nn.ReLU(), conv(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
+                                  conv(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
+                                  ConvNorm(192, 192, 1))
         self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
         fuse(self)
 
@@ -152,8 +149,7 @@ class AirbenchEncoder(nn.Module):
     (2404.00498), which sees most of a 32x32 image, at half the tokens' resolution, and 64 of a linear patch embedding.
     """
 
-    patch = 4
-    dim = 256
+    patch, dim = 4, 256
 
     def __init__(self, token_size: int = 4, fused: bool = True):
         """fused: True for the shipped weights; False has the BatchNorms that training from scratch needs."""
@@ -178,14 +174,13 @@ class AirbenchEncoder(nn.Module):
 
 
 # The encoders that ship with the repository; with the first, vqrae_fsq.pt and vqrae_simvq.pt were trained.
-SHIPPED = {"cifar": AirbenchEncoder, "cifar_first": ConvEncoder}
+SHIPPED = {"cifar": AirbenchEncoder, "cifar_first": FirstEncoder}
 
 
 class CNNEncoder(nn.Module):
     """Three strided convolutions and one more: 32x32 images to a 4x4 grid."""
 
-    patch = 8
-    dim = 256
+    patch, dim = 8, 256
 
     def __init__(self, token_size: int):
         super().__init__()
@@ -372,14 +367,14 @@ class CNNDecoder(nn.Module):
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
-    `config` holds the constructor's arguments, which a checkpoint stores to build the model again.
+    `config` holds the constructor's arguments, which a checkpoint stores to build the model again. (Their defaults are
+    not all those of train.py.)
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
-                 decoder: str | None = None, decoder_width: int | None = None,
-                 decoder_depth: int | None = None, decoder_heads: int | None = None, local: bool = True,
-                 pretrained: bool = True):
+                 decoder: str | None = None, decoder_width: int | None = None, decoder_depth: int | None = None,
+                 decoder_heads: int | None = None, local: bool = True, pretrained: bool = True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
@@ -429,9 +424,9 @@ class VQRAE(nn.Module):
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         # Radius of the receptive field in tokens, when images are encoded and when they are decoded; None: unbounded.
         # The shipped encoder: 8; a residual block: 2; after the tokens' resolution, less than 3 in all.
-        local = local and not vit
-        self.encoder_reach = 8 + 2 * adapter_depth if local else None
-        self.decoder_reach = 3 + 2 * depth + post_quant_kernel // 2 if local and kind != "vit" else None
+        bounded = local and not vit
+        self.encoder_reach = 8 + 2 * adapter_depth if bounded else None
+        self.decoder_reach = 3 + 2 * depth + post_quant_kernel // 2 if bounded and kind != "vit" else None
         self.set_stage(1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -450,6 +450,7 @@ def build_quantizer(name: str, dim: int, codebooks: int = 1, combine: str = "res
 
 
 def check(ok: bool, name: str, value: object, allowed: str):
+    """ValueError with a line that names what is wrong, its value and what is allowed, unless ok"""
     if not ok:
         raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
 
@@ -500,11 +501,15 @@ def fast_bf16(device: torch.device | str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def origin_near(codebook: Tensor) -> Tensor:
+    """A point (D,) to measure from: distances stay what they are, and fp32 rounds smaller numbers less. A median, of up
+    to 128 codes, is near most codes even if some are far away; a mean is not."""
+    return codebook[:: len(codebook) // 128 + 1].median(0).values
+
+
 def search_fp32(x: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     """As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), the nearest has the largest x.c - |c|^2 / 2: a matrix product."""
-    # Distances do not depend on the origin, and fp32 rounds smaller numbers less. A median, of up to 128 codes, is near
-    # most codes even if some are far away; a mean is not.
-    origin = codebook[:: len(codebook) // 128 + 1].median(0).values
+    origin = origin_near(codebook)
     codes = codebook - origin
     bias = torch.cat([rows.square().sum(1) for rows in codes.split(max(1, 2**19 // codes.shape[1]))]) / -2
     chunks = x.split(max(1, (2**26 if x.is_cuda else 2**20) // len(codes)))  # of scores that fit a CPU's cache
@@ -520,43 +525,43 @@ def search_fp32(x: Tensor, codebook: Tensor, exact: bool) -> Tensor:
 def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     """What search_fp32 finds, from a few of the codes: a large codebook of narrow codes, on a CPU.
 
-    Every 512th code is a centre a_j; its cell are the codes nearer to it than to other centres. If a_i is the centre
+    Every 512th code is a centre a_j; its cell is the codes nearer to it than to other centres. If a_i is the centre
     nearest to token t, the codes of cell j lie beyond the plane half-way between a_i and a_j, whose distance from t is
         (s_i - s_j) / |a_i - a_j|,    s_j = t.a_j - |a_j|^2 / 2
     Cell i is searched first, then the cells whose plane is no farther from t than the best code of cell i: a tenth of
     65,536 codes of 16 numbers that fit the tokens. (With many more numbers, all planes are nearer than any code.)
     """
-    origin = codebook[:: len(codebook) // 128 + 1].median(0).values  # as in search_fp32
+    origin = origin_near(codebook)
     x, codes = x - origin, codebook - origin
     squares, lengths = x.square().sum(1, keepdim=True), codes.square().sum(1, keepdim=True)
-    slack = 3 * (x.shape[1] + 1) * torch.finfo(x.dtype).eps * (squares + lengths.max())  # rounding of s_i - s_j
+    slacks = 3 * (x.shape[1] + 1) * torch.finfo(x.dtype).eps * (squares + lengths.max())  # rounding of s_i - s_j
     x, codes = F.pad(x, (0, 1), value=1.0), torch.cat([codes, lengths / -2], 1)  # a product of them is a score
     centres = codes[::512]
     apart = (centres[:, None] - centres)[..., :-1].norm(dim=2).clamp(min=1e-30)  # cdist would round small distances
-    cell = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).argmax(1) for c in codes[:, :-1].split(2**13)])
-    order = cell.argsort(stable=True)
-    cells = codes[order].split(cell.bincount(minlength=len(centres)).tolist())
+    cell_of = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).argmax(1) for c in codes[:, :-1].split(2**13)])
+    order = cell_of.argsort(stable=True)
+    cells = codes[order].split(cell_of.bincount(minlength=len(centres)).tolist())
     largest = max(map(len, cells))
     size = min(len(x), 2**13, 2**24 // largest)  # tokens at a time
     memory = x.new_empty(size * largest)
     indices = []
-    for tokens, square, slack in zip(x.split(size), squares.split(size), slack.split(size)):
-        scores = tokens @ centres.T
-        highest, own = scores.max(1, keepdim=True)
-        planes = (highest - scores - slack) / apart[own[:, 0]]
+    for tokens, square, slack in zip(x.split(size), squares.split(size), slacks.split(size)):
+        to_centres = tokens @ centres.T
+        nearest, own = to_centres.max(1, keepdim=True)
+        planes = (nearest - to_centres - slack) / apart[own[:, 0]]
         best, index = torch.full_like(square[:, 0], -torch.inf), torch.zeros_like(own[:, 0])
-        due = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, own, True)
+        due = torch.zeros_like(planes, dtype=torch.bool).scatter_(1, own, True)
         for _ in range(2):  # the own cells, then those within reach
             cell, token = due.T.nonzero().unbind(1)
             start = 0
-            for codes, rows in zip(cells, token.split(cell.bincount(minlength=len(cells)).tolist())):
-                if len(codes) and len(rows):
-                    scores = memory[: len(rows) * len(codes)].view(len(rows), -1)
-                    highest = torch.mm(tokens[rows], codes.T, out=scores).amax(1)
+            for members, rows in zip(cells, token.split(cell.bincount(minlength=len(cells)).tolist())):
+                if len(members) and len(rows):
+                    scores = memory[: len(rows) * len(members)].view(len(rows), -1)
+                    highest = torch.mm(tokens[rows], members.T, out=scores).amax(1)
                     better = (highest > best[rows]).nonzero()[:, 0]
                     best[rows[better]] = highest[better]
                     index[rows[better]] = start + scores[better].argmax(1)
-                start += len(codes)
+                start += len(members)
             reach = (square - 2 * best[:, None] + slack).clamp(min=0).sqrt()
             due = (planes <= reach).scatter_(1, own, False)
         indices.append(order[index])
@@ -575,7 +580,7 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         s <= last + error,    error = |t - t'| |c| + |t'| |c - c'| + |bias - bias'| + 2**-8 |last|,
     with the largest |c|, |c - c'| and |bias - bias'|. The best on the shortlist is proven if its s is not below that.
     """
-    origin = codebook[:: len(codebook) // 128 + 1].median(0).values
+    origin = origin_near(codebook)
     codes = torch.empty_like(codebook, dtype=torch.bfloat16)
     squares, errors = x.new_empty(2, len(codes))  # |c|^2 and |c - c'|^2
     size = max(1, 2**19 // x.shape[1])  # codes at a time: centred in fp32, all would take three times the memory
