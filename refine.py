@@ -50,9 +50,9 @@ def main():
         check_constants()
         vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
         stored = content["constants"]
-        weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # its name, and no such loss, earlier
+        loss_weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # its name earlier; 0: still earlier
         for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PERCEPTUAL_WEIGHT"):
-            check(name in weights, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
+            check(name in stored, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
         check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
               "one with a pretrained encoder and a quantizer")
         for name, allowed in {"PERCEPTUAL": "encoder", "RANDOM_DEPTH": 0}.items():  # other losses would unlearn them
@@ -63,7 +63,7 @@ def main():
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
         utils.seed_everything(SEED)
-        images, objective = draw_images(data), Objective(vqrae, weights)
+        images, objective = draw_images(data), Objective(vqrae, loss_weights)
         last = outputs / "last.pt"
         saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
         dataset = content.get("metrics", {}).get("dataset", data[0].name)  # its figures are those of another decoder
@@ -109,9 +109,9 @@ def load_tokens(vqrae: VQRAE, images: Tensor, path: Path) -> Tensor:
 class Objective(nn.Module):
     """What a step minimises: train.py's losses of a stage in which only what follows the tokens learns."""
 
-    def __init__(self, vqrae: VQRAE, weights: dict):
+    def __init__(self, vqrae: VQRAE, loss_weights: dict):
         super().__init__()
-        self.vqrae, self.weights = vqrae, weights
+        self.vqrae, self.loss_weights = vqrae, loss_weights
         encoder = build_encoder(vqrae.config["encoder"], vqrae.token_size).to(device)
         self.teacher = encoder.eval().requires_grad_(False)
 
@@ -121,11 +121,11 @@ class Objective(nn.Module):
             with torch.no_grad():
                 features = self.teacher(images)
             z_q = self.vqrae.quantizer.indices_to_codes(indices)
-            output, w = self.vqrae.decode(z_q), self.weights
-            _, predict_loss = self.vqrae.compute_distillation_loss(features, z_q, features, w["PREDICT_IMAGE"])
+            output, weights = self.vqrae.decode(z_q), self.loss_weights
+            _, predict_loss = self.vqrae.compute_distillation_loss(features, z_q, features, weights["PREDICT_IMAGE"])
             perceptual_loss = F.mse_loss(self.teacher(output[::2]), features[::2])  # half of them: half the time
-            return (w["L2_WEIGHT"] * F.mse_loss(output, images) + w["PREDICT_WEIGHT"] * predict_loss
-                    + w["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)
+            return (weights["L2_WEIGHT"] * F.mse_loss(output, images) + weights["PREDICT_WEIGHT"] * predict_loss
+                    + weights["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)
 
 
 def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, test_images: Tensor, last: Path,
@@ -152,8 +152,8 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
         vqrae.train()  # without clamping to [0, 1], which stops gradients
         losses, order = [], torch.randperm(len(images))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
         for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
-            kind = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
-            loss = objective(to_float(images[index].to(device)), tokens[kind, index].to(device))
+            searched = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
+            loss = objective(to_float(images[index].to(device)), tokens[searched, index].to(device))
             loss.backward()
             nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
             for optimizer, rate in zip(optimizers, rates):
