@@ -50,7 +50,7 @@ def main():
         check_constants()
         vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
         stored = content["constants"]
-        loss_weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # its name earlier; 0: still earlier
+        loss_weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # an earlier name
         for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PERCEPTUAL_WEIGHT"):
             check(name in stored, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
         check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
