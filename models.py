@@ -460,7 +460,8 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, if the model is local."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, if the model is local. In
+        train mode EMA-VQ's codebook learns from them, as in forward."""
         return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_reach)
 
     @torch.no_grad()
@@ -530,8 +531,7 @@ class VQRAE(nn.Module):
         size = tuple(n * self.token_size for n in grid) if size is None else size
         valid = isinstance(size, (tuple, list)) and all(hasattr(n, "__index__") for n in size)  # also NumPy's integers
         valid = valid and tuple(-(-n // self.token_size) for n in size) == grid
-        check(valid, "size", size, f"that of {grid} tokens of {self.token_size} x {self.token_size} pixels, the last "
-              "of which may be cut off")
+        check(valid, "size", size, f"that of {grid} tokens of {self.token_size} pixels, the last of which may be cut")
         return size
 
     def _check_features(self, z: Tensor, name: str) -> Tensor:

@@ -30,7 +30,7 @@ from evaluate import (
 from models import VQRAE
 from quantizers import check
 from search import search_tokens
-from utils import find_images, load_checkpoint, load_image, psnr, ssim, to_float
+from utils import digest, find_images, load_checkpoint, load_image, psnr, ssim, to_float
 
 PHOTOS = None  # a folder
 SEARCH = 0  # sweeps of search.py; 0: the encoder's own tokens
@@ -76,7 +76,8 @@ def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: di
         figures = {"bits": bits / pixels, "psnr": psnr(reconstruction, image), "ssim": ssim(reconstruction, image)}
         rows.setdefault(name, []).append({key: float(value) for key, value in figures.items()})
         if len(rows[name]) == 1:
-            path = Path("outputs", "photographs", f"{name.replace('/', '_')}.png")  # a name may be a path
+            short = name if len(name) < 200 else f"{name[:150]} {digest(name)}"  # names may be longer than a file's may
+            path = Path("outputs", "photographs", f"{short.replace('/', '_')}.png")  # or paths
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(torch.cat([image, reconstruction], 3), path)
 

@@ -329,6 +329,8 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
     if START_CHECKPOINT is not None and not meta:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
         quantizer = {name: loaded.config[name] for name in ("quantizer", "quantizer_options")}
+        if loaded.token_size == model.token_size:  # else both are named below
+            loaded.config |= {name: model.config[name] for name in ("image_size", "grid")}
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
                   if loaded.config[name] != value and name not in ("local", *quantizer)]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")

@@ -116,7 +116,7 @@ class Dataset(NamedTuple):
         return self.test_images[..., start : start + self.size, start : start + self.size]
 
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # not EPS, for which Pillow runs a program
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")  # not EPS: that is a program
 DATASETS = ("auto", "cifar10", "cifar100", "shapes")  # "auto": CIFAR-10 or else shapes, which are drawn here
 
 
@@ -298,8 +298,8 @@ def load_image(path: str | Path) -> Tensor:
 
 def open_image(file: Path) -> Image.Image:
     """In RGB and upright, as a viewer shows it: transparency on white, 16-bit grey from 0 to 65535, floats 0 to 1."""
-    with Image.open(file, formats=FORMATS) as image:
-        image = ImageOps.exif_transpose(image)
+    with open(file, "rb") as opened, Image.open(opened, formats=FORMATS) as image:  # by its path, Pillow 13 maps a TIFF
+        image = ImageOps.exif_transpose(image)  # into memory, and scrambles one that is to be turned
     if image.mode[0] in "IF":
         grey, white = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
         check(0 <= grey.min() and grey.max() <= white, "grey", f"{grey.min():g} to {grey.max():g}", f"0 to {white}")
@@ -413,8 +413,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     Returns the metrics (psnr in dB, ssim, usage in [0, 1], perplexity; the last two 0 without a quantizer; usage_1 and
     so on of each of several codebooks), counts (see VQRAE.get_codebook_usage) and reconstructions (N, 3, H, W), uint8.
     """
-    check(images.dtype == torch.uint8 and len(images) > 0, "images", f"{tuple(images.shape)} {images.dtype}",
-          "at least one image, uint8")
+    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "some, uint8")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -443,8 +442,7 @@ def load_lpips() -> nn.Module:
     url = VGG16_Weights.IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not path.exists():  # its name ends in the first digits of its hash
-        reason = 'LPIPS needs it; PERCEPTUAL = "encoder" needs no download'
-        download(url, path, "sha256", path.stem.split("-")[1], reason)
+        download(url, path, "sha256", path.stem.split("-")[1], 'LPIPS needs it, PERCEPTUAL = "encoder" does not')
     return LearnedPerceptualImagePatchSimilarity("vgg").net
 
 

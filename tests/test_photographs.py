@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def test_photographs(run, tmp_path, capsys):
     searched, = re.findall(r"^\| cifar fsq, stage 1 +\| +[\d.]+ +\| +([\d.]+) ", printed, re.M)
     assert float(searched) > psnr and "tokens from search.py, 2 sweeps" in printed
     assert Image.open("outputs/photographs/JPEG.png").size in ((140, 45), (66, 64))
+
+
+def test_names_that_are_longer_than_a_files(run, tmp_path):
+    for name, differs in (("a", "x"), ("b", "y" * 300), ("c", "y" * 301)):
+        save_checkpoint(tmp_path / f"{name}.pt", load_checkpoint(tmp_path / "a.pt"), constants={"DATASET": differs})
+    run(f"PHOTOS={tmp_path / 'photos'}", "COUNT=1", *(tmp_path / f"{name}.pt" for name in "abc"))
+    assert len(list(Path("outputs", "photographs").glob("cifar fsq*.png"))) == 3
 
 
 @pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "SEARCH=-1", "PHOTOS=outputs"])

@@ -282,6 +282,15 @@ def test_starting_from_a_checkpoint(train, folder):
     checkpoint.write_bytes((second / "fsq_stage2_best.pt").read_bytes())  # another file of the same name is another run
     train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
     assert len(list(Path("checkpoints").iterdir())) == 4
+    larger = "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "IMAGE_SIZE=64"
+    with pytest.raises(SystemExit, match="START_CHECKPOINT.*image_size is 32 there and 64 here"):  # 8 pixels a token
+        train(*first_run, *larger)
+    train(*first_run, *larger, "GRID=16", "LEARNING_RATE=(1e-3, 1e-9)", "SEED=2")
+    *_, path = sorted(Path("checkpoints").glob("*/fsq_stage2_best.pt"), key=lambda path: path.stat().st_mtime)
+    before, after = load_checkpoint(checkpoint), load_checkpoint(path)
+    assert (after.config["image_size"], after.config["grid"]) == (64, 16)
+    for weight, start in zip(after.parameters(), before.parameters()):
+        assert torch.allclose(weight, start, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -318,6 +318,9 @@ def test_loading_one_image(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees to the right
     Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
     assert torch.equal(load_image(tmp_path / "a.png"), upright)
+    for exif[0x0112], angle in ((6, 90), (8, -90)):
+        Image.fromarray(pixels[..., 0]).rotate(angle, expand=True).save(tmp_path / "turned.tiff", exif=exif)
+        assert torch.equal(load_image(tmp_path / "turned.tiff"), upright[:, :1].expand(1, 3, 7, 12))
     grey = pixels[..., 0].astype(np.uint16) * 257
     Image.fromarray(grey).save(tmp_path / "grey.png")
     assert torch.allclose(load_image(tmp_path / "grey.png"), upright[:, :1].expand(1, 3, 7, 12), atol=1e-3)
