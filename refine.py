@@ -139,6 +139,7 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state = {"vqrae": vqrae} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     steps_per_epoch = len(images) // BATCH_SIZE
+    searched = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
     objective = BF16Weights(objective) if PRECISION == "bf16" else objective
     learning = sum(p.numel() for p in vqrae.parameters() if p.requires_grad)
     print(f"{last.parent.name}: {len(images):,} images, {learning:,} parameters learn; PSNR of "
@@ -152,7 +153,6 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
         vqrae.train()  # without clamping to [0, 1], which stops gradients
         losses, order = [], torch.randperm(len(images))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
         for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
-            searched = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
             loss = objective(to_float(images[index].to(device)), tokens[searched, index].to(device))
             loss.backward()
             nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
