@@ -168,8 +168,9 @@ def utilisation():
     torch.backends.cudnn.allow_tf32 = False  # the product is without it, too
     print_heading(f"a step of {BATCH_SIZE} images", "product", "step")
     models = [("cifar", 32, 8)] + [("dinov2_b", 256, 16)] * (device == "cuda")
+    fast = "bf16" if fast_bf16(device) else "fp32"
     for encoder, size, grid in models:
-        for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+        for precision, stage in dict.fromkeys((("fp32", 1), (fast, 1), (fast, 2))):
             teacher, step = build_training(precision, stage, encoder, size, grid)
             images = torch.rand(BATCH_SIZE, 3, size, size, device=device)
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):

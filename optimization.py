@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Conv
-from quantizers import EMAVQ, Quantizer
+from quantizers import EMAVQ, Quantizer, fast_bf16
 
 
 def warmup_cosine(step: int, steps: int) -> float:
@@ -67,7 +67,8 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
 
 
 def orthogonalize(matrices: list[Tensor], pad: bool):
-    """Make matrices nearly orthogonal, in place: five Newton-Schulz steps in bf16 take all singular values towards 1.
+    """Make matrices nearly orthogonal, in place: five Newton-Schulz steps take all singular values towards 1. They need
+    no more than bf16; where that would be emulated, fp32 is faster.
 
     Matrices of one shape are computed together; with `pad` those of similar ones, too, with zeros, which stay zeros.
     """
@@ -78,7 +79,8 @@ def orthogonalize(matrices: list[Tensor], pad: bool):
         stacks.setdefault(key, []).append(wide)
     for stack in stacks.values():
         rows, columns = (max(matrix.shape[side] for matrix in stack) for side in (0, 1))
-        x = torch.zeros(len(stack), rows, columns, dtype=torch.bfloat16, device=stack[0].device)
+        dtype = torch.bfloat16 if fast_bf16(stack[0].device) else torch.float32
+        x = torch.zeros(len(stack), rows, columns, dtype=dtype, device=stack[0].device)
         torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
         x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
         for _ in range(5):

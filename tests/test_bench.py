@@ -28,13 +28,14 @@ def bench(monkeypatch):
 
 
 def test_bench_prints_its_tables(bench, folder, capsys):
+    precision = "bf16" if module.fast_bf16("cpu") else "fp32"
     bench("ROUNDS=1", "BATCHES=1", "BATCH_SIZE=8", "CODEBOOKS=((64, 8),)", "TOKENS=256", "SCALING=(64,)",
           f"SCALING_DATASET={folder}", f"DATASET={folder}")
     printed = capsys.readouterr().out
-    for line in ("8 images", "cifar, fp32, stage 1", "cifar, bf16, stage 2", "SimVQ 64 x 8, 1 x 256, 100.00% equal",
-                 "EMA-VQ 64 x 8, 32 x 8", "encode_to_indices, and encoder: ddcl",
-                 "encode_to_indices, and encoder + product: ema_vq", "start to first step",
-                 "python train.py: not timed"):
+    for line in ("8 images", "cifar, fp32, stage 1", f"cifar, {precision}, stage 2",
+                 "SimVQ 64 x 8, 1 x 256, 100.00% equal", "EMA-VQ 64 x 8, 32 x 8",
+                 "encode_to_indices, and encoder: ddcl", "encode_to_indices, and encoder + product: ema_vq",
+                 "start to first step", "python train.py: not timed"):
         assert line in printed
     assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", printed, re.MULTILINE)
 
