@@ -76,7 +76,7 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen enco
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or half an hour on a laptop
-EPOCH_IMAGES = None if device == "cuda" else 6_250  # training images in an epoch; None: all
+EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # in an epoch, those of a small dataset again and again; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together
 ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's codebook is then updated, and the GAN's
@@ -113,7 +113,7 @@ def main():
         if ranks > 1 and rank == 0:
             dist.broadcast_object_list(names)
         most = max(len(part.train_images) for part in data)
-        check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} training images")
+        check(BATCH_SIZE <= (EPOCH_IMAGES or most), "BATCH_SIZE", BATCH_SIZE, f"at most the {most} training images")
         run = Run(constants, data)
     except torch.OutOfMemoryError:  # a RuntimeError, too, and reported at the end of this file
         raise
@@ -163,8 +163,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 features: list[FeatureCache], data: list[Dataset], run: "Run"):
     """Train one stage, from its first epoch or where `run` was stopped, and leave grids, curves and checkpoints."""
     model.set_stage(stage).train()
-    images_in_all = max(len(part.train_images) for part in data)
-    count = min(EPOCH_IMAGES or images_in_all, images_in_all)
+    count = EPOCH_IMAGES or max(len(part.train_images) for part in data)
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])

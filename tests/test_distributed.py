@@ -16,7 +16,7 @@ processes = multiprocessing.get_context("forkserver")  # imports torch and the r
 processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
 
 ARGUMENTS = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64", "SIMVQ_CODEBOOK_SIZE=256",
-             "ADAPTER_DEPTH=1", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2"]
+             "ADAPTER_DEPTH=1", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2", "EPOCH_IMAGES=None"]
 
 # train.py with each process's model written to a file of its own at the end, or with one process killed
 WATCHED = """

@@ -24,7 +24,7 @@ processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.imag
 
 ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64",
              "SIMVQ_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=0", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2",
-             "GAN_WEIGHT=0.1", "FLIP=True"]
+             "GAN_WEIGHT=0.1", "FLIP=True", "EPOCH_IMAGES=None"]
 
 
 def count_down(function, calls, then):

@@ -20,7 +20,7 @@ from utils import FeatureCache, draw_shapes, load_checkpoint, load_torch, save_t
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256",
          "EMA_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=1", "DECODER_WIDTH=64", "DECODER_DEPTH=1",
-         "DECODER_HEADS=2"]
+         "DECODER_HEADS=2", "EPOCH_IMAGES=None"]
 
 
 @pytest.fixture
@@ -186,8 +186,16 @@ def test_a_pass_shows_each_image_once(flip, monkeypatch):
         assert sorted((order % 1000).tolist()) == list(range(1000))
         assert 400 < (order >= 1000).sum() < 600 if flip else (order < 1000).all()
     assert len(torch.cat(epochs).unique()) == (2000 if flip else 1000)  # and two passes each way round
+    assert torch.equal(script.shuffled(1000, 2000, 0), torch.cat(epochs))  # an epoch of more images than there are
     assert torch.equal(script.shuffled(1000, 1000, 1), torch.cat(epochs[4:]))
     assert not torch.equal(torch.cat(epochs[4:]), torch.cat(epochs[:4]))
+
+
+def test_a_small_dataset_has_as_many_steps_as_a_large_one(train, folder):
+    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "EPOCH_IMAGES=192", "STAGES=(1,)")  # of 96 images
+    last, = Path("checkpoints").glob("*/last.pt")
+    state = load_torch(last)["optimizer_0"]["state"]
+    assert {int(values["step"]) for values in state.values()} == {6}
 
 
 def test_mirrored_images_have_features_of_their_own(train, folder):
@@ -382,9 +390,9 @@ def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
     "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1", "GAN_WEIGHT=-0.1", "GAN_START=1.5",
     "PREDICT_WEIGHT=no", "PREDICT_IMAGE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
     "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_IMAGES=0", "EPOCH_IMAGES=10", "EVAL_IMAGES=0",
-    "BATCH_SIZE=0", "BATCH_SIZE=1000", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)", "FEATURE_CACHE_GB=-1",
-    "KEEP_CHECKPOINTS=-1", "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16", "OPTIMIZER=sgd",
-    "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000",
+    "BATCH_SIZE=0", "BATCH_SIZE=1000 EPOCH_IMAGES=None", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)",
+    "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1", "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16",
+    "OPTIMIZER=sgd", "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000",
     "FSQ_LEVELS=(64, 64, 64, 64, 64)", "CODEBOOKS=0", "CODEBOOKS=2.5", "CODEBOOKS=5 QUANTIZER=simvq",
     "CODEBOOKS=70 QUANTIZER=ema_vq", "CODEBOOKS=2 QUANTIZER=ddcl", "CODEBOOKS=2 QUANTIZER=none", "CODEBOOKS=6",
     "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2 QUANTIZER=fsq",
