@@ -99,7 +99,7 @@ def test_a_step_hardly_waits(quantizer, waits, folder, monkeypatch):
     for name, value in {
             "DATASET": str(folder), "QUANTIZER": quantizer, "EPOCHS": (1, 1), "EPOCH_IMAGES": None, "BATCH_SIZE": 16,
             "EVAL_IMAGES": 16, "EMA_CODEBOOK_SIZE": 64, "SIMVQ_CODEBOOK_SIZE": 256, "DECODER_WIDTH": 64,
-            "DECODER_DEPTH": 1, "FLIP": True, "GAN_WEIGHT": 0.5, "GAN_START": 0.1, "PRECISION": "bf16"}.items():
+            "DECODER_DEPTH": 1, "FLIP": True, "GAN_WEIGHT": 0.5, "GAN_START": 0.1}.items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with counter:
