@@ -484,16 +484,13 @@ class VQRAE(nn.Module):
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks as above"""
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor,
-                                  image_weight: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean squared errors against the frozen encoder's features teacher_z (B, C, h, w): of the encoder's features z
-        (0 in stage 1, where both are the same), and of the features predicted from z_q. To the latter, image_weight
-        times the error of each image's mean features is added."""
-        shapes = [tuple(tensor.shape) for tensor in (z, z_q, teacher_z)]
-        check(len(set(shapes)) == 1, "(z, z_q, teacher_z)", shapes, "tensors of one shape")
+    def compute_prediction_loss(self, z_q: Tensor, teacher_z: Tensor, image_weight: float = 0.0) -> Tensor:
+        """Mean squared error of the features predicted from z_q, against the frozen encoder's teacher_z (B, C, h, w),
+        plus image_weight times that of each image's mean features."""
         predicted = self.predict_features(z_q).float()
+        check(predicted.shape == teacher_z.shape, "teacher_z", tuple(teacher_z.shape), f"{tuple(predicted.shape)}")
         image_loss = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
-        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + image_weight * image_loss
+        return F.mse_loss(predicted, teacher_z) + image_weight * image_loss
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:

@@ -122,7 +122,7 @@ class Objective(nn.Module):
                 features = self.teacher(images)
             z_q = self.vqrae.quantizer.indices_to_codes(indices)
             output, weights = self.vqrae.decode(z_q), self.loss_weights
-            _, predict_loss = self.vqrae.compute_distillation_loss(features, z_q, features, weights["PREDICT_IMAGE"])
+            predict_loss = self.vqrae.compute_prediction_loss(z_q, features, weights["PREDICT_IMAGE"])
             perceptual_loss = F.mse_loss(self.teacher(output[::2]), features[::2])  # half of them: half the time
             return (weights["L2_WEIGHT"] * F.mse_loss(output, images) + weights["PREDICT_WEIGHT"] * predict_loss
                     + weights["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)

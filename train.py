@@ -283,7 +283,8 @@ class Objective(nn.Module):
             l2_loss = F.mse_loss(output, images)
             perceptual_loss = distill_loss = predict_loss = gan_loss = zero = torch.zeros_like(l2_loss)
             if self.teacher is not None:
-                distill_loss, predict_loss = self.model.compute_distillation_loss(z, z_q, teacher_z, PREDICT_IMAGE)
+                distill_loss = F.mse_loss(z, teacher_z)  # 0 in stage 1, where both are the same
+                predict_loss = self.model.compute_prediction_loss(z_q, teacher_z, PREDICT_IMAGE)
             perceptual_weight = PERCEPTUAL_WEIGHT[self.stage - 1]
             if perceptual_weight and self.lpips is not None:
                 perceptual_loss = self.lpips(output.clamp(0, 1), images, normalize=True).mean()

@@ -54,7 +54,7 @@ MODEL = {
     "indices with a fraction": (lambda m: m.decode_from_indices(tokens + 0.5), "indices"),
     "a list of indices": (lambda m: m.decode_from_indices(tokens.tolist()), "indices"),
     "features for the predictor": (lambda m: m.predict_features(features[:, :4]), "z_q"),
-    "features of two shapes": (lambda m: m.compute_distillation_loss(features, features, features[:, :1]), "teacher_z"),
+    "features of two shapes": (lambda m: m.compute_prediction_loss(features, features[:, :1]), "teacher_z"),
     "usage of no indices": (lambda m: m.get_codebook_usage(tokens[:0]), "indices"),
     "usage of indices out of range": (lambda m: m.get_codebook_usage(tokens + 1000), "indices"),
     "usage of a list": (lambda m: m.get_codebook_usage([1, 2]), "indices"),
