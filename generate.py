@@ -26,7 +26,7 @@ import plots
 import utils
 from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
 from models import PRETRAINED_DIR, VQRAE
-from optimization import BF16Weights, adamw_and_muon, load_states, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, load_states, take_step
 from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
@@ -126,7 +126,6 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
     steps_per_epoch = len(labels) // BATCH_SIZE
     steps = EPOCHS * steps_per_epoch
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state = {"prior": prior} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     objective = BF16Weights(prior) if PRECISION == "bf16" else prior
     if saved["epoch"]:
@@ -145,9 +144,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
                 digits = prior.to_digits(tokens["train"][index + copy])
                 loss = objective(digits, masked, given.to(device)).mean() / prior.tokens
             loss.backward()
-            for optimizer, rate in zip(optimizers, rates):
-                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, steps)
-                optimizer.step()
+            take_step(optimizers, done, steps)
             prior.zero_grad()
             losses.append(loss.detach())
         bits, seconds = torch.stack(losses).mean().item(), time.time() - start

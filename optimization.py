@@ -1,5 +1,5 @@
 """Muon, schedules of learning rates and moving averages, and layers' weights cast to bf16 all at once: what makes a
-step of train.py and generate.py learn more, or take less time."""
+step of train.py, refine.py and generate.py learn more, or take less time."""
 import math
 import sys
 from collections.abc import Iterable
@@ -15,6 +15,13 @@ from quantizers import EMAVQ, Quantizer, fast_bf16
 def warmup_cosine(step: int, steps: int) -> float:
     """The share of a learning rate in step 0 to steps - 1: rises over the first twentieth, then falls to nearly 0."""
     return min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def take_step(optimizers: list[torch.optim.Optimizer], step: int, steps: int):
+    """A step of each optimizer, at warmup_cosine's share of the learning rate that it was made with"""
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warmup_cosine(step, steps)
+        optimizer.step()
 
 
 def slow_averages(quantizer: Quantizer, step: int, steps: int):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import utils
 from models import PRETRAINED_DIR, VQRAE, build_encoder
-from optimization import BF16Weights, adamw_and_muon, load_states, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, load_states, take_step
 from quantizers import check, fast_bf16
 from search import search_tokens
 from utils import FeatureCache, psnr, to_float
@@ -136,7 +136,6 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
         part.requires_grad_(True)
     optimizers = adamw_and_muon(vqrae, ("predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks."),
                                 LEARNING_RATE)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state = {"vqrae": vqrae} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     steps_per_epoch = len(images) // BATCH_SIZE
     searched = torch.arange(BATCH_SIZE) // 2 % 2  # two images with the encoder's tokens, two with searched ones
@@ -156,9 +155,7 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
             loss = objective(to_float(images[index].to(device)), tokens[searched, index].to(device))
             loss.backward()
             nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
-            for optimizer, rate in zip(optimizers, rates):
-                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, EPOCHS * steps_per_epoch)
-                optimizer.step()
+            take_step(optimizers, done, EPOCHS * steps_per_epoch)
             vqrae.zero_grad()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()

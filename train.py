@@ -28,7 +28,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, slow_averages, warmup_cosine
+from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, slow_averages, take_step
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -167,7 +167,6 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     steps_per_epoch = count // BATCH_SIZE
     steps = EPOCHS[stage - 1] * steps_per_epoch
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     utils.seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(data[0].size).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
@@ -223,9 +222,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                     losses["discriminator_loss"].backward(share)
                 log[step, :-1] += torch.stack([losses[name].detach() for name in loss_names])
             log[step, -1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, rate in zip(optimizers, rates):
-                optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, steps)
-                optimizer.step()
+            take_step(optimizers, done, steps)
             model.zero_grad()
             if gan:
                 gan_optimizer.step()
