@@ -97,7 +97,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
     except ValueError as error:
-        sys.exit(f"generate.py: {error}; delete {last} to train anew")
+        sys.exit(f"generate.py: {error}; {last.parent}/ keeps what was trained")
 
 
 def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
