@@ -58,7 +58,8 @@ def main():
         for name, allowed in {"PERCEPTUAL": "encoder", "RANDOM_DEPTH": 0}.items():  # other losses would unlearn them
             check(stored.get(name, allowed) == allowed, "CHECKPOINT", CHECKPOINT, f"one made with {name} = {allowed!r}")
         data = utils.load_datasets(DATASET, vqrae.config["image_size"])
-        constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT), "DATASET": [(d.name, d.digest) for d in data]}
+        constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT),
+                      "DATASET": [(d.name, d.digest, d.train_images.shape[-1]) for d in data]}  # larger ones: crops
         searched = {name: constants[name] for name in ("CHECKPOINT", "DATASET", "FLIP", "IMAGES", "SWEEPS", "SEED")}
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
@@ -125,7 +126,7 @@ class Objective(nn.Module):
             predict_loss = self.vqrae.compute_prediction_loss(z_q, features, weights["PREDICT_IMAGE"])
             perceptual_loss = F.mse_loss(self.teacher(output[::2]), features[::2])  # half of them: half the time
             return (weights["L2_WEIGHT"] * F.mse_loss(output, images) + weights["PREDICT_WEIGHT"] * predict_loss
-                    + weights["PERCEPTUAL_WEIGHT"][1] * perceptual_loss)
+                    + weights["PERCEPTUAL_WEIGHT"][self.vqrae.stage - 1] * perceptual_loss)
 
 
 def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, test_images: Tensor, last: Path,
@@ -143,8 +144,13 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
     learning = sum(p.numel() for p in vqrae.parameters() if p.requires_grad)
     print(f"{last.parent.name}: {len(images):,} images, {learning:,} parameters learn; PSNR of "
           f"{len(test_images)} test images\n epoch    loss   encoder's tokens   searched")
+
+    def save(epoch: int):
+        utils.save_checkpoint(last.with_name(f"{vqrae.config['quantizer']}_refined.pt"), vqrae, **metadata, epoch=epoch)
+
     if saved["epoch"]:
         load_states(state, saved, last)
+        save(saved["epoch"])  # should it have been lost
     else:
         print("{:6} {:7} {:18.2f} {:10.2f}".format(0, "", *measure(vqrae, test_images)), flush=True)
     for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
@@ -159,10 +165,11 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
             vqrae.zero_grad()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()
-        if not math.isfinite(loss):
-            sys.exit(f"refine.py: the loss is not finite in epoch {epoch}; the checkpoint of the one before is kept")
+        if not (math.isfinite(loss) and all(p.isfinite().all() for p in vqrae.parameters())):
+            sys.exit(f"refine.py: loss or weights are not finite in epoch {epoch}; the checkpoint of the one before is "
+                     "kept")
         print("{:6} {:7.4f} {:18.2f} {:10.2f}".format(epoch, loss, *measure(vqrae, test_images)), flush=True)
-        utils.save_checkpoint(last.with_name(f"{vqrae.config['quantizer']}_refined.pt"), vqrae, **metadata, epoch=epoch)
+        save(epoch)
         utils.save_torch(last, {"epoch": epoch, **{name: part.state_dict() for name, part in state.items()}})
     print(f"see {last.parent}/")
 
@@ -181,7 +188,7 @@ def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
     values = globals()
-    ranges = {"IMAGES": (1, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (4, IMAGES),
+    ranges = {"IMAGES": (4, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (4, IMAGES),
               "EVAL_IMAGES": (1, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3)}
     for name, (low, high) in ranges.items():
         valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high

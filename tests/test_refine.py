@@ -112,6 +112,50 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(again[key], value) for key, value in weights.items()) and os.path.getsize(file) > 100
 
 
+def test_a_checkpoint_that_was_lost_is_there_again(run):
+    path = run()
+    weights = load_torch(path)["model"]
+    path.unlink()
+    again = load_torch(run())["model"]
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, monkeypatch):
+    take_step = refine.take_step
+
+    def overflow(optimizers, step, steps):
+        take_step(optimizers, step, steps)
+        if step == steps - 1:  # the last loss was finite
+            optimizers[0].param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(refine, "take_step", overflow)
+    with pytest.raises(SystemExit, match="^refine.py: loss or weights are not finite in epoch 3"):
+        run()
+    path, = Path("checkpoints").glob("refined_*/ema_vq_refined.pt")
+    assert load_torch(path)["epoch"] == 2
+
+
+def test_crops_are_another_run_than_whole_images(run, folder):
+    run()
+    with pytest.raises(ValueError, match="too many values"):  # two runs
+        run("ema_vq", f"DATASET=({str(folder)!r},)", "IMAGES=8", "BATCH_SIZE=4")
+    run_of = {Path(path).parent.name for path in Path("checkpoints").glob("refined_*/last.pt")}
+    assert len(run_of) == 2 and len(list(Path("data").glob("searched_*.pt"))) == 2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_perceptual_weight_is_that_of_the_checkpoints_stage(stage, monkeypatch):
+    monkeypatch.setattr(refine, "PRECISION", "fp32")
+    vqrae = VQRAE(quantizer_options={"levels": [8, 6, 5]}, decoder_width=32, decoder_depth=1).set_stage(stage).eval()
+    losses = {}
+    for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        constants = {"L2_WEIGHT": 16.0, "PREDICT_WEIGHT": 0.0, "PREDICT_IMAGE": 0.0, "PERCEPTUAL_WEIGHT": weights}
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        losses[weights] = refine.Objective(vqrae, constants)(images, torch.zeros(2, 8, 8).long()).item()
+    changed = [weights for weights, loss in losses.items() if loss != losses[0.0, 0.0]]
+    assert changed == [(1.0, 0.0) if stage == 1 else (0.0, 1.0)]
+
+
 @pytest.mark.parametrize("argument", ["IMAGES=0", "SWEEPS=0", "EPOCHS=1.5", "BATCH_SIZE=41", "FLIP=1", "PRECISION=fp16",
                                       "LEARNING_RATE=0", "DATASET=nowhere", "DATASET=5",
                                       "CHECKPOINT=nowhere.pt", "SIZE=3"])
