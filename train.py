@@ -384,7 +384,7 @@ class Run:
 
     def __init__(self, constants: dict, data: list[Dataset]):
         # a folder is known by its files, wherever it is, and a checkpoint by its content
-        parts = [[part.label, len(part.train_images), len(part.test_images), part.digest] for part in data]
+        parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
         content = constants | {"DATASET": parts}
         if START_CHECKPOINT is not None:
             content["START_CHECKPOINT"] = utils.hash_file(START_CHECKPOINT)

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import random
+import re
 import reprlib
 import sys
 import time
@@ -206,7 +207,7 @@ def load_folder(path: Path, image_size: int, data_dir: str) -> Dataset:
     Raises ValueError where a split has no readable image, or the splits' classes differ.
     """
     path = path.resolve()
-    name = f"folder-{path.name}"
+    name = "folder-" + re.sub(r"[^\w.-]", "_", path.name)  # it is part of file names, and of titles in plots
     splits, classes, states = [], None, []
     for split in ("train", "test"):
         root = path / split

@@ -26,7 +26,17 @@ from PIL import EpsImagePlugin, Image
 import train
 import utils
 from models import VQRAE
-from utils import Dataset, load_checkpoint, load_dataset, load_torch, open_atomically, read_constants, save_checkpoint
+from plots import plot_usage
+from utils import (
+    Dataset,
+    load_checkpoint,
+    load_dataset,
+    load_datasets,
+    load_torch,
+    open_atomically,
+    read_constants,
+    save_checkpoint,
+)
 
 endless = [0]
 for _ in range(64):
@@ -168,6 +178,16 @@ def test_a_folder_is_known_by_its_files(tmp_path, monkeypatch):
         assert len(names) == 1
         name_of_run += names
     assert len(set(name_of_run)) == 3
+    part, = load_datasets("photos", 8)
+    crops = part._replace(train_images=part.train_images.repeat(1, 1, 2, 2))  # of 8x8 pixels, from images of 16x16
+    assert train.Run({"DATASET": "photos"}, [part]).name != train.Run({"DATASET": "photos"}, [crops]).name
+
+
+def test_a_folders_name_is_no_mathematics(tmp_path):
+    path = one_folder(tmp_path / "us$_x_$eur \u00fc", Image.new("RGB", (8, 8), "red"))
+    name = load_dataset(str(path), 8).name
+    assert name == "folder-us__x__eur_\u00fc"
+    plot_usage(tmp_path / "usage.png", torch.ones(4), {"usage": 1.0, "perplexity": 4.0}, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
