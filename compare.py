@@ -3,8 +3,9 @@
     python compare.py                                             all of LINES, each as train.py does by default
     python compare.py "BITS=(16,)" DATASET=photos EPOCH_IMAGES=10000    some sizes; other constants go to train.py
 
-outputs/quantizers.md and .png grow with each run. Finished runs are found again, so that the same command goes on where
-it was stopped, and a size added to LINES takes one more run. A token's bits are log2 of the number of codes.
+outputs/quantizers.md and .png have the rows of this command, and grow with each run. Finished runs are found again, so
+that the same command goes on where it was stopped, and a size added to LINES takes one more run. A token's bits are
+log2 of the number of codes.
 """
 import functools
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
@@ -23,8 +24,8 @@ from utils import load_dataset, load_torch, read_constants, write_file
 
 BITS = (10, 13, 16, 20)  # which sizes of LINES to train
 TRAIN_IMAGES = 10_000  # that the probes learn from
-# lines of the figure: constants of train.py, and what {} is in them at so many bits a token, or about. To search 2**20
-# codes takes too long
+# each line of the figure: constants of train.py, and what {} stands for in them at about so many bits a token (of
+# 2**20 codes in one codebook the search takes too long)
 LINES = {
     "EMA-VQ": ("QUANTIZER=ema_vq EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
     "EMA-VQ, codes of 8 numbers": ("QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}", {16: 65536}),
@@ -48,14 +49,16 @@ load_dataset = functools.cache(load_dataset)
 
 def main():
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("BITS=")]
+    one = {"DATASET": "auto", "IMAGE_SIZE": 32}
     try:
         read_constants(globals(), [argument for argument in sys.argv[1:] if argument.startswith("BITS=")])
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
         check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
               f"some of {sizes}, such as (16,)")
         for argument in arguments:
-            several = re.match(r"(DATASET|IMAGE_SIZE)=\W*[(\[]", argument)
-            check(not several, "argument", argument, "one dataset and size")
+            if argument.startswith(("DATASET=", "IMAGE_SIZE=")):
+                several = [isinstance(value, tuple | list) for value in read_constants(one.copy(), [argument]).values()]
+                check(not any(several), "argument", argument, "one dataset and size")
     except ValueError as error:
         sys.exit(f"compare.py: {error}")
     rows = {}
@@ -90,9 +93,12 @@ def measure_run(name: str) -> dict:
     path = Path("outputs", name, f"figures_{TRAIN_IMAGES}.json")
     if not path.exists():
         stage = json.loads(Path("outputs", name, "results.json").read_text())["stage"]
-        checkpoint, = Path("checkpoints", name).glob(f"*_stage{stage}_best.pt")
+        checkpoint = next(Path("checkpoints", name).glob(f"*_stage{stage}_best.pt"), None)
+        check(checkpoint, f"checkpoint of stage {stage}", name, f"one: delete outputs/{name} to train anew")
         content = load_torch(checkpoint)
         data = load_dataset(content["constants"]["DATASET"], content["config"]["image_size"])
+        trained_on = json.loads(Path("outputs", name, "constants.json").read_text())["DATASET"][0]
+        check(data.digest == trained_on[-1], "DATASET", content["constants"]["DATASET"], f"the images of {name}")
         data = limit_training(data._replace(test_images=data.test_images.to(device)), TRAIN_IMAGES)
         figures, *_ = measure(checkpoint, data, {})
         figures["token_bits"] = figures["bits"] / figures["tokens"]
@@ -119,4 +125,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\ncompare.py: stopped; the same command goes on from there")
     except (ValueError, RuntimeError, OSError) as error:  # a damaged checkpoint, a full disk
-        sys.exit(f"compare.py: {error}; the same command goes on from there")
+        sys.exit(f"compare.py: {error}; what was finished before is kept")

@@ -44,6 +44,7 @@ def test_the_table_and_figure_grow_and_finished_runs_are_kept(run, folder, capfd
         save_checkpoint(Path("checkpoints/new/ema_vq_stage1_best.pt"), model, constants=constants,
                         metrics={"images_per_second": 50.0})
         write_file(Path("outputs/new/results.json"), b'{"stage": 1}')
+        write_file(Path("outputs/new/constants.json"), (first.parent / "constants.json").read_bytes())
         return "new"
 
     monkeypatch.setattr(compare, "save_figure", lambda path, figure: drawn.append(figure))
@@ -59,6 +60,15 @@ def test_the_table_and_figure_grow_and_finished_runs_are_kept(run, folder, capfd
     compare.measure_run("new")
     compare.measure_run("new")
     assert len(measured) == 3
+    monkeypatch.setattr(compare, "TRAIN_IMAGES", 30)
+    described = Path("outputs/new/constants.json")
+    digest = json.loads(described.read_text())["DATASET"][0][-1]
+    described.write_text(described.read_text().replace(digest, "0" * 12))
+    with pytest.raises(ValueError, match="^DATASET = .*allowed: the images of new$"):
+        compare.measure_run("new")
+    Path("checkpoints/new/ema_vq_stage1_best.pt").unlink()
+    with pytest.raises(ValueError, match="^checkpoint of stage 1 = 'new', .*delete outputs/new to train anew$"):
+        compare.measure_run("new")
 
     table = Path("outputs", "quantizers.md").read_text()
     assert table in capfd.readouterr().out
@@ -98,6 +108,9 @@ def test_wrong_sizes_and_a_run_that_fails_are_one_line(run, tmp_path, monkeypatc
     for bits in ("BITS=(8,)", "BITS=16", "BITS=()", "BITS=([6],)"):
         with pytest.raises(SystemExit, match=r"^compare.py: BITS = .*, allowed: some of \[6, 7\]"):
             run(FSQ, bits)
+    for several in ("DATASET='a','b'", "DATASET=('a',)", "IMAGE_SIZE=32,64", "IMAGE_SIZE=[32]"):
+        with pytest.raises(SystemExit, match="^compare.py: argument = .*, allowed: one dataset and size"):
+            run(FSQ, "BITS=(6,)", several)
     (tmp_path / "train.py").write_text("raise SystemExit('train.py: no')")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="^compare.py: this run failed"):
