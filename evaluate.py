@@ -6,7 +6,7 @@
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
     python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
-    python evaluate.py SEARCH=16                              of the test images' tokens that search.py finds
+    python evaluate.py SEARCH=16                              with the test images' tokens improved by search.py
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the first shipped encoder's features need no download.
@@ -44,6 +44,7 @@ from search import search_tokens
 from utils import (
     Dataset,
     evaluate,
+    find_images,
     hash_file,
     load_checkpoint,
     load_dataset,
@@ -68,7 +69,7 @@ SEARCH = 0  # sweeps of search.py over the test images' tokens; 0: the encoder's
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # all figures are of fp32, on a GPU, too, whichever script measures
+torch.backends.cudnn.allow_tf32 = False  # all figures of this file are of fp32, on a GPU, too
 montage_side = 31  # images a side, at most, of the picture that codecs get: they have a largest size
 RECORDS = PRETRAINED_DIR / "results.json"  # {checkpoint: {"images": hash of each split, "figures": {name: value}}}
 # how far a figure may be from its record, a perplexity relative to it; figures that are not here must be equal
@@ -159,10 +160,12 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
     check(CURVE is None or data.train_labels is not None, "CURVE", CURVE, "None where images have no classes to probe")
-    checkpoints = name_checkpoints([ship(path) for path in paths] if SHIP else paths)
     if PRIOR is not None:
         check(CODECS is not None and isinstance(PRIOR, str), "PRIOR", PRIOR, "None, or with CODECS a path")
-        load_prior(PRIOR), find_tokenizer(checkpoints)
+        load_prior(PRIOR)
+    checkpoints = name_checkpoints([ship(path) for path in paths] if SHIP else paths)
+    if PRIOR is not None:
+        find_tokenizer(checkpoints)
     return checkpoints, data, records
 
 
@@ -452,17 +455,17 @@ def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor]
                 rows[f"{codec}, quality {quality}"] = curve[-1]
         axes.plot([point["bits"] for point in curve], [point["psnr"] for point in curve], ".-", label=codec)
     for name in names:
-        axes.plot(rows[name]["bits"], rows[name]["psnr"], "o", label=name)
+        axes.plot(rows[name]["bits"], rows[name]["psnr"], "o", label=name.replace("$", r"\$"))  # no mathematics
     if originals.shape[2:] == (32, 32):
         for (name, points), marker in zip(PUBLISHED.items(), "x+"):
             axes.plot(*zip(*points), f"k{marker}", label=f"{name}, on CIFAR-10's originals, as published")
-    files = Path(DATASET, "test").rglob("*") if data.name.startswith("folder-") else []
+    files = find_images(Path(DATASET, "test")) if data.name.startswith("folder-") else []
     copies = ", JPEG copies: easier than originals" if any(f.suffix.lower() in (".jpg", ".jpeg") for f in files) else ""
     title = f"{n * n:,} test images of {data.name}{copies}"
     axes.set(xlabel="bits an image", ylabel="mean PSNR of an image, dB", title=title)
     axes.legend(fontsize=8)
-    save_figure(path, figure)
     print(f"\n{title}; codecs have all of them in one picture:\n\n{format_table(rows, RATE_COLUMNS, 'images from')}\n")
+    save_figure(path, figure)
 
 
 def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path], indices: dict[str, Tensor]):
@@ -487,9 +490,10 @@ def compare_depths(path: Path, data: Dataset, checkpoints: dict[str, Path], indi
         axes.set_yticks([grid.shape[1] * (row + 0.5) / len(labels) for row in range(len(labels))], labels)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set(title=f"{name}: bits a token, mean PSNR of {len(data.test_images):,} test images", xticks=[])
-    save_figure(path, figure)
+        axes.set_title(f"{name}: bits a token, mean PSNR of {len(data.test_images):,} test images", parse_math=False)
+        axes.set_xticks([])
     print(f"\n{format_table(rows, DEPTH_COLUMNS, 'codebooks')}\n")
+    save_figure(path, figure)
 
 
 def ship(path: Path) -> Path:
