@@ -1,11 +1,11 @@
-"""Measure checkpoints on photographs of any size, each encoded whole, beside JPEG, WebP and AVIF at the same bits.
+"""Measure checkpoints on photographs of any size, each encoded whole, beside codecs at the bits of the last checkpoint.
 
     python photographs.py PHOTOS=my_photos                                        the shipped checkpoints
     python photographs.py PHOTOS=my_photos checkpoints/<run>/fsq_stage2_best.pt   your own
     python photographs.py PHOTOS=my_photos SEARCH=6                               with tokens that search.py finds
 
-Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, and writes the first one, beside
-each of its reconstructions, to outputs/photographs/.
+Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOTOS, or after Ctrl-C of those that are
+done, and writes the first one, beside each of its reconstructions, to outputs/photographs/.
 """
 import functools
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
@@ -34,7 +34,7 @@ from utils import digest, find_images, load_checkpoint, load_image, psnr, ssim, 
 
 PHOTOS = None  # a folder
 SEARCH = 0  # sweeps of search.py; 0: the encoder's own tokens
-COUNT = None  # photographs measured, of all in a fixed order; None: all
+COUNT = None  # take so many files, of all in a fixed order; None: all
 
 
 def main():
@@ -49,21 +49,25 @@ def main():
         files = find_images(Path(PHOTOS))[:COUNT]
         check(files, "PHOTOS", PHOTOS, "a folder with photographs in it")
         smallest, rows, codecs = max(11, *(model.token_size for model in models.values())), {}, available_codecs()
-        for file in tqdm(files, "photographs"):
-            try:
-                image = load_image(file)
-                check(min(image.shape[2:]) >= smallest and max(image.shape[2:]) < 2**14, "height and width",
-                      tuple(image.shape[2:]), f"{smallest}, for SSIM and a token, to 16383, for WebP")
-            except ValueError as error:
-                tqdm.write(f"skipping {str(file)!r}: {error}")
-                continue
-            measure(image.to(device), models, codecs, rows)
+        try:
+            for file in tqdm(files, "photographs"):
+                try:
+                    image = load_image(file)
+                    check(min(image.shape[2:]) >= smallest and max(image.shape[2:]) < 2**14, "height and width",
+                          tuple(image.shape[2:]), f"{smallest}, for SSIM and a token, to 16383, for WebP")
+                except ValueError as error:
+                    tqdm.write(f"skipping {str(file)!r}: {error}")
+                    continue
+                measure(image.to(device), models, codecs, rows)
+        except KeyboardInterrupt:  # it may have gone on for hours
+            print(f"stopped before {str(file)!r}", file=sys.stderr)
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"photographs.py: {error}")
-    means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
+    count = min(map(len, rows.values()))
+    means = {name: {key: sum(row[key] for row in each[:count]) / count for key in each[0]}
+             for name, each in rows.items()}
     columns = {"bits a pixel": "bits:.3f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
-    count = len(next(iter(rows.values())))
     searched = f", tokens from search.py, {SEARCH} sweeps" if SEARCH else ""
     print(f"{count} photographs of {PHOTOS}{searched}:\n\n{format_table(means, columns, 'photographs from')}")
 
@@ -76,7 +80,8 @@ def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: di
         figures = {"bits": bits / pixels, "psnr": psnr(reconstruction, image), "ssim": ssim(reconstruction, image)}
         rows.setdefault(name, []).append({key: float(value) for key, value in figures.items()})
         if len(rows[name]) == 1:
-            short = name if len(name) < 200 else f"{name[:150]} {digest(name)}"  # names may be longer than a file's may
+            characters = name.encode()  # there may be more than a file's name can have
+            short = name if len(characters) < 200 else f"{characters[:150].decode(errors='ignore')} {digest(name)}"
             path = Path("outputs", "photographs", f"{short.replace('/', '_')}.png")  # or paths
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(torch.cat([image, reconstruction], 3), path)

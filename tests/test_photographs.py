@@ -65,10 +65,26 @@ def test_photographs(run, tmp_path, capsys):
 
 
 def test_names_that_are_longer_than_a_files(run, tmp_path):
-    for name, differs in (("a", "x"), ("b", "y" * 300), ("c", "y" * 301)):
+    for name, differs in (("a", "x"), ("b", "\u56fe" * 100), ("c", "\u56fe" * 101)):  # three bytes each
         save_checkpoint(tmp_path / f"{name}.pt", load_checkpoint(tmp_path / "a.pt"), constants={"DATASET": differs})
     run(f"PHOTOS={tmp_path / 'photos'}", "COUNT=1", *(tmp_path / f"{name}.pt" for name in "abc"))
     assert len(list(Path("outputs", "photographs").glob("cifar fsq*.png"))) == 3
+
+
+def test_what_was_measured_before_it_was_stopped_is_printed(run, tmp_path, monkeypatch, capsys):
+    encode, encoded = photographs.encode_montage, []
+
+    def stop(images, codec, quality):
+        encoded.append(codec)
+        if codec == "JPEG" and "WebP" in encoded:  # the second photograph's
+            raise KeyboardInterrupt
+        return encode(images, codec, quality)
+
+    monkeypatch.setattr(photographs, "encode_montage", stop)
+    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
+    printed = capsys.readouterr()
+    assert "stopped before" in printed.err and "b.png" in printed.err
+    assert "\n1 photographs of" in f"\n{printed.out}" and "| AVIF" in printed.out
 
 
 @pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "SEARCH=-1", "PHOTOS=outputs"])
