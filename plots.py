@@ -13,18 +13,18 @@ from quantizers import check
 from utils import open_atomically
 
 
-def save_grid(path: Path, originals: Tensor, reconstructions: Tensor, columns: int):
-    """Write a grid of uint8 images (N, 3, H, W): originals in the upper half, their reconstructions below.
+def save_grid(path: Path, upper: Tensor, lower: Tensor, columns: int):
+    """Write a grid of uint8 images (N, 3, H, W) in two halves, such as originals above and their reconstructions below.
 
     An incomplete last row is left out. Small images are enlarged, each pixel to a square: a viewer would blur them.
     """
-    count = len(originals)
-    check(count > 0 and originals.shape == reconstructions.shape, "originals and reconstructions",
-          (tuple(originals.shape), tuple(reconstructions.shape)), "as many images of one size, at least one")
+    count = len(upper)
+    check(count > 0 and upper.shape == lower.shape, "upper and lower", (tuple(upper.shape), tuple(lower.shape)),
+          "as many images of one size, at least one")
     columns = min(columns, count)
     count -= count % columns
-    zoom = max(1, 128 // originals.shape[-1])
-    images = torch.cat([originals[:count], reconstructions[:count]]).cpu()
+    zoom = max(1, 128 // upper.shape[-1])
+    images = torch.cat([upper[:count], lower[:count]]).cpu()
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
     with open_atomically(path) as file:

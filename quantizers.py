@@ -7,8 +7,9 @@
     quantizer.get_codebook_entry(indices)      # (N,) -> (N, C)
     quantizer.codebook_size
 
-This file needs torch and vector-quantize-pytorch only, so that it can be copied into other projects. There, keep the
-quantizer in fp32, whatever the rest of the model is in, and add its loss. Under torch.compile the checks break graphs.
+Here a token is the feature vector at one position, which is quantized, and a code what it becomes. This file needs
+torch and vector-quantize-pytorch only, so that it can be copied into other projects. There, keep the quantizer in fp32,
+whatever the rest of the model is in, and add its loss. Under torch.compile the checks break graphs.
 """
 import math
 from abc import ABC, abstractmethod
@@ -18,6 +19,12 @@ import torch
 import torch.nn.functional as F
 import vector_quantize_pytorch as library
 from torch import Tensor, nn
+
+
+def check(ok: bool, name: str, value: object, allowed: str):
+    """ValueError with a line that names what is wrong, its value and what is allowed, unless ok"""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
 
 
 class Quantizer(nn.Module, ABC):
@@ -46,7 +53,7 @@ class Quantizer(nn.Module, ABC):
         NaN, an infinity or a magnitude above 1e12 in z, or weights that are not in fp32.
         """
         tokens, layout = self._to_tokens(z, "z")
-        self.images = len(z)
+        self.images = len(z)  # for MultiCodebook: all tokens of an image use equally many codebooks
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             z_q, loss, indices = self.quantize(tokens)
             if not self.training and self.codebook_size:
@@ -72,7 +79,8 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
         """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
-        exact: False finds codes near any z_q, by the numbers they are made of, in one codebook after the other."""
+        exact: False is faster, and takes any z_q: it undoes project_out and finds the nearest code there, of several
+        codebooks in one after the other. Where codes have more numbers than z_q, it may find another than z_q's own."""
         tokens, layout = self._to_tokens(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
             return self._tokens_to_indices(tokens, exact).view(layout)
@@ -168,7 +176,7 @@ class FSQ(Quantizer):
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): the codebook is a frozen random one times a learned matrix.
 
-    A gradient of the matrix moves all codes, used or not, so that none dies. z is projected to codes' code_dim numbers
+    A gradient of the matrix moves all codes, used or not, so that few die. z is projected to codes' code_dim numbers
     (None: dim). Unlike in the paper, both are normalized: the nearest code has the highest cosine similarity.
     """
 
@@ -273,8 +281,8 @@ class DDCL(Quantizer):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
     Each token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends the integer
-    m = round((x + u) / delta) and receives m delta - u: x plus a uniform error independent of x, so that gradients pass
-    unbiased without a straight-through estimator. Eval mode rounds, with u = 0.
+    m = round((x + u) / delta) and receives m delta - u: x plus a uniform error independent of x, so that the gradient
+    of x is exact (straight_through adds that error; only in eval mode, where u = 0, is it an estimator).
 
     The loss is comm_weight times the sum over the four of log2(2 |x| / delta + 1). In training it bounds the expected
     bits of the message, as the paper counts them: log2(2 |m| + 1) for an integer m, the logarithm of how many integers
@@ -325,8 +333,9 @@ class MultiCodebook(Quantizer):
 
     The codebooks are the classes above. The library's ResidualVQ takes 5 to 23 times as long on a CPU (two of 256 or
     4,096 codes), and autocast changes its indices. Residual FSQ bounds its numbers once, and each stage's levels are
-    closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes them once; what a stage leaves
-    over has nearly one length again, and the next stage's codes one learned length: most similar is still nearest.
+    closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes them once. What a stage leaves
+    over then has nearly one length, and the next stage's codes have one learned length (`scales`), so that the code of
+    the highest cosine similarity is still the nearest.
     """
 
     random_depth = 0.0
@@ -351,7 +360,7 @@ class MultiCodebook(Quantizer):
         check(math.prod(sizes) < 2**63, "codebooks", codebooks, f"fewer than 2**63 codes in all, of {sizes[0]:,} each")
         super().__init__(dim, math.prod(sizes))
         self.codebook_sizes, self.depths = sizes, range(1, codebooks + 1) if residual else ()
-        self.kind, self.width, self.parts = kind, width, nn.ModuleList(parts)
+        self.kind, self.width, self.residual, self.parts = kind, width, residual, nn.ModuleList(parts)
         for part in parts:  # numbers are projected and bounded once
             part.project_in = part.project_out = nn.Identity()
             if kind is FSQ:
@@ -376,12 +385,12 @@ class MultiCodebook(Quantizer):
         depth = depth.repeat_interleave(len(x) // self.images)
         codes, indices, loss = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device), 0
         for i, (part, scale) in enumerate(zip(self.parts, self.scales)):
-            tokens = (depth > i).nonzero()[:, 0].to(x.device)
-            numbers = slice(None) if self.depths else slice(i * self.width, (i + 1) * self.width)
-            left = (x - codes.detach())[tokens, numbers]
+            rows = (depth > i).nonzero()[:, 0].to(x.device)  # tokens that use this codebook
+            numbers = slice(None) if self.residual else slice(i * self.width, (i + 1) * self.width)
+            left = (x - codes.detach())[rows, numbers]
             code, part_loss, index = part.quantize(left / scale.detach())
-            codes[tokens, numbers] += code.detach() * scale
-            indices[tokens] += index * math.prod(self.codebook_sizes[:i])  # 0 where the codebook is not used
+            codes[rows, numbers] += code.detach() * scale
+            indices[rows] += index * math.prod(self.codebook_sizes[:i])  # 0 where the codebook is not used
             loss = loss + part_loss
         return self.project_out(straight_through(x, codes)), loss, indices
 
@@ -391,13 +400,13 @@ class MultiCodebook(Quantizer):
 
     def _stage_codes(self, i: int, digits: Tensor) -> Tensor:
         codes = self.parts[i].get_codebook_entry(digits) * self.scales[i]
-        return codes if self.depths else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
+        return codes if self.residual else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
     def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
         if not exact:
             left, digits = unproject(tokens, self.project_out), []
             for i, part in enumerate(self.parts):
-                numbers = left if self.depths else left[:, i * self.width : (i + 1) * self.width]
+                numbers = left if self.residual else left[:, i * self.width : (i + 1) * self.width]
                 digits.append(part._tokens_to_indices(numbers / self.scales[i], exact))
                 left = left - self._stage_codes(i, digits[-1])
             return self.join_indices(torch.stack(digits, 1))
@@ -449,12 +458,6 @@ def build_quantizer(name: str, dim: int, codebooks: int = 1, combine: str = "res
     return kind(dim, **options) if codebooks == 1 else MultiCodebook(kind, dim, codebooks, combine, **options)
 
 
-def check(ok: bool, name: str, value: object, allowed: str):
-    """ValueError with a line that names what is wrong, its value and what is allowed, unless ok"""
-    if not ok:
-        raise ValueError(f"{name} = {value!r}, allowed: {allowed}")
-
-
 def check_codebook(dim: int, codebook_size: int, code_dim: int | None, smallest_dim: int) -> int:
     code_dim = dim if code_dim is None else code_dim
     for name, value, smallest in (("codebook_size", codebook_size, 2), ("code_dim", code_dim, smallest_dim)):
@@ -463,7 +466,7 @@ def check_codebook(dim: int, codebook_size: int, code_dim: int | None, smallest_
 
 
 def unproject(z: Tensor, linear: nn.Module) -> Tensor:
-    """Undo a linear layer from few numbers to many: z (N, C) -> (N, D), D <= C"""
+    """Undo a linear layer from few numbers to many: z (N, C) -> (N, D); where D > C, the shortest that gives z"""
     return z if isinstance(linear, nn.Identity) else (z - linear.bias) @ torch.linalg.pinv(linear.weight).T
 
 
@@ -528,8 +531,8 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     Every 512th code is a centre a_j; its cell is the codes nearer to it than to other centres. If a_i is the centre
     nearest to token t, the codes of cell j lie beyond the plane half-way between a_i and a_j, whose distance from t is
         (s_i - s_j) / |a_i - a_j|,    s_j = t.a_j - |a_j|^2 / 2
-    Cell i is searched first, then the cells whose plane is no farther from t than the best code of cell i: a tenth of
-    65,536 codes of 16 numbers that fit the tokens. (With many more numbers, all planes are nearer than any code.)
+    Cell i is searched first, then the cells whose plane is no farther from t than the best code of cell i: of 65,536
+    trained codes of 16 numbers, about a tenth. (With many more numbers, all planes are nearer than any code.)
     """
     origin = origin_near(codebook)
     x, codes = x - origin, codebook - origin
@@ -578,7 +581,7 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     s' = t'.c' + bias', where ' means rounded to bf16, whose 8 significant bits change a number by up to 2**-8 of it; s'
     is rounded, too. Codes off the shortlist have s' <= last, the lowest on it, and hence (Cauchy-Schwarz)
         s <= last + error,    error = |t - t'| |c| + |t'| |c - c'| + |bias - bias'| + 2**-8 |last|,
-    with the largest |c|, |c - c'| and |bias - bias'|. The best on the shortlist is proven if its s is not below that.
+    with the largest |c|, |c - c'| and |bias - bias'|, sums being in fp32. The best is proven if its s is no less.
     """
     origin = origin_near(codebook)
     codes = torch.empty_like(codebook, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """Search for the tokens that an image is decoded from best. The encoder's own are only a first guess.
 
-    indices = search_tokens(vqrae, images)      instead of vqrae.encode_to_indices(images): sharper, and much slower
+    indices = search_tokens(vqrae, images)      instead of vqrae.encode_to_indices(images): 1 dB more, and much slower
 
 Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. In turns, one of 2 x 2
 tokens moves against the gradient of the error, to the nearest code there, and stays if the error around it has become
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models import VQRAE, check_images, in_strips
 from quantizers import check, fast_bf16
 
-most_tokens = 2**14  # at a time, or, of a wide image, the fewest rows that strips may have
+strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
 
 
 def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4) -> Tensor:
@@ -33,8 +33,8 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight
     check(valid, "feature_weight", feature_weight, "0 to 1e6")
     tokens = max(1, images.shape[2] * images.shape[3] // vqrae.token_size**2)
     return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight), part,
-                                vqrae.token_size, 1, vqrae.encoder_reach, most_tokens)
-                      for part in images.split(max(1, most_tokens // tokens))])
+                                vqrae.token_size, 1, vqrae.encoder_reach, strip_tokens)
+                      for part in images.split(max(1, strip_tokens // tokens))])
 
 
 @torch.inference_mode(False)  # gradients are needed even where the caller turned them off
@@ -93,7 +93,8 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             better = moved & (around(tried_errors) < around(errors))
             worse = moved & ~better
             indices, z_q = torch.where(better, tried, indices), torch.where(better[:, None], tried_z_q, z_q)
-            # without another decoding: what was measured with the tokens that are now there, or nearly
+            # not decoded again: near a move that was undone errors and gradients stay as before it, elsewhere they are
+            # those of the trial, or nearly
             undone = F.max_pool2d(worse[:, None].float(), 3, 1, 1) > 0
             errors = torch.where(undone[:, 0], errors, tried_errors)
             gradient = torch.where(undone, gradient, tried_gradient)

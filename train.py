@@ -4,8 +4,8 @@
     python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
     torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE being that of all together
 
-Stage 1: the encoder is frozen; adapter, quantizer and decoder learn. Stage 2: everything learns, and self-distillation
-keeps the encoder's features close to the frozen encoder's. Grids and curves go to outputs/<run>/, checkpoints to
+Stage 1: the encoder is frozen, all else learns. Stage 2: everything learns, and self-distillation keeps the encoder's
+features close to the frozen encoder's. Grids and curves go to outputs/<run>/, checkpoints to
 checkpoints/<run>/. A run that was stopped resumes after its last epoch; a changed constant is a new run.
 """
 import copy
@@ -48,11 +48,11 @@ GRID = 8  # tokens a side of the smallest IMAGE_SIZE: "cifar" was made for IMAGE
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" is the upper bound for all of them
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 SIMVQ_CODEBOOK_SIZE = 16384
-SIMVQ_CODE_DIM = 8  # width of a code; None: that of the encoder's features, as in the papers
+SIMVQ_CODE_DIM = 8  # width of a code; None: that of the encoder's features, as in SimVQ's paper (VQRAE's: 1,536)
 EMA_CODEBOOK_SIZE = 65536
-EMA_CODE_DIM = 16  # width of a code: images are as sharp with 8, but z_q tells less of what they show
+EMA_CODE_DIM = 16  # width of a code: with 8 the PSNR is the same, but z_q tells less of what images show
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
-CODEBOOKS = 1  # of the size above each, except for DDCL: two of 256 make 65,536 codes
+CODEBOOKS = 1  # of the size above each, not with "ddcl": two of 256 make 65,536 codes
 COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of the code's numbers
 RANDOM_DEPTH = 0.0  # share of images that use a random number of the residual codebooks, to decode from the first few
 DDCL_DELTA = 1 / 15  # quantization step of DDCL's four numbers in [-1, 1]
@@ -66,7 +66,7 @@ DECODER_HEADS = None  # of "vit"; None: a ViT encoder's own, else 3. ViT-XL has 
 # weights of the losses
 L2_WEIGHT = 16.0  # 1 / the variance of pixels in [0, 1]: an error relative to it, as on normalised features
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
-PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more makes images less sharp but closer in the encoder's features
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more costs PSNR, but images are closer in the encoder's features
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; costs PSNR in a run as short as a CPU's, see RESULTS.md
 GAN_START = 0.5  # after this share of stage 1
 PREDICT_WEIGHT = 0.005  # the frozen encoder's features, predicted from z_q: keeps the tokens' meaning
@@ -83,7 +83,7 @@ ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's
 # adaptive weight computed, with each of them
 PRECISION = "bf16" if fast_bf16(device) else "fp32"  # of training; measuring is in fp32 (a GPU's convolutions: TF32)
 OPTIMIZER = "muon"  # for the matrices of the blocks, AdamW for all else; or "adamw" throughout, as in the papers
-LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage; warm-up, cosine decay
+LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage, AdamW's; Muon's is twice this
 FEATURE_CACHE_GB = 4.0  # device memory for the training images' frozen features (CIFAR-10 in bf16: 1.6; with FLIP 3.3)
 IMAGES_GB = 8.0  # datasets up to this size are kept on the device (CIFAR-10: 0.18), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
@@ -297,9 +297,10 @@ class Objective(nn.Module):
 
     def with_adaptive_weight(self, image_loss: Tensor, gan_loss: Tensor, output: Tensor) -> Tensor:
         """image_loss + GAN_WEIGHT * weight * gan_loss, both losses functions of output (B, 3, H, W), with the weight at
-        which their gradients have one norm at the decoder's last layer (VQGAN, 2012.09841, eq. 7, limits: its code)."""
+        which their gradients have one norm at the decoder's last layer (VQGAN, 2012.09841, eq. 7; limits: its code)."""
         last_layer = self.model.decoder.head.weight
-        # The gradients at the output are computed once, for the weight and for the backward pass.
+        # The gradients at the output are computed once. What is returned has their sum as its gradient there, so that
+        # backward() need not go through teacher and discriminator again.
         at_output = [torch.autograd.grad(loss, output)[0] for loss in (image_loss, gan_loss)]  # frees both graphs
         norms = [torch.autograd.grad(output, last_layer, grad, retain_graph=True)[0].norm() for grad in at_output]
         weight = GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4)
@@ -353,7 +354,7 @@ def build_teacher(model: VQRAE) -> nn.Module | None:
 
 
 def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon is for the blocks around the quantizer; the encoder, if pretrained only to be tuned, has AdamW alone."""
+    """Muon is for the blocks around the quantizer; the encoder, pretrained or not, has AdamW alone."""
     blocks = ("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), learning_rate)
 
@@ -361,8 +362,8 @@ def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Opt
 def shuffled(n: int, count: int, epoch: int) -> Tensor:
     """The indices (count,) of the epoch-th epoch (from 0), from an endless stream of shuffled passes over n images.
 
-    With FLIP, an index i of n or more stands for the mirrored image i - n, as in utils.select_images: each of a pass's
-    images with probability 1/2, and in the next pass the others.
+    With FLIP, an index i of n or more stands for the mirrored image i - n, as in utils.select_images. Passes come in
+    pairs: one mirrors each image with probability 1/2, the next those that the first did not.
     """
     def one_pass(number: int) -> Tensor:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + number))

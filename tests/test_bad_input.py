@@ -108,8 +108,8 @@ def test_quantizer(name, options, call, names):
 image, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
 OTHERS = {
     "a search among codes of another width": (lambda: nearest_code(torch.rand(3, 4), torch.rand(5, 6)), "codebook"),
-    "grids of different images": (lambda: save_grid(Path("a.png"), image, image[..., :16], columns=2), "originals"),
-    "a grid of nothing": (lambda: save_grid(Path("a.png"), image[:0], image[:0], columns=2), "originals"),
+    "grids of different images": (lambda: save_grid(Path("a.png"), image, image[..., :16], columns=2), "upper"),
+    "a grid of nothing": (lambda: save_grid(Path("a.png"), image[:0], image[:0], columns=2), "upper"),
     "PSNR of different sizes": (lambda: psnr(images, images[..., :16]), "images"),
     "SSIM of different sizes": (lambda: ssim(images, images[..., :16]), "images"),
     "SSIM of tiny images": (lambda: ssim(images[..., :8], images[..., :8]), "11x11"),

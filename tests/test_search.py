@@ -72,7 +72,7 @@ def test_large_images_in_strips_and_many_in_parts(monkeypatch):
         return strip(model, x, *rest)
 
     monkeypatch.setattr(search, "search_strip", watched)
-    monkeypatch.setattr(search, "most_tokens", 6 * 45)
+    monkeypatch.setattr(search, "strip_tokens", 6 * 45)
     found = search_tokens(model, tall, sweeps=2)
     assert len(largest) > 2 and found.shape == (1, 160, 6)
     assert own - errors(model, tall, found) > 0.9 * (own - whole) > 0.03 * own
