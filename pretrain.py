@@ -11,6 +11,8 @@ convolutions that start as the identity, label smoothing, alternating flips, Muo
 """
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from evaluate import device, linear_probe, pooled_features
 from models import AirbenchEncoder, ConvNorm, fuse
+from optimization import Muon
 from quantizers import check, fast_bf16
 from utils import load_dataset, read_constants, save_torch, to_float, write_file
 
@@ -70,8 +73,6 @@ def initialize(encoder: AirbenchEncoder, images: Tensor):
 def main():
     try:
         constants = read_constants(globals())
-        data = load_dataset(DATASET, image_size=32)
-        check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
         for name, low in {"EPOCHS": 1, "BATCH_SIZE": 1, "SEED": 0}.items():
             check(type(constants[name]) is int and constants[name] >= low, name, constants[name],
                   f"a whole number of {low} or more")
@@ -80,6 +81,11 @@ def main():
                   f"a number from 0 to {high:g}")
         rates = isinstance(LEARNING_RATE, (tuple, list)) and [type(rate) in (int, float) for rate in LEARNING_RATE]
         check(rates == [True, True] and min(LEARNING_RATE) > 0, "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
+        check(isinstance(OUT, str), "OUT", OUT, "a folder's path")
+        Path(OUT).mkdir(parents=True, exist_ok=True)
+        check(os.access(OUT, os.W_OK), "OUT", OUT, "a folder that may be written")
+        data = load_dataset(DATASET, image_size=32)
+        check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
         check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "at most the number of images")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"pretrain.py: {error}")
@@ -92,11 +98,13 @@ def main():
     class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvNorm)]
-    # torch's Muon takes matrices: (dim_out, k * k * dim_in), in the same memory, as weights are channels_last
+    # Muon takes matrices: (dim_out, k * k * dim_in), in the same memory, as weights are channels_last. With each one's
+    # rate divided by sqrt(k * k * dim_in) / 5, updates are those of torch.optim.Muon by default (Jordan et al.'s)
     matrices = [nn.Parameter(as_matrix(weight.detach())) for weight in filters]
     learned = [p for module in (encoder, class_head, pixel_head) for p in module.parameters() if p.requires_grad]
     others = [p for p in learned if all(p is not weight for weight in filters)]
-    optimizers = [torch.optim.Muon(matrices, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
+    groups = [{"params": [matrix], "lr": 5 * LEARNING_RATE[0] / math.sqrt(matrix.shape[1])} for matrix in matrices]
+    optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, lr=LEARNING_RATE[1], weight_decay=0)]
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / steps))
@@ -139,6 +147,8 @@ def main():
 
     # 16-bit weights, and every figure measured on exactly these
     encoder = fuse(encoder).half().float()
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        sys.exit("pretrain.py: the weights are not finite, and were not written; try less LEARNING_RATE")
     probe = linear_probe(pooled_features(encoder, images), labels,
                          pooled_features(encoder, data.test_images), data.test_labels.to(device))
     recipe = {name: value for name, value in constants.items() if name != "OUT"}

@@ -476,7 +476,15 @@ def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder, monkeypatch):
     AirbenchEncoder().load_state_dict(torch.load(tmp_path / "cifar_encoder.pt", weights_only=True))
     recipe = json.loads((tmp_path / "cifar_encoder.json").read_text())
     assert recipe["EPOCHS"] == 2 and 0 <= recipe["linear_probe_accuracy"] <= 1
-    for wrong in ("BATCH_SIZE=1000", "EPOCHS=0", "SEED=0.5", "LEARNING_RATE=None", "PIXEL_WEIGHT=x"):
+    (tmp_path / "file").touch()
+    written = (tmp_path / "cifar_encoder.pt").read_bytes()
+    with pytest.raises(SystemExit, match="^pretrain.py: the weights are not finite"):
+        pretrain("EPOCHS=1", f"OUT={tmp_path}", "LEARNING_RATE=(0.1, 1e18)")
+    assert (tmp_path / "cifar_encoder.pt").read_bytes() == written
+    with pytest.raises(SystemExit, match="^pretrain.py: BATCH_SIZE = 1000, allowed: at most the number of images$"):
+        pretrain("BATCH_SIZE=1000")
+    monkeypatch.setattr("utils.load_dataset", lambda *args, **kwargs: pytest.fail("looked for data before checking"))
+    for wrong in ("EPOCHS=0", "SEED=0.5", "LEARNING_RATE=None", "PIXEL_WEIGHT=x", "OUT=5"):
         with pytest.raises(SystemExit, match=rf"^pretrain.py: {wrong.split('=')[0]} = [^\n]*$"):
             pretrain(wrong)
 
