@@ -128,11 +128,10 @@ def main():
     if run.saved["stage"]:
         say(f"resuming after stage {run.saved['stage']}, epoch {run.saved['epoch']}")
 
-    splits = {split.data_ptr(): split for part in data for split in (part.train_images, part.test_images)}
-    if sum(split.nbytes for split in splits.values()) <= IMAGES_GB * 1e9:
-        splits = {address: split.to(device) for address, split in splits.items()}  # once, though several sizes share it
-        data = [part._replace(train_images=splits[part.train_images.data_ptr()],
-                              test_images=splits[part.test_images.data_ptr()]) for part in data]
+    splits = {part.name: (part.train_images, part.test_images) for part in data}  # which several sizes share
+    if sum(images.nbytes for split in splits.values() for images in split) <= IMAGES_GB * 1e9:
+        splits = {name: (train.to(device), test.to(device)) for name, (train, test) in splits.items()}
+        data = [part._replace(train_images=splits[part.name][0], test_images=splits[part.name][1]) for part in data]
     dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
     caches, free = {}, FEATURE_CACHE_GB
     for label, part in {part.label: part for part in data}.items():
@@ -163,8 +162,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 features: list[FeatureCache], data: list[Dataset], run: "Run"):
     """Train one stage, from its first epoch or where `run` was stopped, and leave grids, curves and checkpoints."""
     model.set_stage(stage).train()
-    count = EPOCH_IMAGES or max(len(part.train_images) for part in data)
-    steps_per_epoch = count // BATCH_SIZE
+    steps_per_epoch = (EPOCH_IMAGES or max(len(part.train_images) for part in data)) // BATCH_SIZE
+    turns = math.ceil(steps_per_epoch / len(data))  # of each dataset and size, one after the other
     steps = EPOCHS[stage - 1] * steps_per_epoch
     optimizers = build_optimizers(model, LEARNING_RATE[stage - 1])
     utils.seed_everything(SEED, stage)
@@ -187,11 +186,11 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
         place, start = f"stage {stage}, epoch {epoch}", time.time()
-        orders = []  # of each dataset and size: this process's share of its turns (steps, micro-batches, images)
+        orders = []  # of each dataset and size: this process's share of its turns (turns, micro-batches, images)
         for i, part in enumerate(data):
-            order = shuffled(len(part.train_images), count, epoch - 1 + (stage - 1) * EPOCHS[0])
-            order = order[: steps_per_epoch * BATCH_SIZE].view(steps_per_epoch, ranks, ACCUMULATE, -1)[:, rank]
-            order = order[(i - (epoch - 1) * steps_per_epoch) % len(data) :: len(data), :, : micro_batch_size(part)]
+            shape = turns, ranks, ACCUMULATE, micro_batch_size(part)
+            order = shuffled(len(part.train_images), math.prod(shape), epoch - 1 + (stage - 1) * EPOCHS[0], i)
+            order = order.view(shape)[:, rank]
             features[i].fill(order.flatten(0, 1))
             orders.append(order.to(part.train_images.device))
         log = torch.zeros(steps_per_epoch, len(loss_names) + 1, device=device)  # a row a step: losses, gradient's norm
@@ -359,14 +358,16 @@ def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Opt
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), learning_rate)
 
 
-def shuffled(n: int, count: int, epoch: int) -> Tensor:
-    """The indices (count,) of the epoch-th epoch (from 0), from an endless stream of shuffled passes over n images.
+def shuffled(n: int, count: int, epoch: int, stream: int = 0) -> Tensor:
+    """The indices (count,) of the epoch-th epoch (from 0), from an endless stream of shuffled passes over n images;
+    there are many streams.
 
     With FLIP, an index i of n or more stands for the mirrored image i - n, as in utils.select_images. Passes come in
     pairs: one mirrors each image with probability 1/2, the next those that the first did not.
     """
     def one_pass(number: int) -> Tensor:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED * 100_003 + number))
+        seed = SEED * 100_003 + stream * 1_000_003
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + number))
         if FLIP:
             mirrored = torch.randint(2, (n,), generator=torch.Generator().manual_seed(SEED * 100_003 + number // 2))
             order += n * (mirrored[order] ^ number % 2)

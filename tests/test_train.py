@@ -198,6 +198,25 @@ def test_a_small_dataset_has_as_many_steps_as_a_large_one(train, folder):
     assert {int(values["step"]) for values in state.values()} == {6}
 
 
+def test_each_of_several_sizes_and_datasets_shows_its_images_equally_often(train, folder, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i, image in enumerate(draw_shapes(48, train=40, test=1).train_images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
+    shown, get = {}, FeatureCache.__getitem__
+
+    def count(cache, index):
+        n = len(cache.images)
+        shown.setdefault(n, []).append(torch.bincount(index % n, minlength=n))
+        return get(cache, index)
+
+    monkeypatch.setattr(FeatureCache, "__getitem__", count)
+    train(f"DATASET={(str(folder), str(tmp_path / 'photos'))}", "IMAGE_SIZE=32", *SMALL, "BATCH_SIZE=16",
+          "EPOCHS=(3, 1)", "EPOCH_IMAGES=96")  # four epochs of six steps of 16 images: 192 of each dataset
+    counts = {number: set(sum(counts).tolist()) for number, counts in shown.items()}
+    assert counts == {90: {2, 3}, 40: {4, 5}}
+
+
 def test_mirrored_images_have_features_of_their_own(train, folder):
     tables = {}
     for flip in (False, True):
