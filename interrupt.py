@@ -1,4 +1,5 @@
-"""Imported before torch, which takes seconds: from then on, Ctrl-C ends a script in one line, not in a traceback."""
+"""Imported before torch, which takes seconds: from then on, Ctrl-C ends a script in one line, not in a traceback, and
+a closed stderr, which progress bars would fail at, is replaced."""
 import os
 import sys
 
@@ -11,3 +12,4 @@ def print_error(kind: type, *error):
 
 
 sys.excepthook = print_error
+sys.stderr = sys.stderr or open(os.devnull, "w")

@@ -94,7 +94,6 @@ loss_names = ("loss", "l2_loss", "perceptual_loss", "quantizer_loss", "predict_l
 
 
 def main():
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it is closed
     try:
         start_process()
         constants = utils.read_constants(globals())

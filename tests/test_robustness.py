@@ -244,6 +244,13 @@ def test_ctrl_c_while_torch_is_imported(script, tmp_path):
     assert ended.stdout == "" and ended.stderr == f"\n{script}.py: stopped\n" and ended.returncode == -signal.SIGINT
 
 
+def test_progress_bars_without_a_stderr(tmp_path):
+    code = "import interrupt\nfrom tqdm import tqdm\nprint(sum(tqdm([1, 2])))"
+    command = ["sh", "-c", f"{sys.executable} -c '{code}' 2>&-"]
+    ended = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True)
+    assert ended.stdout == b"3\n"
+
+
 @pytest.mark.parametrize("name", ["outputs", "checkpoints"])
 def test_a_place_that_cannot_be_written_is_noticed_at_once(name):
     Path(name).write_text("no folder")
