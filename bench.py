@@ -244,7 +244,7 @@ def tokenizing():
         if width:
             codes = torch.randn(model.quantizer.codebook_size, width, device=device)
             tokens = torch.randn(indices.numel(), width, device=device)
-            chunks = tokens.split((2**26 if device == "cuda" else 2**20) // len(codes))  # of the search's own size
+            chunks = tokens.split((2**26 if device == "cuda" else 2**20) // len(codes))  # as many as search_fp32 takes
             scores = tokens.new_empty(len(chunks[0]), len(codes))
 
         def encode():
@@ -258,7 +258,7 @@ def tokenizing():
                 lambda: model.decode_from_indices(indices), lambda: model.decode(z_q))
 
 
-FIRST_STEP = """
+first_step = """
 import os, runpy, sys, time
 import torch
 imported = time.time()
@@ -288,7 +288,7 @@ def time_training(*arguments: str) -> tuple[float, dict]:
 
 def start():
     """From `python train.py` to its first step with the images on disk, beyond importing torch."""
-    code = FIRST_STEP.format(root=str(ROOT))
+    code = first_step.format(root=str(ROOT))
     done = [run_python("-c", code, f"DATASET={DATASET}", "SEED=31415") for _ in range(ROUNDS)]
     times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
     print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s "
@@ -405,6 +405,10 @@ if __name__ == "__main__":
         constants = read_constants(globals())
         for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
             check(type(constants[name]) is int and constants[name] >= 1, name, constants[name], "1 or more")
+        for name, pairs in {"CODEBOOKS": True, "SCALING": False}.items():
+            values = constants[name] if isinstance(constants[name], (tuple, list)) else [None]
+            valid = all(isinstance(v, (tuple, list)) and len(v) == 2 if pairs else type(v) is int for v in values)
+            check(valid, name, constants[name], "pairs such as ((1024, 64),)" if pairs else "numbers such as (5000,)")
         check(TOKENS % 32 == 0, "TOKENS", TOKENS, "a multiple of 32, the images of search")
         check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
               f"some of {tuple(benchmarks)}, such as ('search',)")
@@ -415,7 +419,7 @@ if __name__ == "__main__":
         try:
             benchmarks[name]()
         except subprocess.CalledProcessError as error:
-            *_, last_line = error.stderr.strip().splitlines()
+            last_line = (error.stderr.strip().splitlines() or [str(error)])[-1]  # one that was killed says nothing
             print(f"\n{name}: {last_line}")
         except (ValueError, RuntimeError) as error:  # a dataset that is not there
             sys.exit(f"bench.py: {error}")
