@@ -1,5 +1,6 @@
 """Pretrained weights of timm's from the hub, and whether a server answers at all."""
 import contextlib
+import http.client
 import threading
 import urllib.request
 
@@ -15,7 +16,7 @@ def reachable(url: str, seconds: float = 8) -> bool:
     answers = []
 
     def request():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # also an address that is none
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
             answers.append(True)
 

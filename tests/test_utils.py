@@ -273,6 +273,11 @@ def test_reachable_has_a_time_out(monkeypatch):
     assert time.time() - start < 2
 
 
+def test_an_address_that_is_none_cannot_be_reached(recwarn):
+    assert not downloads.reachable("example.org", seconds=5)  # without https://
+    assert not recwarn  # of an exception in a thread
+
+
 def test_features_are_computed_once():
     class Encoder(torch.nn.Module):
         dim, token_size, seen = 4, 4, 0
