@@ -48,13 +48,15 @@ load_dataset = functools.cache(load_dataset)
 
 
 def main():
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("BITS=")]
+    own = [argument for argument in sys.argv[1:] if argument.startswith(("BITS=", "TRAIN_IMAGES="))]
+    arguments = [argument for argument in sys.argv[1:] if argument not in own]
     one = {"DATASET": "auto", "IMAGE_SIZE": 32}
     try:
-        read_constants(globals(), [argument for argument in sys.argv[1:] if argument.startswith("BITS=")])
+        read_constants(globals(), own)
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
         check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
               f"some of {sizes}, such as (16,)")
+        check(type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES, "2 or more")
         for argument in arguments:
             if argument.startswith(("DATASET=", "IMAGE_SIZE=")):
                 several = [isinstance(value, tuple | list) for value in read_constants(one.copy(), [argument]).values()]

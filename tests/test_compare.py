@@ -17,6 +17,7 @@ from utils import save_checkpoint, write_file
 def run(folder, monkeypatch):
     """run(lines, *arguments) runs compare.py on these LINES, with a schedule of seconds."""
     monkeypatch.setattr(compare, "BITS", compare.BITS)
+    monkeypatch.setattr(compare, "TRAIN_IMAGES", compare.TRAIN_IMAGES)
 
     def run(lines, *arguments):
         monkeypatch.setattr(compare, "LINES", lines)
@@ -115,6 +116,8 @@ def test_wrong_sizes_and_a_run_that_fails_are_one_line(run, tmp_path, monkeypatc
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="^compare.py: this run failed"):
         run(FSQ, "BITS=(6,)")
+    with pytest.raises(SystemExit, match="^compare.py: TRAIN_IMAGES = 1, allowed: 2 or more"):
+        run(FSQ, "BITS=(6,)", "TRAIN_IMAGES=1")
     monkeypatch.setattr(sys, "argv", ["compare.py", "BITS=(16,)"])
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: open("outputs/figures.json"))
     with pytest.raises(SystemExit, match="^compare.py: .*figures.json"):
