@@ -30,7 +30,7 @@ from evaluate import (
 from models import VQRAE
 from quantizers import check
 from search import search_tokens
-from utils import digest, find_images, load_checkpoint, load_image, psnr, ssim, to_float
+from utils import digest, find_images, load_checkpoint, load_image, psnr, ssim, summarize, to_float
 
 PHOTOS = None  # a folder
 SEARCH = 0  # sweeps of search.py; 0: the encoder's own tokens
@@ -59,8 +59,8 @@ def main():
                     tqdm.write(f"skipping {str(file)!r}: {error}")
                     continue
                 measure(image.to(device), models, codecs, rows)
-        except KeyboardInterrupt:  # it may have gone on for hours
-            print(f"stopped before {str(file)!r}", file=sys.stderr)
+        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:  # it may have gone on for hours
+            print(f"stopped before {str(file)!r}: {summarize(error)}", file=sys.stderr)
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"photographs.py: {error}")

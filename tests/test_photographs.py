@@ -71,13 +71,14 @@ def test_names_that_are_longer_than_a_files(run, tmp_path):
     assert len(list(Path("outputs", "photographs").glob("cifar fsq*.png"))) == 3
 
 
-def test_what_was_measured_before_it_was_stopped_is_printed(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_was_measured_before_it_was_stopped_is_printed(error, run, tmp_path, monkeypatch, capsys):
     encode, encoded = photographs.encode_montage, []
 
     def stop(images, codec, quality):
         encoded.append(codec)
         if codec == "JPEG" and "WebP" in encoded:  # the second photograph's
-            raise KeyboardInterrupt
+            raise error
         return encode(images, codec, quality)
 
     monkeypatch.setattr(photographs, "encode_montage", stop)
