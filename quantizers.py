@@ -52,15 +52,14 @@ class Quantizer(nn.Module, ABC):
         exactly indices_to_codes(indices). The gradient of z_q reaches z in both modes. ValueError for another shape, a
         NaN, an infinity or a magnitude above 1e12 in z, or weights that are not in fp32.
         """
-        tokens, layout = self._to_tokens(z, "z")
-        self.images = len(z)  # for MultiCodebook: all tokens of an image use equally many codebooks
+        tokens, layout = self._to_rows(z, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             z_q, loss, indices = self.quantize(tokens)
             if not self.training and self.codebook_size:
                 with torch.no_grad():
                     codes = self.get_codebook_entry(indices)
                 z_q = straight_through(z_q, codes)
-        return self._from_tokens(z_q, layout), loss, indices.view(layout)
+        return self._from_rows(z_q, layout), loss, indices.view(layout)
 
     @property
     def device(self) -> torch.device:
@@ -74,16 +73,16 @@ class Quantizer(nn.Module, ABC):
         check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, N) or (B, H, W)")
         with torch.autocast(self.device.type, enabled=False):
             depth = {} if codebooks is None else {"codebooks": codebooks}
-            return self._from_tokens(self.get_codebook_entry(indices.flatten(), **depth), indices.shape)
+            return self._from_rows(self.get_codebook_entry(indices.flatten(), **depth), indices.shape)
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
         """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
         exact: False is faster, and takes any z_q: it undoes project_out and finds the nearest code there, of several
         codebooks in one after the other. Where codes have more numbers than z_q, it may find another than z_q's own."""
-        tokens, layout = self._to_tokens(z_q, "z_q")
+        rows, layout = self._to_rows(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
-            return self._tokens_to_indices(tokens, exact).view(layout)
+            return self._codes_to_indices(rows, exact).view(layout)
 
     def split_indices(self, indices: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
         """indices (...) -> the index in each codebook (..., k), the coarsest first, as the digits of a number: index =
@@ -99,11 +98,11 @@ class Quantizer(nn.Module, ABC):
         check(valid, "digits", (tuple(digits.shape), *digits.aminmax()), f"(..., {len(sizes)}), each below {sizes}")
         return indices
 
-    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+    def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
         if not exact:
-            return nearest_code(unproject(tokens, self.project_out), self.codebook)
-        codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=tokens.device))
-        return nearest_code(tokens, codebook, exact=True)
+            return nearest_code(unproject(z_q, self.project_out), self.codebook)
+        codebook = self.get_codebook_entry(torch.arange(self.codebook_size, device=z_q.device))
+        return nearest_code(z_q, codebook, exact=True)
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         valid = isinstance(indices, Tensor) and indices.ndim == 1
@@ -116,7 +115,7 @@ class Quantizer(nn.Module, ABC):
             check(valid, "range of indices", (low, high), f"0 to {self.codebook_size - 1}")
         return indices
 
-    def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
+    def _to_rows(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
         valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() > 0
         check(valid, name, getattr(z, "shape", type(z)), "a tensor of shape (B, C, H, W) or (B, N, C), none 0")
         check(z.is_floating_point(), f"type of {name}", z.dtype, "floating-point numbers")
@@ -129,8 +128,8 @@ class Quantizer(nn.Module, ABC):
         check(-1e12 <= low <= high <= 1e12, f"range of {name}", (low, high), "-1e12 to 1e12, no NaN or infinity")
         return z.reshape(-1, self.dim), z.shape[:-1]
 
-    def _from_tokens(self, tokens: Tensor, layout: torch.Size) -> Tensor:
-        z = tokens.view(*layout, self.dim)
+    def _from_rows(self, rows: Tensor, layout: torch.Size) -> Tensor:
+        z = rows.view(*layout, self.dim)
         return z.permute(0, 3, 1, 2) if len(layout) == 3 else z
 
 
@@ -163,8 +162,8 @@ class FSQ(Quantizer):
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         return self.project_out(self.fsq.implicit_codebook[self._check_indices(indices)])
 
-    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
-        return self._levels_to_indices(unproject(tokens, self.project_out))
+    def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
+        return self._levels_to_indices(unproject(z_q, self.project_out))
 
     project_out = property(lambda self: self.fsq.project_out)
 
@@ -319,8 +318,8 @@ class DDCL(Quantizer):
         message = self._check_indices(indices)[:, None] // self.basis % self.values - self.steps
         return self.project_out(message * self.delta)
 
-    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
-        message = (unproject(tokens, self.project_out) / self.delta).round().clamp(-self.steps, self.steps)
+    def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
+        message = (unproject(z_q, self.project_out) / self.delta).round().clamp(-self.steps, self.steps)
         return ((message.long() + self.steps) * self.basis).sum(-1)
 
 
@@ -338,7 +337,7 @@ class MultiCodebook(Quantizer):
     the highest cosine similarity is still the nearest.
     """
 
-    random_depth = 0.0
+    random_depth, images = 0.0, 1
 
     def __init__(self, kind: type[Quantizer], dim: int, codebooks: int, combine: str, code_dim: int | None = None,
                  **options):
@@ -369,6 +368,10 @@ class MultiCodebook(Quantizer):
         self.scales = nn.Parameter(scales, requires_grad=kind is SimVQ)
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
         self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.images = len(z) if isinstance(z, Tensor) and z.ndim else 1  # an image's tokens use equally many codebooks
+        return super().forward(z)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.project_in(x)
@@ -402,20 +405,20 @@ class MultiCodebook(Quantizer):
         codes = self.parts[i].get_codebook_entry(digits) * self.scales[i]
         return codes if self.residual else F.pad(codes, (i * self.width, (len(self.parts) - 1 - i) * self.width))
 
-    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
+    def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
         if not exact:
-            left, digits = unproject(tokens, self.project_out), []
+            left, digits = unproject(z_q, self.project_out), []
             for i, part in enumerate(self.parts):
                 numbers = left if self.residual else left[:, i * self.width : (i + 1) * self.width]
-                digits.append(part._tokens_to_indices(numbers / self.scales[i], exact))
+                digits.append(part._codes_to_indices(numbers / self.scales[i], exact))
                 left = left - self._stage_codes(i, digits[-1])
             return self.join_indices(torch.stack(digits, 1))
         # Beam search: the code nearest to a sum of codes need not be one of them. So the `beam` nearest go on to the
         # next codebook, and so on. The widest beam has all sums of up to 2**24 codes; for most tokens a few are enough.
         size = self.codebook_sizes[0]
-        codebooks = [self._stage_codes(i, torch.arange(size, device=tokens.device)) for i in range(len(self.parts))]
-        found = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        for n, (token, numbers) in enumerate(zip(tokens, unproject(tokens, self.project_out))):
+        codebooks = [self._stage_codes(i, torch.arange(size, device=z_q.device)) for i in range(len(self.parts))]
+        found = torch.zeros(len(z_q), dtype=torch.int64, device=z_q.device)
+        for n, (code, numbers) in enumerate(zip(z_q, unproject(z_q, self.project_out))):
             for beam in (8, 8 + 2**18 // size, 8 + 2**24 // size):
                 sums, left = found.new_zeros(1), numbers[None]  # each candidate's index, and what it leaves over
                 for i, codebook in enumerate(codebooks):
@@ -423,9 +426,9 @@ class MultiCodebook(Quantizer):
                     best = distances.topk(min(beam, len(distances)), largest=False).indices
                     candidates, digits = best // size, best % size
                     sums, left = sums[candidates] + digits * size**i, left[candidates] - codebook[digits]
-                error, best = (self.get_codebook_entry(sums) - token).square().sum(1).min(0)
+                error, best = (self.get_codebook_entry(sums) - code).square().sum(1).min(0)
                 found[n] = sums[best]
-                if error <= 1e-11 * token.square().sum():  # but for rounding, the code itself
+                if error <= 1e-11 * code.square().sum():  # but for rounding, the code itself
                     break
         return found
 
@@ -442,8 +445,8 @@ class NoQuantizer(Quantizer):
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         raise ValueError('quantizer = "none" has no codes, allowed for them: "fsq", "simvq", "ema_vq", "ddcl"')
 
-    def _tokens_to_indices(self, tokens: Tensor, exact: bool) -> Tensor:
-        return self.get_codebook_entry(tokens)
+    def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
+        return self.get_codebook_entry(z_q)
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}

@@ -40,6 +40,13 @@ def test_round_trip_of_codes_wider_than_features(name):
     assert torch.equal(quantizer.indices_to_codes(quantizer.codes_to_indices(z_q)), z_q)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_alone(name):
+    quantizer, x = build(name).eval(), torch.randn(5, DIM)
+    z_q, _, indices = quantizer.quantize(x)
+    assert torch.equal(indices, quantizer(x[None])[2][0]) and torch.allclose(z_q, quantizer(x[None])[0][0], atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, shape):
