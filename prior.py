@@ -21,22 +21,23 @@ from utils import hash_file, load_torch, summarize
 class Prior(nn.Module):
     """The distribution of a grid of tokens, given a class or not.
 
-    A token is its digits: FSQ's levels, or its indices in several codebooks. Unmasked tokens enter as the sum of their
-    digits' embeddings, masked ones as one learned vector. Of a masked token, digit k is predicted from the blocks'
-    output and the digits before it (as in NADE, 1605.02226): the digits of a token depend on each other most, and are
-    never drawn independently, as the tokens of one step are. Masking digits one by one (2505.18495, 2603.19232), each
-    predicted by a head of its own, took 0.1 bits a token more in one pair of short runs, near what chance can do.
+    A token is its digits: FSQ's levels, its indices in several codebooks, or those of its code's place in one large
+    codebook, which is sorted (build_prior). Unmasked tokens enter as the sum of their digits' embeddings, masked ones
+    as one learned vector. Of a masked token, digit k is predicted from the blocks' output and the digits before it (as
+    in NADE, 1605.02226): the digits of a token depend on each other most, and are never drawn independently, as the
+    tokens of one step are. Masking digits one by one (2505.18495, 2603.19232), each predicted by a head of its own,
+    took 0.1 bits a token more in one pair of short runs, near what chance can do.
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
                  codebook_size: int = 0):
         """sizes: of the digits; grid: height and width in tokens; classes: 0 without any. codebook_size: of a single
-        large codebook, whose codes get new numbers, the digits of which mean something (see build_prior); else 0"""
+        large codebook, whose codes are sorted; else 0"""
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
         self.codebook_sizes, self.grid, self.classes, self.tokens = tuple(sizes), tuple(grid), classes, math.prod(grid)
-        self.register_buffer("number_of", torch.arange(codebook_size))  # of each code
+        self.register_buffer("number_of", torch.arange(codebook_size))  # of a code: its place
         self.register_buffer("code_of", torch.zeros(math.prod(sizes) if codebook_size else 0, dtype=torch.int64))
         self.embed = nn.Linear(sum(sizes), dim, bias=False)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class is given
@@ -115,7 +116,7 @@ class Prior(nn.Module):
         for all, is no class. guidance: classifier-free (2207.12598, whose w is guidance - 1), logits without a class
         plus guidance times what the class adds. ValueError for another grid, indices, labels or options out of range.
         """
-        digits, where = self.to_digits(indices), self.mask.device
+        digits, device = self.to_digits(indices), self.mask.device
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
         check(valid, "mask", getattr(mask, "shape", type(mask)), f"{tuple(indices.shape)} of True and False")
         none = torch.full((len(indices),), self.classes)
@@ -127,18 +128,18 @@ class Prior(nn.Module):
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
         check(0 <= guidance <= 1e3, "guidance", guidance, "0 to 1000")
         check(0.01 <= temperature <= 100, "temperature", temperature, "0.01 to 100")
-        masked, count = mask.flatten(1).to(where), mask.flatten(1).sum(1, keepdim=True).to(where)
-        turn = torch.rand(masked.shape, device=where).masked_fill(~masked, 2).argsort(1).argsort(1)
+        masked, count = mask.flatten(1).to(device), mask.flatten(1).sum(1, keepdim=True).to(device)
+        turn = torch.rand(masked.shape, device=device).masked_fill(~masked, 2).argsort(1).argsort(1)
         steps = min(steps, int(count.max()))
-        told = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
+        conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, steps + 1):
             chosen = masked & (turn < (count * (step / steps) ** 2).clamp(min=step))
-            features = [self.features(digits, masked, given.to(where))[chosen[masked]] for given in told]
+            features = [self.features(digits, masked, given.to(device))[chosen[masked]] for given in conditions]
             drawn = digits.new_zeros(len(features[0]), len(self.heads))
             for k in range(len(self.heads)):
-                logits, *free = (self.logits(part, drawn)[k] for part in features)
-                if free:
-                    logits = free[0] + guidance * (logits - free[0])
+                logits, *unconditional = (self.logits(part, drawn)[k] for part in features)
+                if unconditional:
+                    logits = unconditional[0] + guidance * (logits - unconditional[0])
                 drawn[:, k] = torch.multinomial((logits / temperature).softmax(1), 1)[:, 0]
             digits[chosen] = drawn
             masked = masked & ~chosen
@@ -162,11 +163,12 @@ def draw_masks(count: int, tokens: int) -> Tensor:
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (n, h, w) with labels (n,), each with one mask, always
     the same."""
-    where, bits, size = prior.mask.device, [], batch_size(prior)
+    device, bits, size = prior.mask.device, [], batch_size(prior)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for batch, given in zip(tqdm(indices.split(size), "measuring", leave=False), labels.split(size)):
-            bits.append(prior(prior.to_digits(batch), draw_masks(len(batch), prior.tokens).to(where), given.to(where)))
+            masked = draw_masks(len(batch), prior.tokens).to(device)
+            bits.append(prior(prior.to_digits(batch), masked, given.to(device)))
     return torch.cat(bits).mean().item()
 
 
