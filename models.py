@@ -71,6 +71,19 @@ def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Mod
     return TimmEncoder(ENCODERS.get(name, name), token_size, pretrained)
 
 
+def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
+    """images (B, 3, H, W), padded by reflection to h x w tokens of token_size pixels, and resized to `patch` pixels a
+    token -> (B, 3, h * patch, w * patch)"""
+    height, width = images.shape[-2:]
+    h, w = math.ceil(height / token_size), math.ceil(width / token_size)
+    if (height, width) != (h * token_size, w * token_size):
+        images = F.pad(images, (0, w * token_size - width, 0, h * token_size - height), mode="reflect")
+    if token_size == patch:
+        return images
+    size = h * patch, w * patch
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
 def layer_norm(z: Tensor) -> Tensor:
     """LayerNorm without affine over the channels of z (B, C, h, w), as at the end of RAE's encoders (2510.11690)."""
     return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
@@ -85,8 +98,7 @@ def pad(x: Tensor, size: int, mode: str = "replicate") -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """Convolution, 2x2 max pooling if asked for, and BatchNorm. fuse() folds the last into the first, after pretraining
-    (through the pooling, too: BatchNorm's scale is positive there)."""
+    """Convolution, 2x2 max pooling if asked for, and BatchNorm."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False,
                  padding_mode: str = "replicate"):
@@ -99,47 +111,14 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.pool(self.conv(pad(x, self.padding, self.padding_mode))))
 
-    def fuse(self):
-        self.conv, self.norm = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval()), nn.Identity()
-
 
 def fuse(encoder: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into its convolution: faster, and no running statistics to go wrong in stage 2."""
+    """Fold every BatchNorm into its convolution, after pretraining: faster, and no running statistics to go wrong in
+    stage 2. (Through the pooling, too: BatchNorm's scale is positive there.)"""
     for module in encoder.modules():
         if isinstance(module, ConvNorm):
-            module.fuse()
+            module.conv, module.norm = fuse_conv_bn_eval(module.conv.eval(), module.norm.eval()), nn.Identity()
     return encoder
-
-
-class ConvBlock(nn.Module):
-    """Residual block of two 3x3 convolutions, of the first encoder."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv1, self.conv2 = [ConvNorm(dim, dim, 3, padding_mode="zeros") for _ in range(2)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
-class FirstEncoder(nn.Module):
-    """The first encoder that shipped: a residual network's 192 channels, and 64 of a linear patch embedding."""
-
-    patch, dim = 4, 256
-
-    def __init__(self, token_size: int = 4):
-        super().__init__()
-        self.token_size = token_size
-        conv = partial(ConvNorm, padding_mode="zeros")
-        self.deep = nn.Sequential(conv(3, 32, 3), nn.ReLU(), conv(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
-                                  conv(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
-                                  ConvNorm(192, 192, 1))
-        self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
-        fuse(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
-        return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
 
 
 class AirbenchEncoder(nn.Module):
@@ -171,6 +150,37 @@ class AirbenchEncoder(nn.Module):
         h, w = shallow.shape[-2:]
         deep = F.interpolate(self.deep(self.whiten(pad(x, 1))), scale_factor=2)[..., :h, :w]
         return layer_norm(torch.cat([deep, shallow], dim=1))
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions, of the first encoder."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1, self.conv2 = [ConvNorm(dim, dim, 3, padding_mode="zeros") for _ in range(2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class FirstEncoder(nn.Module):
+    """The first encoder that shipped: a residual network's 192 channels, and 64 of a linear patch embedding."""
+
+    patch, dim = 4, 256
+
+    def __init__(self, token_size: int = 4):
+        super().__init__()
+        self.token_size = token_size
+        conv = partial(ConvNorm, padding_mode="zeros")
+        self.deep = nn.Sequential(conv(3, 32, 3), nn.ReLU(), conv(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
+                                  conv(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
+                                  ConvNorm(192, 192, 1))
+        self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
+        fuse(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
+        return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
 
 
 # The encoders that ship with the repository; with the first, vqrae_fsq.pt and vqrae_simvq.pt were trained.
@@ -225,19 +235,6 @@ class TimmEncoder(nn.Module):
         x = (resize(images, self.token_size, self.patch) - self.mean) / self.std
         tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :].float()  # no class or register tokens
         return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
-
-
-def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
-    """images (B, 3, H, W), padded by reflection to h x w tokens of token_size pixels, and resized to `patch` pixels a
-    token -> (B, 3, h * patch, w * patch)"""
-    height, width = images.shape[-2:]
-    h, w = math.ceil(height / token_size), math.ceil(width / token_size)
-    if (height, width) != (h * token_size, w * token_size):
-        images = F.pad(images, (0, w * token_size - width, 0, h * token_size - height), mode="reflect")
-    if token_size == patch:
-        return images
-    size = h * patch, w * patch
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
