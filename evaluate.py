@@ -124,8 +124,9 @@ def main():
     if CODECS:
         bits = {name: figures[name].get("bits") for name in figures}
         if PRIOR:
-            name = find_tokenizer(checkpoints)
-            bits[f"{name}, with its prior"] = measure_prior(indices[name])
+            name, prior = find_tokenizer(checkpoints), load_prior(PRIOR).to(device)
+            no_class = torch.full((len(indices[name]),), prior.classes)
+            bits[f"{name}, with its prior"] = measure_bits(prior, indices[name], no_class)
             reconstructions[f"{name}, with its prior"] = reconstructions[name]
         compare_codecs(Path(CODECS), data, reconstructions, bits)
     if DEPTHS:
@@ -419,12 +420,6 @@ def nearest_quality(encode: Callable[[int], tuple[float, Tensor]], bits: float) 
     """The quality from 1 to 100 at which encode's bits are nearest `bits`, by bisection: they grow with the quality."""
     above = 1 + bisect.bisect_left(range(1, 101), bits, key=lambda quality: encode(quality)[0])
     return min({max(above - 1, 1), min(above, 100)}, key=lambda quality: abs(encode(quality)[0] - bits))
-
-
-def measure_prior(indices: Tensor) -> float:
-    """The bits of an image's tokens (N, h, w) under PRIOR, not given its class."""
-    prior = load_prior(PRIOR).to(device)
-    return measure_bits(prior, indices, torch.full((len(indices),), prior.classes))
 
 
 def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor], bits: dict[str, float | None]):

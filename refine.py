@@ -24,7 +24,7 @@ from models import PRETRAINED_DIR, VQRAE, build_encoder
 from optimization import BF16Weights, adamw_and_muon, load_states, take_step
 from quantizers import check, fast_bf16
 from search import search_tokens
-from utils import FeatureCache, psnr, to_float
+from utils import FeatureCache, to_float
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -176,13 +176,8 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
 
 def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
     """Mean PSNR of reconstructions from the encoder's tokens, and from searched ones"""
-    vqrae.eval()
-    sums = torch.zeros(2)
-    for images in to_float(test_images).split(250):
-        images = images.to(device)
-        tokens = vqrae.encode_to_indices(images), search_tokens(vqrae, images, SWEEPS)
-        sums += torch.tensor([psnr(vqrae.decode_from_indices(t, size=images.shape[2:]), images).sum() for t in tokens])
-    return (sums / len(test_images)).tolist()
+    searched = search_tokens(vqrae.eval(), to_float(test_images.to(device)), SWEEPS)
+    return [utils.evaluate(vqrae, test_images, indices=tokens)[0]["psnr"] for tokens in (None, searched)]
 
 
 def check_constants():
