@@ -54,7 +54,7 @@ EMA_CODE_DIM = 16  # width of a code: with 8 the PSNR is the same, but z_q tells
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
 CODEBOOKS = 1  # of the size above each, not with "ddcl": two of 256 make 65,536 codes
 COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of the code's numbers
-RANDOM_DEPTH = 0.0  # share of images that use a random number of the residual codebooks, to decode from the first few
+RANDOM_DEPTH = 0.0  # quantizer dropout: share of images that use only some of the residual codebooks, the first few
 DDCL_DELTA = 1 / 15  # quantization step of DDCL's four numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # loss for each bit of the message
 ADAPTER_DEPTH = None  # blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
@@ -368,7 +368,7 @@ def shuffled(n: int, count: int, epoch: int, stream: int = 0) -> Tensor:
         seed = SEED * 100_003 + stream * 1_000_003
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + number))
         if FLIP:
-            mirrored = torch.randint(2, (n,), generator=torch.Generator().manual_seed(SEED * 100_003 + number // 2))
+            mirrored = torch.randint(2, (n,), generator=torch.Generator().manual_seed(seed + number // 2))
             order += n * (mirrored[order] ^ number % 2)
         return order
 
