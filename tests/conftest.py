@@ -22,7 +22,7 @@ def reproducible(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A small folder of drawn images: 2 classes, 96 training and 32 test images."""
+    """A small folder of drawn images: 2 classes, 90 training and 38 test images."""
     from utils import draw_shapes
 
     path = tmp_path_factory.mktemp("images") / "tiny"
