@@ -98,13 +98,11 @@ def main():
     class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvNorm)]
-    # Muon takes matrices: (dim_out, k * k * dim_in), in the same memory, as weights are channels_last. With each one's
-    # rate divided by sqrt(k * k * dim_in) / 5, updates are those of torch.optim.Muon by default (Jordan et al.'s)
+    # Muon takes matrices: (dim_out, k * k * dim_in), in the same memory, as weights are channels_last
     matrices = [nn.Parameter(as_matrix(weight.detach())) for weight in filters]
     learned = [p for module in (encoder, class_head, pixel_head) for p in module.parameters() if p.requires_grad]
     others = [p for p in learned if all(p is not weight for weight in filters)]
-    groups = [{"params": [matrix], "lr": 5 * LEARNING_RATE[0] / math.sqrt(matrix.shape[1])} for matrix in matrices]
-    optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
+    optimizers = [build_muon(matrices, LEARNING_RATE[0]),
                   torch.optim.AdamW(others, lr=LEARNING_RATE[1], weight_decay=0)]
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / steps))
@@ -158,6 +156,13 @@ def main():
     save_torch(Path(OUT, "cifar_encoder.pt"), weights)
     write_file(Path(OUT, "cifar_encoder.json"), (json.dumps(recipe, indent=2) + "\n").encode())
     print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
+
+
+def build_muon(matrices: list[nn.Parameter], learning_rate: float) -> Muon:
+    """Our Muon, faster on a CPU without bf16, at rates at which its updates are torch.optim.Muon's by default, those of
+    Jordan et al.: orthogonal matrices (m, n) times sqrt(max(1, m / n)), where ours have 0.2 sqrt(max(m, n))."""
+    groups = [{"params": [matrix], "lr": learning_rate / (0.2 * math.sqrt(matrix.shape[1]))} for matrix in matrices]
+    return Muon(groups, lr=learning_rate, momentum=0.8, weight_decay=0)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimization
+import pretrain
 import train
 from models import VQRAE, PatchDiscriminator
 from optimization import BF16Weights, Muon, autocast_layers
@@ -120,6 +121,19 @@ def test_weights_cast_at_once_are_those_of_autocast():
     assert len(outcomes[0]) == len(outcomes[1]) > 40
     assert all(torch.equal(a, b) for a, b in zip(*outcomes))
     assert not any(name.startswith("quantizer") for name in autocast_layers(model))
+
+
+def test_pretrains_muon_is_the_librarys_by_default(monkeypatch):
+    monkeypatch.setattr(optimization, "fast_bf16", lambda device: True)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((64, 27), (16, 144), (20, 20))]
+    librarys = copy.deepcopy(ours)
+    for optimizer, matrices in ((pretrain.build_muon(ours, 0.24), ours),
+                                (torch.optim.Muon(librarys, lr=0.24, momentum=0.8, weight_decay=0), librarys)):
+        for step in range(3):
+            for i, matrix in enumerate(matrices):
+                matrix.grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, librarys))
 
 
 @pytest.mark.parametrize("pad, bf16", [(False, True), (True, True), (False, False), (True, False)])
