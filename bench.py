@@ -405,10 +405,10 @@ if __name__ == "__main__":
         constants = read_constants(globals())
         for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
             check(type(constants[name]) is int and constants[name] >= 1, name, constants[name], "1 or more")
-        for name, pairs in {"CODEBOOKS": True, "SCALING": False}.items():
-            values = constants[name] if isinstance(constants[name], (tuple, list)) else [None]
-            valid = all(isinstance(v, (tuple, list)) and len(v) == 2 if pairs else type(v) is int for v in values)
-            check(valid, name, constants[name], "pairs such as ((1024, 64),)" if pairs else "numbers such as (5000,)")
+        valid = isinstance(CODEBOOKS, (tuple, list)) and all(isinstance(pair, (tuple, list)) for pair in CODEBOOKS)
+        check(valid and all(len(pair) == 2 for pair in CODEBOOKS), "CODEBOOKS", CODEBOOKS, "pairs, as ((1024, 64),)")
+        valid = isinstance(SCALING, (tuple, list)) and all(type(number) is int for number in SCALING)
+        check(valid, "SCALING", SCALING, "numbers such as (5000,)")
         check(TOKENS % 32 == 0, "TOKENS", TOKENS, "a multiple of 32, the images of search")
         check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
               f"some of {tuple(benchmarks)}, such as ('search',)")

@@ -49,7 +49,7 @@ def test_an_unknown_benchmark_is_one_line(bench):
         bench("TOKENS=1000", "BENCHMARKS=()")
     with pytest.raises(SystemExit, match=r"^bench.py: DATASET = 'nowhere', allowed: .*a folder"):
         bench("DATASET=nowhere", "BENCHMARKS=('race',)")
-    with pytest.raises(SystemExit, match=r"^bench.py: CODEBOOKS = \(1024, 64\), allowed: pairs"):
+    with pytest.raises(SystemExit, match=r"^bench.py: CODEBOOKS = \(1024, 64\), allowed: pairs, as"):
         bench("CODEBOOKS=(1024, 64)", "BENCHMARKS=()")
     with pytest.raises(SystemExit, match=r"^bench.py: SCALING = 5000, allowed: numbers"):
         bench("SCALING=5000", "BENCHMARKS=()")
