@@ -75,8 +75,8 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen enco
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
-EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stage 1 and stage 2; the papers', or half an hour on a laptop
-EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # in an epoch, those of a small dataset again and again; None: all
+EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stages 1 and 2; the papers', or 30 to 50 minutes on a laptop
+EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # training images an epoch, repeated if there are fewer; None: all
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together
 ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's codebook is then updated, and the GAN's
