@@ -1,5 +1,5 @@
-"""Muon, schedules of learning rates and moving averages, and layers' weights cast to bf16 all at once: what makes a
-step of train.py, refine.py and generate.py learn more, or take less time."""
+"""Muon, the schedule of learning rates, and layers' weights cast to bf16 all at once: what makes a step of train.py,
+refine.py and generate.py learn more, or take less time."""
 import math
 import sys
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Conv
-from quantizers import EMAVQ, Quantizer, fast_bf16
+from quantizers import Quantizer, fast_bf16
 
 
 def warmup_cosine(step: int, steps: int) -> float:
@@ -22,16 +22,6 @@ def take_step(optimizers: list[torch.optim.Optimizer], step: int, steps: int):
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * warmup_cosine(step, steps)
         optimizer.step()
-
-
-def slow_averages(quantizer: Quantizer, step: int, steps: int):
-    """EMA-VQ's codes are means of the tokens of some 2 / (1 - decay) steps: of six tokens each, with 65,536 codes and
-    2,048 tokens a step. As learning rates fall, tokens keep their places, and means of more of them are less random:
-    from step 0 to steps - 1, 1 - decay falls with the cosine to a tenth of what it was."""
-    for part in quantizer.modules():
-        if isinstance(part, EMAVQ):
-            share = max(0.1, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            part.vq._codebook.decay = 1 - (1 - part.decay) * share
 
 
 class Muon(torch.optim.Optimizer):

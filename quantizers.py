@@ -225,7 +225,7 @@ class EMAVQ(Quantizer):
         code_dim = check_codebook(dim, codebook_size, code_dim, 1)
         check(0 < decay < 1, "decay", decay, "between 0 and 1")
         super().__init__(dim, codebook_size)
-        self.decay, self.commitment_cost, self.revive = decay, commitment_cost, revive
+        self.commitment_cost, self.revive = commitment_cost, revive
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
         self.vq = library.VectorQuantize(code_dim, codebook_size=codebook_size, decay=decay, sync_codebook=False)
         if revive:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, slow_averages, take_step
+from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, take_step
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -199,7 +199,6 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             done = (epoch - 1) * steps_per_epoch + step
             turn, number = done % len(data), step // len(data)
             gan = done >= gan_start
-            slow_averages(model.quantizer, done, steps)
             for i, index in enumerate(orders[turn][number]):
                 images, teacher_z = features[turn][index]
                 if ranks > 1:  # the last micro-batch's backward pass sends the gradients of all

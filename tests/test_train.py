@@ -1,7 +1,6 @@
 """train.py itself, on a few images."""
 import csv
 import json
-import math
 import re
 import runpy
 import subprocess
@@ -13,8 +12,6 @@ import torch
 from PIL import Image
 
 from models import VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
-from optimization import slow_averages
-from quantizers import EMAVQ
 from utils import FeatureCache, draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,18 +75,6 @@ def test_two_stages(quantizer, train, folder, capsys):
     assert "finished" in capsys.readouterr().out and rows(outputs / "metrics.csv") == table
     train(*arguments, "SEED=1", "STAGES=(1,)")  # others: another run, and this one's files stay
     assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
-
-
-def test_moving_averages_slow_down_with_the_learning_rate(train, folder, monkeypatch):
-    decays = []
-    monkeypatch.setattr("quantizers.EMAVQ.update", lambda self, *tokens: decays.append(self.vq._codebook.decay))
-    train(f"DATASET={folder}", "QUANTIZER=ema_vq", "CODEBOOKS=2", *SMALL)
-    shares = [0.5 + 0.5 * math.cos(math.pi * step / steps) for steps in (4, 2) for step in range(steps)]
-    expected = [1 - 0.01 * max(0.1, share) for share in shares for _ in range(2)]  # two codebooks
-    assert decays == pytest.approx(expected, abs=1e-9)
-    quantizer = EMAVQ(8, 16, decay=0.9)
-    slow_averages(quantizer, 99, 100)
-    assert quantizer.vq._codebook.decay == pytest.approx(0.99)
 
 
 def test_several_sizes_and_datasets(train, folder, tmp_path, capsys):
