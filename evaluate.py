@@ -6,7 +6,8 @@
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
     python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
-    python evaluate.py SEARCH=16                              with the test images' tokens improved by search.py
+    python evaluate.py SEARCH=16                              with the test images' tokens improved by search.py,
+    python evaluate.py SEARCH=16 IMAGE_WEIGHT=10              and what they tell of the image, too
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the first shipped encoder's features need no download.
@@ -66,6 +67,7 @@ CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints 
 PRIOR = None  # with CODECS, a path: a prior that generate.py made, with which its tokenizer's tokens take fewer bits
 DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
 SEARCH = 0  # sweeps of search.py over the test images' tokens; 0: the encoder's own. Probes learn from the latter
+IMAGE_WEIGHT = 0.0  # of search.py: 10 keeps what an image's mean features tell, for some PSNR
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +115,8 @@ def main():
     for columns in (IMAGE_COLUMNS, TOKEN_COLUMNS | columns_of_each):
         print(format_table(figures, columns), end="\n\n")
     if SEARCH:
-        print(f"of tokens from search.py, {SEARCH} sweeps; usage in training images and probes from the encoder's\n")
+        print(f"of tokens from search.py, {SEARCH} sweeps with IMAGE_WEIGHT = {IMAGE_WEIGHT}; usage in training images "
+              "and probes from the encoder's\n")
     print(f"{data.name}: {len(data.train_images):,} training images (sha256 {hashes['training']}...) and "
           f"{len(data.test_images):,} test images ({hashes['test']}...)")
     if SHIP:
@@ -147,6 +150,8 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(isinstance(SHIP, bool) and not (SHIP and (TRAIN_IMAGES or SEARCH)), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None and SEARCH = 0")
     check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
+    check(type(IMAGE_WEIGHT) in (int, float) and 0 <= IMAGE_WEIGHT <= 1e6, "IMAGE_WEIGHT", IMAGE_WEIGHT, "0 to 1e6")
+    check(SEARCH or not IMAGE_WEIGHT, "IMAGE_WEIGHT", IMAGE_WEIGHT, "0 without SEARCH")
     for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")
@@ -290,7 +295,7 @@ def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0) -> dict[s
     for batch in tqdm(images.split(BATCH_SIZE), f"tokenizing for {name}", leave=False):
         z = model.encoder(to_float(batch.to(device)))
         if sweeps and model.quantizer.codebook_size:
-            indices = search_tokens(model, to_float(batch.to(device)), sweeps)
+            indices = search_tokens(model, to_float(batch.to(device)), sweeps, image_weight=IMAGE_WEIGHT)
             z_q = model.quantizer.indices_to_codes(indices)
         else:
             z_q, _, indices = model.quantize(z)

@@ -17,62 +17,70 @@ from quantizers import check, fast_bf16
 strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
 
 
-def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4) -> Tensor:
+def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4,
+                  image_weight: float = 0.0) -> Tensor:
     """images (B, 3, H, W) in [0, 1], of any size -> indices (B, h, w), int64. In each sweep every token is tried once.
 
     The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
-    tokens, where the model predicts any. At 5e-4 features keep about the error that they have with the encoder's
-    tokens, at 0 they become worse. An image, or a strip of a large one, whose error is not smaller in the end keeps the
-    encoder's tokens. ValueError for images or options out of range, a model that has no codes, or one in train mode.
+    tokens, where the model predicts any, as in its compute_prediction_loss: with image_weight times the error of an
+    image's mean features. At 5e-4 features keep about the error that they have with the encoder's tokens, at 0 they
+    become worse; an image_weight of 10 keeps what their mean tells of the image, for 0.2 dB. An image, or a strip of a
+    large one, whose error is not smaller in the end keeps the encoder's tokens. ValueError for images or options out of
+    range, a model that has no codes, or one in train mode.
     """
     images = check_images(images)
     check(not vqrae.training, "vqrae", "in train mode", "one in eval mode")
     check(vqrae.quantizer.codebook_size > 0, "quantizer", vqrae.config["quantizer"], "one that has codes")
     check(type(sweeps) is int and sweeps >= 1, "sweeps", sweeps, "a whole number of 1 or more")
-    valid = isinstance(feature_weight, int | float) and 0 <= feature_weight <= 1e6
-    check(valid, "feature_weight", feature_weight, "0 to 1e6")
+    for name, weight in (("feature_weight", feature_weight), ("image_weight", image_weight)):
+        check(isinstance(weight, int | float) and 0 <= weight <= 1e6, name, weight, "0 to 1e6")
     tokens = max(1, images.shape[2] * images.shape[3] // vqrae.token_size**2)
-    return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight), part,
-                                vqrae.token_size, 1, vqrae.encoder_reach, strip_tokens)
+    return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight, image_weight),
+                                part, vqrae.token_size, 1, vqrae.encoder_reach, strip_tokens)
                       for part in images.split(max(1, strip_tokens // tokens))])
 
 
 @torch.inference_mode(False)  # gradients are needed even where the caller turned them off
 @torch.no_grad()
-def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: float) -> Tensor:
+def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: float, image_weight: float) -> Tensor:
     """As search_tokens, all at once."""
     quantizer = vqrae.quantizer
     images = images.clone()  # one made in inference mode takes no part in gradients
     z_q, _, indices = vqrae.encode(images)
-    features = None if vqrae.from_scratch or not feature_weight else vqrae.encoder(images)
+    features = vqrae.encoder(images) if feature_weight and not vqrae.from_scratch else None
     (height, width), (h, w), patch = images.shape[2:], indices.shape[1:], vqrae.token_size
     first, first_indices = z_q, indices
 
-    def measure(z_q: Tensor) -> Tensor:
-        """The error of each token (B, h, w)"""
+    def measure(z_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token, the error of its pixels (B, h, w), and its predicted features less the true (B, C, h, w)"""
         errors = (vqrae.decode(z_q, (height, width)).float() - images).square().mean(1, keepdim=True)
         errors = F.avg_pool2d(F.pad(errors, (0, w * patch - width, 0, h * patch - height)), patch)[:, 0]
-        if features is not None:
-            errors = errors + feature_weight * (vqrae.predict_features(z_q).float() - features).square().mean(1)
-        return errors
+        if features is None:
+            return errors, torch.zeros_like(errors)[:, None]
+        return errors, vqrae.predict_features(z_q).float() - features
+
+    def total(errors: Tensor, gaps: Tensor) -> Tensor:
+        """The error (B,) of each image"""
+        of_features = gaps.square().mean((1, 2, 3)) + image_weight * gaps.mean((2, 3)).square().mean(1)
+        return errors.mean((1, 2)) + feature_weight * of_features
 
     # codes are made of n numbers by a linear layer: moves are in the space of its columns, where codes are
     columns = getattr(quantizer.project_out, "weight", torch.eye(z_q.shape[1], device=z_q.device))
     basis = torch.linalg.qr(columns).Q  # (C, n)
 
-    def differentiate(z_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The error of each token (B, h, w), and the gradient of their sum (B, n, h, w), in `basis`"""
+    def differentiate(z_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `measure` returns, and the gradient of the errors (B, n, h, w), in `basis`"""
         z_q = z_q.detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(z_q.device.type, torch.bfloat16, enabled=fast_bf16(z_q.device)):
-            errors = measure(z_q)
-            gradient, = torch.autograd.grad(errors.sum(), z_q)
-        return errors.detach(), torch.einsum("bchw,cn->bnhw", gradient, basis)
+            errors, gaps = measure(z_q)
+            gradient, = torch.autograd.grad(total(errors, gaps).sum(), z_q)
+        return errors.detach(), gaps.detach(), torch.einsum("bchw,cn->bnhw", gradient, basis)
 
     def around(values: Tensor) -> Tensor:
         """The mean of 3 x 3 tokens' values (B, h, w)"""
         return F.avg_pool2d(values[:, None], 3, 1, 1)[:, 0]
 
-    errors, gradient = differentiate(z_q)
+    errors, gaps, gradient = differentiate(z_q)
     # how far each token moves at a try, which it learns: at first a quarter of how far codes are from their mean
     some = torch.randint(quantizer.codebook_size, (512,), generator=torch.Generator().manual_seed(0))
     codes = quantizer.get_codebook_entry(some)
@@ -88,17 +96,22 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             tried, tried_z_q = indices.clone(), z_q.clone()
             tried[turn] = quantizer.codes_to_indices(target[turn], exact=False)
             tried_z_q[turn] = quantizer.indices_to_codes(tried[turn])
-            tried_errors, tried_gradient = differentiate(tried_z_q)
+            tried_errors, tried_gaps, tried_gradient = differentiate(tried_z_q)
             moved = tried != indices
-            better = moved & (around(tried_errors) < around(errors))
+            # What each move adds to the error. Of n tokens n / 4 move at once, most to where the mean falls short:
+            # n |mean + sum of changes / n|^2 - n |mean|^2 <= sum of (2 mean change + |change|^2 / 4), by convexity
+            mean, change = gaps.mean((2, 3), keepdim=True), tried_gaps - gaps
+            of_mean = 2 * mean * change + change.square() / 4
+            of_features = (tried_gaps.square() - gaps.square() + image_weight * of_mean).mean(1)
+            better = moved & (around(tried_errors - errors + feature_weight * of_features) < 0)
             worse = moved & ~better
             indices, z_q = torch.where(better, tried, indices), torch.where(better[:, None], tried_z_q, z_q)
             # not decoded again: near a move that was undone errors and gradients stay as before it, elsewhere they are
             # those of the trial, or nearly
             undone = F.max_pool2d(worse[:, None].float(), 3, 1, 1) > 0
             errors = torch.where(undone[:, 0], errors, tried_errors)
-            gradient = torch.where(undone, gradient, tried_gradient)
+            gaps, gradient = torch.where(undone, gaps, tried_gaps), torch.where(undone, gradient, tried_gradient)
             step[turn] *= torch.where(worse, 0.8, torch.where(moved, 1.0, 1.2))[turn]
             step = step.minimum(4 * spread)  # that of a token at the edge of the codes would grow for ever
-    improved = measure(z_q).mean((1, 2)) < measure(first).mean((1, 2))
+    improved = total(*measure(z_q)) < total(*measure(first))
     return torch.where(improved[:, None, None], indices, first_indices)

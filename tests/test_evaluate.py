@@ -30,7 +30,8 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
     for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "SEARCH": 0, "BATCH_SIZE": 250}.items():
+                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "SEARCH": 0, "IMAGE_WEIGHT": 0.0,
+                        "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):

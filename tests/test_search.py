@@ -103,6 +103,18 @@ def test_features_are_kept_by_their_weight():
     assert min(quality[:2]) > own + 0.3 and min(quality[:2]) > quality[2]
 
 
+def test_what_the_mean_of_features_tells_is_kept_by_its_weight():
+    model, originals = load_checkpoint(PRETRAINED_DIR / "vqrae_ema_vq.pt"), images(8)
+    mean = model.encoder(originals).mean((2, 3))
+    found = {weight: search_tokens(model, originals, 4, 5e-4, weight) for weight in (0, 10, 100)}
+    with torch.no_grad():
+        distances = [F.mse_loss(model.features_from_indices(indices).mean((2, 3)), mean) for indices in found.values()]
+        quality = [psnr(model.decode_from_indices(indices), originals).mean() for indices in found.values()]
+        own = psnr(model(originals)[0], originals).mean()
+    assert distances[1] < 0.8 * distances[0] and distances[2] < distances[1]
+    assert quality[0] > quality[1] > own + 0.3
+
+
 def test_what_is_refused():
     model, originals = build(), images(2)
     for call, message in [
@@ -110,6 +122,7 @@ def test_what_is_refused():
         (lambda: search_tokens(model, originals, sweeps=True), "sweeps = True"),
         (lambda: search_tokens(model, originals, feature_weight=-1), "feature_weight = -1"),
         (lambda: search_tokens(model, originals, feature_weight="0"), "feature_weight = '0'"),
+        (lambda: search_tokens(model, originals, image_weight=-1), "image_weight = -1"),
         (lambda: search_tokens(model, originals * 2), "images = "),
         (lambda: search_tokens(model, originals[0]), "images = "),
         (lambda: search_tokens(model, originals[..., :3]), "images = .*a token"),
