@@ -150,8 +150,8 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(isinstance(SHIP, bool) and not (SHIP and (TRAIN_IMAGES or SEARCH)), "SHIP", SHIP,
           "False, or True with TRAIN_IMAGES = None and SEARCH = 0")
     check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
-    check(type(IMAGE_WEIGHT) in (int, float) and 0 <= IMAGE_WEIGHT <= 1e6, "IMAGE_WEIGHT", IMAGE_WEIGHT, "0 to 1e6")
-    check(SEARCH or not IMAGE_WEIGHT, "IMAGE_WEIGHT", IMAGE_WEIGHT, "0 without SEARCH")
+    check(type(IMAGE_WEIGHT) in (int, float) and 0 <= IMAGE_WEIGHT <= (1e6 if SEARCH else 0), "IMAGE_WEIGHT",
+          IMAGE_WEIGHT, "0 to 1e6, 0 without SEARCH")
     for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")

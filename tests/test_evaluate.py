@@ -95,6 +95,12 @@ def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "of tokens from search.py, 2 sweeps" in printed and "vqrae_fsq:" not in printed
     assert searched[0][0]["psnr"] > figures["psnr"] and not torch.equal(searched[0][2], indices)
+    shipped("SEARCH=2", "IMAGE_WEIGHT=100")
+    assert "2 sweeps with IMAGE_WEIGHT = 100" in capsys.readouterr().out
+    assert searched[1][0]["psnr"] < searched[0][0]["psnr"] and not torch.equal(searched[1][2], searched[0][2])
+    for wrong in ("SEARCH=0", "IMAGE_WEIGHT=-1"):
+        with pytest.raises(SystemExit, match="evaluate.py: IMAGE_WEIGHT = "):
+            shipped(wrong)
 
 
 @pytest.mark.parametrize("name", ["vqrae_ema_vq", "vqrae_fsq", "vqrae_simvq"])
