@@ -7,7 +7,8 @@
     python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
     python evaluate.py SEARCH=16                              with the test images' tokens improved by search.py,
-    python evaluate.py SEARCH=16 IMAGE_WEIGHT=10              and what they tell of the image, too
+    python evaluate.py SEARCH=16 IMAGE_WEIGHT=10              and what they tell of the image, too: hours, and the same
+                                                              command goes on where one was stopped
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the first shipped encoder's features need no download.
@@ -41,7 +42,7 @@ from models import PRETRAINED_DIR, VQRAE, build_encoder
 from plots import save_figure
 from prior import load_prior, measure_bits
 from quantizers import check
-from search import search_tokens
+from search import search_dataset
 from utils import (
     Dataset,
     evaluate,
@@ -291,14 +292,16 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
 def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0) -> dict[str, Tensor]:
     """The indices (N, h, w) of uint8 images (N, 3, H, W), and each one's means (N, C) of its features z, of z_q and,
     where the model has a predictor, of the features predicted from z_q. sweeps: of search.py."""
-    outputs = []
-    for batch in tqdm(images.split(BATCH_SIZE), f"tokenizing for {name}", leave=False):
+    batches, outputs = images.split(BATCH_SIZE), []
+    searched = [None] * len(batches)
+    if sweeps and model.quantizer.codebook_size:
+        searched = search_dataset(model, images, sweeps, IMAGE_WEIGHT).split(BATCH_SIZE)
+    for batch, indices in zip(tqdm(batches, f"tokenizing for {name}", leave=False), searched):
         z = model.encoder(to_float(batch.to(device)))
-        if sweeps and model.quantizer.codebook_size:
-            indices = search_tokens(model, to_float(batch.to(device)), sweeps, image_weight=IMAGE_WEIGHT)
-            z_q = model.quantizer.indices_to_codes(indices)
-        else:
+        if indices is None:
             z_q, _, indices = model.quantize(z)
+        else:
+            z_q = model.quantizer.indices_to_codes(indices)
         outputs.append({"indices": indices, "z": z.mean((2, 3)), "z_q": z_q.mean((2, 3))})
         if not model.from_scratch:
             outputs[-1]["predicted"] = model.predict_features(z_q).mean((2, 3))

@@ -8,7 +8,6 @@ convolution behind it, decoder and predictor. Encoder, adapter and codebook stay
 encoded to. The losses are those of the checkpoint's training, without a GAN. Writes
 checkpoints/<run>/<quantizer>_refined.pt; a run that was stopped goes on.
 """
-import contextlib
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import math
 import sys
@@ -23,7 +22,7 @@ import utils
 from models import PRETRAINED_DIR, VQRAE, build_encoder
 from optimization import BF16Weights, adamw_and_muon, load_states, take_step
 from quantizers import check, fast_bf16
-from search import search_tokens
+from search import search_dataset, search_tokens
 from utils import FeatureCache, to_float
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +59,6 @@ def main():
         data = utils.load_datasets(DATASET, vqrae.config["image_size"])
         constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT),
                       "DATASET": [(d.name, d.digest, d.train_images.shape[-1]) for d in data]}  # larger ones: crops
-        searched = {name: constants[name] for name in ("CHECKPOINT", "DATASET", "FLIP", "IMAGES", "SWEEPS", "SEED")}
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
         utils.seed_everything(SEED)
@@ -75,7 +73,8 @@ def main():
         sys.exit(f"refine.py: {error}")
     try:
         with lock:
-            tokens = load_tokens(vqrae, images, Path("data", f"searched_{utils.digest(searched)}.pt"))
+            tokens = [vqrae.encode_to_indices(to_float(batch.to(device))) for batch in images.split(250)]
+            tokens = torch.stack([torch.cat(tokens), search_dataset(vqrae, images, SWEEPS)])
             train(objective, metadata, images, tokens, data[0].test_crops()[:EVAL_IMAGES], last, saved)
     except KeyboardInterrupt:
         sys.exit("\nrefine.py: stopped; the same command goes on after the last tokens, or the last epoch")
@@ -92,19 +91,6 @@ def draw_images(data: list[utils.Dataset]) -> Tensor:
         drawn += [(cache.select(batch) * 255).round().byte() for batch in batches]
     images = torch.cat(drawn)
     return images[torch.randperm(len(images))[:IMAGES]]
-
-
-def load_tokens(vqrae: VQRAE, images: Tensor, path: Path) -> Tensor:
-    """The encoder's tokens of the images, and searched ones (2, N, h, w). They are kept in `path` as they are made."""
-    tokens = []
-    with contextlib.suppress(ValueError):  # there is no such file, or a broken one
-        tokens = list(utils.load_torch(path, "tokens")["tokens"].split(250, 1))
-    batches = images.split(250)
-    for batch in tqdm(batches[len(tokens) :], "searching for tokens", len(batches), initial=len(tokens)):
-        x = to_float(batch.to(device))
-        tokens.append(torch.stack([vqrae.encode_to_indices(x), search_tokens(vqrae, x, SWEEPS)]).cpu())
-        utils.save_torch(path, {"tokens": torch.cat(tokens, 1)})
-    return torch.cat(tokens, 1)
 
 
 class Objective(nn.Module):
@@ -158,7 +144,7 @@ def train(objective: Objective, metadata: dict, images: Tensor, tokens: Tensor, 
         vqrae.train()  # without clamping to [0, 1], which stops gradients
         losses, order = [], torch.randperm(len(images))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
         for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
-            loss = objective(to_float(images[index].to(device)), tokens[searched, index].to(device))
+            loss = objective(to_float(images[index].to(device)), tokens[searched, index])
             loss.backward()
             nn.utils.clip_grad_norm_(vqrae.parameters(), 1.0)
             take_step(optimizers, done, EPOCHS * steps_per_epoch)

@@ -1,11 +1,16 @@
 """Search for the tokens that an image is decoded from best. The encoder's own are only a first guess.
 
     indices = search_tokens(vqrae, images)      instead of vqrae.encode_to_indices(images): 1 dB more, and much slower
+    indices = search_dataset(vqrae, images)     of many images, which takes hours: what was found is kept
 
 Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. In turns, one of 2 x 2
 tokens moves against the gradient of the error, to the nearest code there, and stays if the error around it has become
 smaller. A token acts on its neighbourhood above all, so that a quarter of them can be tried in one decoding.
 """
+import contextlib
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +18,7 @@ from tqdm import tqdm
 
 from models import VQRAE, check_images, in_strips
 from quantizers import check, fast_bf16
+from utils import load_torch, save_torch, to_float
 
 strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
 
@@ -115,3 +121,20 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             step = step.minimum(4 * spread)  # that of a token at the edge of the codes would grow for ever
     improved = total(*measure(z_q)) < total(*measure(first))
     return torch.where(improved[:, None, None], indices, first_indices)
+
+
+def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, image_weight: float = 0.0) -> Tensor:
+    """search_tokens of uint8 images (N, 3, H, W) -> (N, h, w), int64, 250 at a time. They are kept in data/ as they are
+    found, and the same call, after one that was stopped, goes on from there."""
+    # the file's name is of all that tokens depend on, with the text of this file
+    content = hashlib.sha256(repr((vqrae.config, sweeps, image_weight)).encode() + Path(__file__).read_bytes())
+    for value in (images, *vqrae.state_dict().values()):
+        content.update(value.contiguous().cpu().numpy())
+    path, tokens, batches = Path("data", f"searched_{content.hexdigest()[:12]}.pt"), [], images.split(250)
+    with contextlib.suppress(ValueError):  # there is no such file, or a broken one
+        tokens = list(load_torch(path, "tokens")["tokens"].split(250))
+    device = next(vqrae.parameters()).device
+    for batch in tqdm(batches[len(tokens) :], "searching for tokens", len(batches), initial=len(tokens), leave=False):
+        tokens.append(search_tokens(vqrae, to_float(batch.to(device)), sweeps, image_weight=image_weight).cpu())
+        save_torch(path, {"tokens": torch.cat(tokens)})
+    return torch.cat(tokens).to(device)

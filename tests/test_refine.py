@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import refine
+import search
 import utils
 from models import VQRAE
 from utils import load_checkpoint, load_dataset, load_torch, save_checkpoint, to_float
@@ -61,7 +62,8 @@ def test_only_what_follows_the_tokens_learns(name, run, folder, capsys):
 def test_every_loss_is_of_both_kinds_of_tokens(batch, run, monkeypatch):
     """Tokens are told apart by their values: searched ones are all 1, the encoder's 0."""
     compared, quantized = [], []
-    monkeypatch.setattr(refine, "search_tokens", lambda vqrae, images, sweeps: torch.ones(len(images), 8, 8).long())
+    for name in ("search_tokens", "search_dataset"):
+        monkeypatch.setattr(refine, name, lambda vqrae, images, sweeps: torch.ones(len(images), 8, 8).long())
     monkeypatch.setattr(VQRAE, "encode_to_indices", lambda vqrae, images: torch.zeros(len(images), 8, 8).long())
     forward, teach = refine.Objective.forward, refine.build_encoder
 
@@ -97,11 +99,13 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
         if saved == [saved[0]] or saved.count("last.pt") == 2:  # the searched tokens, and the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "save_torch", stop)
+    for module in (utils, search):
+        monkeypatch.setattr(module, "save_torch", stop)
     for _ in range(2):
         with pytest.raises(SystemExit, match="^\nrefine.py: stopped; the same command goes on"):
             run()
-    monkeypatch.setattr(utils, "save_torch", save)
+    for module in (utils, search):
+        monkeypatch.setattr(module, "save_torch", save)
     again = load_torch(run())["model"]
     assert all(torch.equal(again[key], value) for key, value in weights.items())
     assert expected.splitlines()[-2] in capsys.readouterr().out
@@ -186,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_refined(run):
 def test_what_cannot_be_read_is_named_before_anything_is_searched(run, monkeypatch):
     path = run("fsq")
     path.with_name("last.pt").write_bytes(b"torn")
-    monkeypatch.setattr(refine, "search_tokens", None)
+    monkeypatch.setattr(refine, "search_dataset", None)
     with pytest.raises(SystemExit, match="^refine.py: checkpoint .*last.pt cannot be read[^\n]*$"):
         run("fsq")
 

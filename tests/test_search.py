@@ -1,11 +1,13 @@
 """search.py: tokens that an image is decoded from better than from the encoder's."""
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import search
 from models import PRETRAINED_DIR, VQRAE
-from search import search_tokens
+from search import search_dataset, search_tokens
 from utils import draw_shapes, load_checkpoint, psnr, to_float
 
 QUANTIZERS = {
@@ -113,6 +115,37 @@ def test_what_the_mean_of_features_tells_is_kept_by_its_weight():
         own = psnr(model(originals)[0], originals).mean()
     assert distances[1] < 0.8 * distances[0] and distances[2] < distances[1]
     assert quality[0] > quality[1] > own + 0.3
+
+
+def test_a_search_of_many_images_goes_on_where_it_was_stopped(monkeypatch):
+    model, originals = build(), (images(260) * 255).byte()
+    save, search_batch, batches = search.save_torch, search.search_tokens, []
+
+    def stop(path, content):
+        save(path, content)
+        raise KeyboardInterrupt
+
+    def watch(vqrae, images, *args, **kw):
+        batches.append(len(images))
+        return search_batch(vqrae, images, *args, **kw)
+
+    monkeypatch.setattr(search, "search_tokens", watch)
+    monkeypatch.setattr(search, "save_torch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search_dataset(model, originals, 1)
+    monkeypatch.setattr(search, "save_torch", save)
+    found = search_dataset(model, originals, 1)
+    assert batches == [250, 10]
+    assert torch.equal(found, search_tokens(model, to_float(originals), 1))
+    assert torch.equal(found, search_dataset(model, originals, 1)) and batches == [250, 10]
+    file, = Path("data").iterdir()
+    file.write_bytes(b"broken")
+    assert torch.equal(found, search_dataset(model, originals, 1)) and batches == [250, 10] * 2
+    next(model.decoder.parameters()).data += 1  # whatever tokens depend on makes another file
+    for count, (of, options) in enumerate([(originals, (1,)), (originals[:5], (1,)), (originals[:5], (2,)),
+                                           (originals[:5], (2, 10.0))], 2):
+        search_dataset(model, of, *options)
+        assert len(list(Path("data").iterdir())) == count
 
 
 def test_what_is_refused():
