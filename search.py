@@ -126,15 +126,21 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
 def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, image_weight: float = 0.0) -> Tensor:
     """search_tokens of uint8 images (N, 3, H, W) -> (N, h, w), int64, 250 at a time. They are kept in data/ as they are
     found, and the same call, after one that was stopped, goes on from there."""
-    # the file's name is of all that tokens depend on, with the text of this file
-    content = hashlib.sha256(repr((vqrae.config, sweeps, image_weight)).encode() + Path(__file__).read_bytes())
+    check(images.dtype == torch.uint8, "images", images.dtype, "uint8")
+    device = next(vqrae.parameters()).device
+    # the file's name is of all that tokens depend on, with the text of the modules that find them
+    texts = [Path(__file__).with_name(name).read_text() for name in ("search.py", "models.py", "quantizers.py")]
+    options = vqrae.config, sweeps, float(image_weight), fast_bf16(device), texts
+    content = hashlib.sha256(repr(options).encode())
     for value in (images, *vqrae.state_dict().values()):
         content.update(value.contiguous().cpu().numpy())
     path, tokens, batches = Path("data", f"searched_{content.hexdigest()[:12]}.pt"), [], images.split(250)
     with contextlib.suppress(ValueError):  # there is no such file, or a broken one
         tokens = list(load_torch(path, "tokens")["tokens"].split(250))
-    device = next(vqrae.parameters()).device
     for batch in tqdm(batches[len(tokens) :], "searching for tokens", len(batches), initial=len(tokens), leave=False):
         tokens.append(search_tokens(vqrae, to_float(batch.to(device)), sweeps, image_weight=image_weight).cpu())
-        save_torch(path, {"tokens": torch.cat(tokens)})
+        try:
+            save_torch(path, {"tokens": torch.cat(tokens)})
+        except OSError as error:  # a full disk, or another user's data/
+            tqdm.write(f"what is found is not kept: {error}")
     return torch.cat(tokens).to(device)

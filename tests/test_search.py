@@ -146,6 +146,20 @@ def test_a_search_of_many_images_goes_on_where_it_was_stopped(monkeypatch):
                                            (originals[:5], (2, 10.0))], 2):
         search_dataset(model, of, *options)
         assert len(list(Path("data").iterdir())) == count
+    search_dataset(model, originals[:5], 2, 10)  # the same weight
+    assert len(list(Path("data").iterdir())) == count
+    with pytest.raises(ValueError, match="^images = torch.float32, allowed: uint8$"):
+        search_dataset(model, to_float(originals), 1)
+
+
+def test_a_full_disk_does_not_end_a_search_of_many_images(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search, "save_torch", full)
+    model, originals = build(), (images(3) * 255).byte()
+    assert torch.equal(search_dataset(model, originals, 1), search_tokens(model, to_float(originals), 1))
+    assert "what is found is not kept: [Errno 28] No space left" in "".join(capsys.readouterr())
 
 
 def test_what_is_refused():
