@@ -57,7 +57,9 @@ def main():
         for name, allowed in {"PERCEPTUAL": "encoder", "RANDOM_DEPTH": 0}.items():  # other losses would unlearn them
             check(stored.get(name, allowed) == allowed, "CHECKPOINT", CHECKPOINT, f"one made with {name} = {allowed!r}")
         data = utils.load_datasets(DATASET, vqrae.config["image_size"])
+        shipped = PRETRAINED_DIR / f"{vqrae.config['encoder']}_encoder.pt"  # or pretrain.py's
         constants |= {"CHECKPOINT": utils.hash_file(CHECKPOINT),
+                      "encoder_weights": utils.hash_file(shipped) if shipped.exists() else None,
                       "DATASET": [(d.name, d.digest, d.train_images.shape[-1]) for d in data]}  # larger ones: crops
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import plots
 import utils
-from models import VQRAE, PatchDiscriminator, build_encoder
+from models import PRETRAINED_DIR, SHIPPED, VQRAE, PatchDiscriminator, build_encoder
 from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, take_step
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
@@ -383,11 +383,11 @@ class Run:
     """The files of a run, in outputs/<name>/ and checkpoints/<name>/. The same constants find the same files again."""
 
     def __init__(self, constants: dict, data: list[Dataset]):
-        # a folder is known by its files, wherever it is, and a checkpoint by its content
+        # a folder is known by its files, wherever it is, checkpoints and encoders by their content
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
-        content = constants | {"DATASET": parts}
-        if START_CHECKPOINT is not None:
-            content["START_CHECKPOINT"] = utils.hash_file(START_CHECKPOINT)
+        shipped = PRETRAINED_DIR / f"{ENCODER}_encoder.pt" if ENCODER in SHIPPED else None  # or pretrain.py's
+        files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
+        content = constants | {"DATASET": parts} | {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))
         self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(description)}"

@@ -75,14 +75,16 @@ def decoded_colour(path):
 
 
 hidden = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+clear = Image.fromarray(np.full((8, 8), 300, np.uint16))
+clear.info["transparency"] = 300
 
 
 @pytest.mark.parametrize("image, name, colour", [
     (Image.fromarray(np.full((8, 8), 32768, np.uint16)), "a.png", 128),
     (Image.fromarray(np.full((8, 8), 32768, np.uint16)), "a.tif", 128),
     (Image.fromarray(np.full((8, 8), 0.25, np.float32)), "a.tif", 64),
-    (hidden, "a.png", 255), (hidden.convert("LA"), "a.png", 255)],
-    ids=["16-bit PNG", "16-bit TIFF", "float TIFF", "RGBA", "LA"])
+    (hidden, "a.png", 255), (hidden.convert("LA"), "a.png", 255), (clear, "a.png", 255)],
+    ids=["16-bit PNG", "16-bit TIFF", "float TIFF", "RGBA", "LA", "16-bit PNG, one value transparent"])
 def test_images_are_converted_as_a_viewer_shows_them(image, name, colour, tmp_path):
     assert decoded_colour(one_folder(tmp_path / "photos", image, name)) == [colour] * 3
 
@@ -181,6 +183,11 @@ def test_a_folder_is_known_by_its_files(tmp_path, monkeypatch):
     part, = load_datasets("photos", 8)
     crops = part._replace(train_images=part.train_images.repeat(1, 1, 2, 2))  # of 8x8 pixels, from images of 16x16
     assert train.Run({"DATASET": "photos"}, [part]).name != train.Run({"DATASET": "photos"}, [crops]).name
+    shutil.copy(train.PRETRAINED_DIR / "cifar_encoder.pt", tmp_path)
+    monkeypatch.setattr(train, "PRETRAINED_DIR", tmp_path)
+    same = train.Run({"DATASET": "photos"}, [part]).name
+    (tmp_path / "cifar_encoder.pt").write_bytes(b"another")  # as pretrain.py writes it
+    assert same in name_of_run and train.Run({"DATASET": "photos"}, [part]).name != same
 
 
 def test_a_folders_name_is_no_mathematics(tmp_path):
