@@ -403,15 +403,16 @@ if __name__ == "__main__":
     benchmarks = {f.__name__: f for f in (training, utilisation, search, tokenizing, start, scaling, run, race)}
     try:
         constants = read_constants(globals())
-        for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS"):
+        for name in ("ROUNDS", "BATCH_SIZE", "BATCHES", "TOKENS", "RACE_SEEDS"):
             check(type(constants[name]) is int and constants[name] >= 1, name, constants[name], "1 or more")
         valid = isinstance(CODEBOOKS, (tuple, list)) and all(isinstance(pair, (tuple, list)) for pair in CODEBOOKS)
         check(valid and all(len(pair) == 2 for pair in CODEBOOKS), "CODEBOOKS", CODEBOOKS, "pairs, as ((1024, 64),)")
-        valid = isinstance(SCALING, (tuple, list)) and all(type(number) is int for number in SCALING)
-        check(valid, "SCALING", SCALING, "numbers such as (5000,)")
+        for name in ("SCALING", "RACE_IMAGES", "GOALS"):
+            valid = isinstance(constants[name], (tuple, list)) and all(type(n) in (int, float) for n in constants[name])
+            check(valid and constants[name], name, constants[name], "numbers such as (5000,)")
         check(TOKENS % 32 == 0, "TOKENS", TOKENS, "a multiple of 32, the images of search")
-        check(isinstance(BENCHMARKS, (tuple, list)) and set(BENCHMARKS) <= benchmarks.keys(), "BENCHMARKS", BENCHMARKS,
-              f"some of {tuple(benchmarks)}, such as ('search',)")
+        valid = isinstance(BENCHMARKS, (tuple, list)) and all(name in [*benchmarks] for name in BENCHMARKS)
+        check(valid, "BENCHMARKS", BENCHMARKS, f"some of {tuple(benchmarks)}, such as ('search',)")
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
@@ -421,6 +422,6 @@ if __name__ == "__main__":
         except subprocess.CalledProcessError as error:
             last_line = (error.stderr.strip().splitlines() or [str(error)])[-1]  # one that was killed says nothing
             print(f"\n{name}: {last_line}")
-        except (ValueError, RuntimeError) as error:  # a dataset that is not there
+        except (ValueError, RuntimeError, OSError) as error:  # a dataset that is not there
             sys.exit(f"bench.py: {error}")
         torch.cuda.empty_cache()  # for the processes that the next one starts

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.transforms.functional import pil_to_tensor
@@ -144,7 +144,10 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     """The checkpoints, by name, and constants of the command line, checked, with the dataset and the recorded figures.
     With SHIP, the checkpoints are those in checkpoints/pretrained, just written."""
     paths = read_arguments(globals())
-    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    try:
+        records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{RECORDS} cannot be read: {error}") from None
     check(type(BATCH_SIZE) is int and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
     check(TRAIN_IMAGES is None or type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
           "None or 2 or more")
@@ -419,6 +422,7 @@ def encode_montage(images: Tensor, codec: str, quality: int) -> tuple[float, Ten
     bits an image, and the images decoded."""
     n, (height, width), file = math.isqrt(len(images)), images.shape[2:], io.BytesIO()
     montage = Image.fromarray(make_grid(images, n, padding=0).permute(1, 2, 0).numpy())
+    ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 8 * montage.width * montage.height)  # else noise fails as a JPEG
     montage.save(file, codec, quality=quality, **CODEC_OPTIONS[codec])
     decoded = pil_to_tensor(Image.open(file).convert("RGB")).unflatten(2, (n, width)).unflatten(1, (n, height))
     return 8 * file.getbuffer().nbytes / len(images), decoded.permute(1, 3, 0, 2, 4).flatten(0, 1)

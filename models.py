@@ -58,7 +58,8 @@ def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Mod
     if name in SHIPPED:
         encoder = SHIPPED[name](token_size)
         if pretrained:
-            encoder.load_state_dict(torch.load(PRETRAINED_DIR / f"{name}_encoder.pt", weights_only=True))
+            from utils import load_torch  # here, because utils.py imports this module
+            encoder.load_state_dict(load_torch(PRETRAINED_DIR / f"{name}_encoder.pt"))
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.1 to 1.5 times as fast on a CPU
     if name in FROM_SCRATCH:
         encoder = AirbenchEncoder(token_size, fused=False) if name == "scratch" else CNNEncoder(token_size)

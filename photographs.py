@@ -59,7 +59,7 @@ def main():
                     tqdm.write(f"skipping {str(file)!r}: {error}")
                     continue
                 measure(image.to(device), models, codecs, rows)
-        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:  # it may have gone on for hours
+        except (KeyboardInterrupt, MemoryError, RuntimeError, ValueError, OSError) as error:  # after hours, perhaps
             print(f"stopped before {str(file)!r}: {summarize(error)}", file=sys.stderr)
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     except (ValueError, RuntimeError, OSError) as error:

@@ -171,4 +171,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk
+        sys.exit(f"pretrain.py: {error}")

@@ -303,6 +303,7 @@ def open_image(file: Path) -> Image.Image:
         image = ImageOps.exif_transpose(image)  # into memory, and scrambles one that is to be turned
     if image.mode[0] in "IF":
         grey, white = np.asarray(image, np.float32), 1 if image.mode == "F" else 65535
+        grey = np.where(grey == image.info.get("transparency"), white, grey)  # a PNG's one transparent value
         check(0 <= grey.min() and grey.max() <= white, "grey", f"{grey.min():g} to {grey.max():g}", f"0 to {white}")
         image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
     if image.has_transparency_data:

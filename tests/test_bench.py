@@ -53,6 +53,12 @@ def test_an_unknown_benchmark_is_one_line(bench):
         bench("CODEBOOKS=(1024, 64)", "BENCHMARKS=()")
     with pytest.raises(SystemExit, match=r"^bench.py: SCALING = 5000, allowed: numbers"):
         bench("SCALING=5000", "BENCHMARKS=()")
+    with pytest.raises(SystemExit, match=r"^bench.py: GOALS = 26, allowed: numbers"):
+        bench("GOALS=26", "BENCHMARKS=()")
+    with pytest.raises(SystemExit, match=r"^bench.py: RACE_SEEDS = 0, allowed: 1 or more"):
+        bench("RACE_SEEDS=0", "BENCHMARKS=()")
+    with pytest.raises(SystemExit, match=r"^bench.py: BENCHMARKS = \(\[1\],\), allowed: some of"):
+        bench("BENCHMARKS=([1],)")
     with pytest.raises(SystemExit, match=r"^bench.py: argument = 'ROUND=1', allowed: .*ROUNDS"):
         bench("ROUND=1")
 

@@ -261,6 +261,21 @@ def test_codecs_and_pictures_that_are_not_to_be_had(monkeypatch, capsys):
     assert "9 test images of wide" in capsys.readouterr().out
 
 
+def test_damaged_records_are_named(shipped, tmp_path):
+    small_checkpoint(tmp_path / "a.pt")
+    evaluate.RECORDS.parent.mkdir()
+    evaluate.RECORDS.write_text('{"vqrae_fsq": ')
+    with pytest.raises(SystemExit, match="^evaluate.py: .*results.json cannot be read: Expecting value"):
+        shipped(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("quality", [50, 100])
+def test_codecs_encode_noise(quality):  # Pillow's own room for a JPEG is too small for it
+    noise = torch.randint(256, (1, 3, 600, 600), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bits, decoded = evaluate.encode_montage(noise, "JPEG", quality)
+    assert bits > 2 * 600 * 600 and decoded.shape == noise.shape
+
+
 def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, capsys, monkeypatch):
     small_checkpoint(tmp_path / "small.pt")  # 64 tokens of 240 codes
     bits = 64 * np.log2(240)

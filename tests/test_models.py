@@ -32,6 +32,16 @@ def build(quantizer="fsq", quantizer_options=None, **options):
 # Encoders
 
 
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:1000], lambda data: b"version https://git-lfs",
+                                    lambda data: data[:50_000] + bytes([data[50_000] ^ 1]) + data[50_001:]],
+                         ids=["empty", "cut", "a pointer of git-lfs", "one bit"])
+def test_a_damaged_encoder_is_named(damage, tmp_path, monkeypatch):
+    (tmp_path / "cifar_encoder.pt").write_bytes(damage((PRETRAINED_DIR / "cifar_encoder.pt").read_bytes()))
+    monkeypatch.setattr("models.PRETRAINED_DIR", tmp_path)
+    with pytest.raises(ValueError, match=r"^checkpoint .*cifar_encoder.pt cannot be read: [^\n]*$"):
+        build_encoder("cifar", 4)
+
+
 def test_shipped_encoder():
     file = PRETRAINED_DIR / "cifar_encoder.pt"
     assert file.stat().st_size < 12e6

@@ -71,7 +71,7 @@ def test_names_that_are_longer_than_a_files(run, tmp_path):
     assert len(list(Path("outputs", "photographs").glob("cifar fsq*.png"))) == 3
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError, MemoryError, OSError])
 def test_what_was_measured_before_it_was_stopped_is_printed(error, run, tmp_path, monkeypatch, capsys):
     encode, encoded = photographs.encode_montage, []
 
