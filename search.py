@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from models import VQRAE, check_images, in_strips
 from quantizers import check, fast_bf16
-from utils import load_torch, save_torch, to_float
+from utils import hash_file, load_torch, save_torch, to_float
 
 strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
 
@@ -129,8 +129,8 @@ def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, image_weight:
     check(images.dtype == torch.uint8, "images", images.dtype, "uint8")
     device = next(vqrae.parameters()).device
     # the file's name is of all that tokens depend on, with the text of the modules that find them
-    texts = [Path(__file__).with_name(name).read_text() for name in ("search.py", "models.py", "quantizers.py")]
-    options = vqrae.config, sweeps, float(image_weight), fast_bf16(device), texts
+    modules = [hash_file(Path(__file__).with_name(name)) for name in ("search.py", "models.py", "quantizers.py")]
+    options = vqrae.config, sweeps, float(image_weight), fast_bf16(device), modules
     content = hashlib.sha256(repr(options).encode())
     for value in (images, *vqrae.state_dict().values()):
         content.update(value.contiguous().cpu().numpy())

@@ -484,6 +484,10 @@ def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder, monkeypatch):
     written = (tmp_path / "cifar_encoder.pt").read_bytes()
     with pytest.raises(SystemExit, match="^pretrain.py: the weights are not finite"):
         pretrain("EPOCHS=1", f"OUT={tmp_path}", "LEARNING_RATE=(0.1, 1e18)")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(SystemExit, match=r"^pretrain.py: .*No space left on device: '.*cifar_encoder.pt'$"):
+            pretrain("EPOCHS=1", f"OUT={tmp_path}")
     assert (tmp_path / "cifar_encoder.pt").read_bytes() == written
     with pytest.raises(SystemExit, match="^pretrain.py: BATCH_SIZE = 1000, allowed: at most the number of images$"):
         pretrain("BATCH_SIZE=1000")
