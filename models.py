@@ -33,7 +33,6 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w), normalised over dim (except those of "cnn").
 # A token stands for token_size x token_size pixels of the image, and patch x patch of the encoder's input.
 
-
 # Short names of some of timm's pretrained encoders. Any other plain ViT is given by its name in timm.
 ENCODERS = {
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",

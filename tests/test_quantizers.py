@@ -11,7 +11,7 @@ from vector_quantize_pytorch import GroupedResidualVQ, ResidualFSQ, ResidualVQ, 
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 
 import quantizers
-from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, nearest_code, search_bf16, straight_through
+from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, fast_bf16, nearest_code, search_bf16, straight_through
 
 DIM = 32
 OPTIONS = {"fsq": {}, "simvq": {"codebook_size": 512}, "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -221,6 +221,17 @@ def test_straight_through_is_exact():
     assert torch.equal(out, codes)
     out.sum().backward()
     assert torch.equal(z.grad, torch.ones(1000))
+
+
+@pytest.mark.parametrize("fast, cpu", [
+    (True, {"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}),
+    (False, {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}),
+    (True, {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}),
+    (False, {"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}),
+    (False, {"cpu_name": "Apple M1", "neon": True})])
+def test_bf16_is_fast_where_there_are_fast_units_for_it(fast, cpu, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert fast_bf16("cpu") is fast
 
 
 def test_search_is_in_bf16_only_where_that_is_fast(monkeypatch):

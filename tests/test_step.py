@@ -1,6 +1,7 @@
 """A training step, as a GPU would meet it: what it launches and waits for, counted on a CPU."""
 import collections
 import copy
+import math
 import sys
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_step_launches_few_kernels(stage, quantizer, limit, monkeypatch):
     monkeypatch.setattr(train, "PRECISION", "bf16")
     monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
     orthogonalize = optimization.orthogonalize
-    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad=True))
+    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, few_launches=True))
     model = train.build_model()
     teacher = train.build_teacher(model)
     objective = BF16Weights(train.Objective(stage, model.set_stage(stage).train(), teacher, None))
@@ -125,6 +126,7 @@ def test_weights_cast_at_once_are_those_of_autocast():
 
 def test_pretrains_muon_is_the_librarys_by_default(monkeypatch):
     monkeypatch.setattr(optimization, "fast_bf16", lambda device: True)
+    monkeypatch.setattr(optimization, "newton_schulz_of_wide", optimization.newton_schulz)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((64, 27), (16, 144), (20, 20))]
     librarys = copy.deepcopy(ours)
     for optimizer, matrices in ((pretrain.build_muon(ours, 0.24), ours),
@@ -136,11 +138,39 @@ def test_pretrains_muon_is_the_librarys_by_default(monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, librarys))
 
 
-@pytest.mark.parametrize("pad, bf16", [(False, True), (True, True), (False, False), (True, False)])
-def test_muon_is_the_librarys(pad, bf16, monkeypatch):
+@pytest.mark.parametrize("m, n", [(16, 144), (64, 128), (48, 1728)])
+@pytest.mark.parametrize("smallest", [0.5, 1e-4])
+def test_steps_from_small_matrices_are_newton_schulz_steps(m, n, smallest):
+    """In fp32 to rounding, in bf16 as close to the exact ones as the ordinary steps are in bf16, and both do something:
+    singular values between 1 and `smallest` of the largest come to about 1, but the smallest."""
+    (u, _), (v, _) = torch.linalg.qr(torch.randn(3, m, m).double()), torch.linalg.qr(torch.randn(3, n, m).double())
+    x = u * torch.logspace(0, math.log10(smallest), m, dtype=torch.float64) @ v.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+
+    def error(steps, dtype):
+        return ((steps(x.to(dtype)).double() - exact).norm() / exact.norm()).item()
+
+    exact = optimization.newton_schulz(x)
+    assert exact.shape == x.shape and 0.6 < torch.linalg.svdvals(exact)[:, : m // 3].min() < 1.3
+    assert error(optimization.newton_schulz_of_wide, torch.float32) < 1e-3
+    plain = error(optimization.newton_schulz, torch.bfloat16)
+    assert 0.005 < plain < 0.2 and error(optimization.newton_schulz_of_wide, torch.bfloat16) < 2 * plain + 0.02
+
+
+def test_muon_takes_wide_matrices_the_fast_way_on_a_cpu_alone(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(optimization, "newton_schulz_of_wide", lambda x: shapes.append(tuple(x.shape)) or x)
+    for few_launches in (False, True):
+        optimization.orthogonalize([torch.randn(6, 54), torch.randn(54, 6), torch.randn(6, 6)], few_launches)
+        assert shapes == [(2, 6, 54)]
+
+
+@pytest.mark.parametrize("few_launches, bf16", [(False, True), (True, True), (False, False), (True, False)])
+def test_muon_is_the_librarys(few_launches, bf16, monkeypatch):
     monkeypatch.setattr(optimization, "fast_bf16", lambda device: bf16)
+    monkeypatch.setattr(optimization, "newton_schulz_of_wide", optimization.newton_schulz)
     orthogonalize = optimization.orthogonalize
-    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, pad))
+    monkeypatch.setattr(optimization, "orthogonalize", lambda matrices, **_: orthogonalize(matrices, few_launches))
     shapes = [(8, 72), (8, 72), (72, 8), (10, 30), (30, 10), (16, 16), (5, 5), (3, 40)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     librarys = copy.deepcopy(ours)
@@ -159,5 +189,5 @@ def test_muon_is_the_librarys(pad, bf16, monkeypatch):
     # the library's is in bf16. In fp32, or padded, where sums are added up in another order, numbers are rounded to
     # others: 1 % of the updates
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, librarys))
-    if not (bf16 and pad):
+    if not (bf16 and few_launches):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, librarys)) == bf16
