@@ -26,7 +26,7 @@ import plots
 import utils
 from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
 from models import PRETRAINED_DIR, VQRAE
-from optimization import BF16Weights, adamw_and_muon, load_states, take_step
+from optimization import BF16Weights, adamw_and_muon, load_states, prepare_cpu, take_step
 from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
@@ -57,8 +57,7 @@ SAMPLES = 10_000  # for the Fréchet distance and the probe
 
 def main():
     if device == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        prepare_cpu()
     try:
         constants = utils.read_constants(globals())
         check_constants()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import utils
 from models import PRETRAINED_DIR, VQRAE, build_encoder
-from optimization import BF16Weights, adamw_and_muon, load_states, take_step
+from optimization import BF16Weights, adamw_and_muon, load_states, prepare_cpu, take_step
 from quantizers import check, fast_bf16
 from search import search_dataset, search_tokens
 from utils import FeatureCache, to_float
@@ -42,8 +42,7 @@ SEED = 0
 
 def main():
     if device == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        prepare_cpu()
     try:
         constants = utils.read_constants(globals())
         check_constants()

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import plots
 import utils
 from models import PRETRAINED_DIR, SHIPPED, VQRAE, PatchDiscriminator, build_encoder
-from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, take_step
+from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, prepare_cpu, take_step
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
 
@@ -463,8 +463,7 @@ def start_process():
               f"{torch.cuda.device_count()}, the number of GPUs")
         torch.cuda.set_device(local_rank)
     else:
-        torch.use_deterministic_algorithms(True)  # costs nothing here
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        prepare_cpu()
     if ranks > 1:
         # while the first process decodes images or measures, the others wait: the default of ten minutes may be too few
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))

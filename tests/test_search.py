@@ -52,6 +52,12 @@ def test_no_image_gets_worse_and_the_mean_gets_better(name):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_have_no_denormal_numbers():
+    assert torch.tensor(1e-38) * 0.1 > 0
+    search_tokens(build("fsq"), torch.rand(1, 3, 8, 8), sweeps=1)
+    assert torch.tensor(1e-38) * 0.1 == 0
+
+
 @pytest.mark.parametrize("height, width", [(4, 4), (4, 21), (45, 5), (33, 47)])
 @pytest.mark.parametrize("options", [{}, {"decoder": "vit"}, {"encoder": "scratch"}], ids=["conv", "vit", "scratch"])
 def test_images_of_any_size(height, width, options):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,21 @@ def test_a_step_launches_few_kernels(stage, quantizer, limit, monkeypatch):
     with CountOperations() as counter:
         step()
     assert counter.launches() <= limit, counter.counts
+
+
+def test_gradients_on_a_cpu_have_no_denormal_numbers():
+    """They would make each convolution that they go through several times as slow; GELU's become such near -12."""
+    x = torch.linspace(-14, -10, 1000).view(1, 10, 10, 10).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+
+    def count_denormals():
+        gradient, = torch.autograd.grad((F.gelu(x) * 1e-6).sum(), x)
+        bits = gradient.view(torch.int32) & 0x7FFFFFFF  # as integers: comparisons would flush them, too
+        return ((bits > 0) & (bits < 0x00800000)).sum()
+
+    assert count_denormals() > 50
+    optimization.prepare_cpu()
+    assert count_denormals() == 0
 
 
 def test_the_perceptual_loss_is_of_every_other_image():
