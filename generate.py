@@ -173,7 +173,6 @@ def save_prior(prior: Prior, path: Path, metrics: dict, constants: dict):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-
 @torch.no_grad()
 def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = None,
            mask: Tensor | None = None) -> Tensor:

@@ -240,7 +240,6 @@ class TimmEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks and decoders
 
-
 def transformer(dim: int, depth: int, heads: int, kind: type = Block, **options) -> nn.Sequential:
     """timm's transformer blocks, on tokens (B, N, dim)"""
     blocks = nn.Sequential(*(kind(dim, heads, qkv_bias=True, **options) for _ in range(depth)))
@@ -277,33 +276,33 @@ class Conv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of a norm and two 3x3 convolutions with `hidden` channels between them. The second convolution
-    starts at zero, so that the block starts as the identity."""
+    """Residual block, at first the identity, of two 3x3 convolutions and a norm of the `hidden` channels between them.
+    Where the norm comes first, as in older checkpoints, these drift below zero in training, and GELU silences them."""
 
-    def __init__(self, dim: int, hidden: int, local: bool = True):
+    def __init__(self, dim: int, hidden: int, local: bool = True, norm_first: bool = False):
         super().__init__()
-        self.norm = LayerNorm2d(dim) if local else nn.GroupNorm(1, dim)
+        normed, self.norm_first = dim if norm_first else hidden, norm_first
+        self.norm = LayerNorm2d(normed) if local else nn.GroupNorm(1, normed)
         self.conv1, self.conv2 = Conv(dim, hidden, local=local), Conv(hidden, dim, local=local)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x)) if self.norm_first else self.norm(self.conv1(x))))
 
 
 class ConvDecoder(nn.Module):
     """Tokens (B, dim, h, w) to images of token_size pixels a token: `depth` residual blocks at the resolution of the
     tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
 
-    def __init__(self, dim: int, token_size: int, width: int, depth: int, local: bool):
+    def __init__(self, dim: int, token_size: int, width: int, depth: int, local: bool, block: Callable):
         super().__init__()
         doublings = round(math.log2(token_size))
         check(2**doublings == token_size, "DECODER", "conv",
               f'"vit" where IMAGE_SIZE / GRID = {token_size} is no power of 2')
-        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width, local) for _ in range(depth))]
+        layers = [Conv(dim, width, 1), *(block(width, width) for _ in range(depth))]
         for _ in range(doublings):
             narrow = max(width // 2, 32)
-            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow, local)]
+            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), block(narrow, narrow)]
             width = narrow
         self.layers = nn.Sequential(*layers, LayerNorm2d(width) if local else nn.GroupNorm(1, width))
         self.head = Conv(width, 3, local=local)
@@ -360,7 +359,6 @@ class CNNDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # VQRAE
 
-
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
@@ -371,7 +369,7 @@ class VQRAE(nn.Module):
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
                  decoder: str | None = None, decoder_width: int | None = None, decoder_depth: int | None = None,
-                 decoder_heads: int | None = None, local: bool = True, pretrained: bool = True):
+                 decoder_heads: int | None = None, local: bool = True, norm_first: bool = False, pretrained=True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
@@ -379,6 +377,7 @@ class VQRAE(nn.Module):
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
         local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros around it
+        norm_first: True as in older checkpoints, see ResidualBlock
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())
@@ -399,10 +398,12 @@ class VQRAE(nn.Module):
         depth = decoder_depth or getattr(self.encoder, "depth", 2 if kind == "conv" else 4)
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
 
+        block = partial(ResidualBlock, local=local, norm_first=norm_first)
+
         def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:
                 return OnGrid(*transformer(dim, number, self.encoder.heads))
-            return nn.Sequential(*(ResidualBlock(dim, hidden, local) for _ in range(number)))
+            return nn.Sequential(*(block(dim, hidden) for _ in range(number)))
 
         adapter_depth = (1 if vit else 3) if adapter_depth is None else adapter_depth
         self.config |= {"adapter_depth": adapter_depth, "decoder": kind, "decoder_width": width, "decoder_depth": depth,
@@ -416,7 +417,7 @@ class VQRAE(nn.Module):
         if kind == "cnn":
             self.decoder = CNNDecoder(dim, self.token_size)
         elif kind == "conv":
-            self.decoder = ConvDecoder(dim, self.token_size, width, depth, local)
+            self.decoder = ConvDecoder(dim, self.token_size, width, depth, local, block)
         else:
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         # Radius of the receptive field in tokens, when images are encoded and when they are decoded; None: unbounded.

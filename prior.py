@@ -43,7 +43,8 @@ class Prior(nn.Module):
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class is given
         self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
-        pairs = [(ResidualBlock(dim, dim * 2 // 3), OnGrid(*transformer(dim, 1, -(-dim // 64)))) for _ in range(depth)]
+        pairs = [(ResidualBlock(dim, dim * 2 // 3, norm_first=True), OnGrid(*transformer(dim, 1, -(-dim // 64))))
+                 for _ in range(depth)]
         self.blocks = nn.Sequential(*sum(pairs, ()))
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, len(sizes) * dim)

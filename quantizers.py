@@ -215,9 +215,10 @@ class EMAVQ(Quantizer):
 
     N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of the n_i tokens at code i,  e_i = m_i/N_i
     with Laplace smoothing of N_i. Dead-code revival: a code used less than a tenth of the average is replaced by a
-    random token, with the average usage. State and smoothing are the library's; not so search and sums (its distances
-    and one-hot vectors are matrices of tokens x codes) and revival (it may use one token for many codes). forward in
-    train mode updates the codebook, equally in all processes; torch.utils.checkpoint would update it twice.
+    random token, with a fifth of the average usage: it soon is the mean of its tokens, or dead again. State and
+    smoothing are the library's; not so search and sums (its distances and one-hot vectors are matrices of tokens x
+    codes) and revival (it may use one token for many codes). forward in train mode updates the codebook, equally in all
+    processes; torch.utils.checkpoint would update it twice.
     """
 
     def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
@@ -266,8 +267,8 @@ class EMAVQ(Quantizer):
             tokens[rows] = F.pad(x[torch.randperm(len(x), device=x.device)[: len(rows)]], (0, 1), value=1.0)
             sum_over_ranks(tokens)
             tokens, revived = tokens[:, :-1], tokens[:, -1:] > 0
-            for state, value in ((ema.embed, tokens), (ema.embed_avg, tokens * average),
-                                 (ema.cluster_size.unsqueeze(-1), average)):
+            for state, value in ((ema.embed, tokens), (ema.embed_avg, tokens * average / 5),
+                                 (ema.cluster_size.unsqueeze(-1), average / 5)):
                 state[0, dead] = torch.where(revived, value, state[0, dead])
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
@@ -475,7 +476,6 @@ def unproject(z: Tensor, linear: nn.Module) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search for the nearest code
-
 
 @torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor, exact: bool = False, bf16: bool | None = None) -> Tensor:

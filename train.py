@@ -309,7 +309,6 @@ class Objective(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the experiment is built from
 
-
 def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
     """The model that the constants describe, with the weights of START_CHECKPOINT; meta: as shapes alone."""
     options = {"fsq": {"levels": list(FSQ_LEVELS)},
@@ -327,7 +326,7 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
         if loaded.token_size == model.token_size:  # else both are named below
             loaded.config |= {name: model.config[name] for name in ("image_size", "grid")}
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
-                  if loaded.config[name] != value and name not in ("local", *quantizer)]
+                  if loaded.config[name] != value and name not in ("local", "norm_first", *quantizer)]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
@@ -377,7 +376,6 @@ def shuffled(n: int, count: int, epoch: int, stream: int = 0) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bookkeeping: processes, files and checks
-
 
 class Run:
     """The files of a run, in outputs/<name>/ and checkpoints/<name>/. The same constants find the same files again."""

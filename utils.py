@@ -93,7 +93,6 @@ def seed_everything(*numbers: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # Datasets: one uint8 tensor for each split, batched by indexing
 
-
 class Dataset(NamedTuple):
     """A dataset in memory. Labels are None where a folder has no classes. If `size` is smaller than the images,
     training takes random crops of that size, at random scales, and testing the images' centres."""
@@ -315,8 +314,7 @@ def open_image(file: Path) -> Image.Image:
 def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: int = 0) -> Dataset:
     """Drawn images of the ten kinds in shapes.py, image_size pixels a side."""
     images, labels = shapes.draw(train + test, image_size, seed)
-    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], shapes.SHAPES,
-                   image_size)
+    return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], shapes.SHAPES, image_size)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -388,7 +386,6 @@ class FeatureCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
-
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image (B,), in dB; both (B, 3, H, W), clamped to [0, 1]. At most 100: one
     image without any error would make the mean infinite."""
@@ -450,7 +447,6 @@ def load_lpips() -> nn.Module:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and checkpoints
-
 
 @contextlib.contextmanager
 def open_atomically(path: Path):
@@ -577,6 +573,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
+        config = {"norm_first": True} | config  # as in checkpoints that do not say
         if "local" not in config:  # made when all images had one size, and another encoder was called "cifar"
             config = config | {"local": False, "encoder": config["encoder"].replace("cifar", "cifar_first")}
             check(not config.pop("normalize", False), "normalize", True, "False: that is no longer there")

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 import downloads
 import models
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
 from pretrain import augment, initialize
+from utils import load_checkpoint, save_checkpoint
 
 OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
@@ -332,6 +334,28 @@ def test_convolution_with_a_matrix_of_weights(local, mode):
     patches = patches.unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # channels by pixel
     expected = (conv.weight @ patches + conv.bias[:, None]).unflatten(2, (6, 6))
     assert conv.weight.ndim == 2 and torch.allclose(conv(x), expected, atol=1e-5)
+
+
+def test_no_drift_silences_a_block():
+    """What a block adds still depends on its input when all its hidden channels have drifted far below zero."""
+    x = torch.randn(2, 16, 6, 6)
+    for norm_first in (False, True):
+        block = models.ResidualBlock(16, 24, norm_first=norm_first)
+        assert torch.equal(block(x), x) and len(block.norm.weight) == (16 if norm_first else 24)
+        nn.init.normal_(block.conv2.weight)
+        nn.init.constant_(block.conv1.bias, -100)
+        assert ((block(x) - x).std() < 1e-6) == norm_first
+
+
+def test_older_checkpoints_have_norms_before_their_blocks(tmp_path):
+    for norm_first in (False, True):
+        model = build(norm_first=norm_first).eval()
+        model.config = {k: v for k, v in model.config.items() if k != "norm_first" or not norm_first}
+        nn.init.normal_(model.adapter[0].conv2.weight)
+        save_checkpoint(tmp_path / "model.pt", model)
+        loaded, images = load_checkpoint(tmp_path / "model.pt"), torch.rand(1, 3, 32, 32)
+        assert loaded.config["norm_first"] == norm_first
+        assert torch.equal(loaded.encode(images)[0], model.encode(images)[0])
 
 
 @pytest.mark.parametrize("image_size, grid", [(32, 8), (32, 4), (32, 32), (64, 8)])
