@@ -277,14 +277,15 @@ class Conv(nn.Module):
 
 class ResidualBlock(nn.Module):
     """Residual block, at first the identity, of two 3x3 convolutions and a norm of the `hidden` channels between them.
-    Where the norm comes first, as in older checkpoints, these drift below zero in training, and GELU silences them."""
+    Where the norm comes first, as up to commit 641f94f, these drift below zero in training, and GELU silences them."""
 
     def __init__(self, dim: int, hidden: int, local: bool = True, norm_first: bool = False):
         super().__init__()
         normed, self.norm_first = dim if norm_first else hidden, norm_first
         self.norm = LayerNorm2d(normed) if local else nn.GroupNorm(1, normed)
         self.conv1, self.conv2 = Conv(dim, hidden, local=local), Conv(hidden, dim, local=local)
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.gelu(self.conv1(self.norm(x)) if self.norm_first else self.norm(self.conv1(x))))
@@ -369,7 +370,8 @@ class VQRAE(nn.Module):
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
                  decoder: str | None = None, decoder_width: int | None = None, decoder_depth: int | None = None,
-                 decoder_heads: int | None = None, local: bool = True, norm_first: bool = False, pretrained=True):
+                 decoder_heads: int | None = None, local: bool = True, norm_first: bool = False,
+                 pretrained: bool = True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
@@ -377,7 +379,7 @@ class VQRAE(nn.Module):
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
         local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros around it
-        norm_first: True as in older checkpoints, see ResidualBlock
+        norm_first: True as in checkpoints up to commit 641f94f, see ResidualBlock
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())

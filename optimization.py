@@ -1,5 +1,5 @@
-"""Muon, the schedule of learning rates, a CPU's arithmetic, and layers' weights cast to bf16 all at once: what makes a
-step of train.py, refine.py and generate.py learn more, or take less time."""
+"""Muon, the schedule of learning rates, a CPU's arithmetic, and layers' weights cast to bf16 all at once: how a step of
+train.py, refine.py and generate.py learns more, takes less time, and comes out the same each time."""
 import math
 import sys
 from collections.abc import Iterable
@@ -14,7 +14,8 @@ from quantizers import Quantizer, fast_bf16
 
 def prepare_cpu():
     """Arithmetic that is the same each time, which costs nothing on a CPU, and zeros for numbers below 1e-38. Gradients
-    become such where GELU's input is near -12, and convolutions of them in fp32 take up to ten times as long."""
+    become such where GELU's input is near -12, and convolutions of them in fp32 take up to ten times as long. To be
+    called first: threads that run already would not hear of it."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_flush_denormal(True)
@@ -89,7 +90,8 @@ def orthogonalize(matrices: list[Tensor], few_launches: bool):
         x = torch.zeros(len(stack), rows, columns, dtype=dtype, device=stack[0].device)
         torch._foreach_copy_([padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)], stack)
         x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
-        x = newton_schulz(x) if few_launches or columns < 2 * rows else newton_schulz_of_wide(x)
+        squarish = columns < 2 * rows  # then it is as much arithmetic
+        x = newton_schulz(x) if few_launches or squarish else newton_schulz_of_wide(x)
         torch._foreach_copy_(stack, [padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(x, stack)])
 
 
@@ -109,7 +111,7 @@ def newton_schulz_of_wide(x: Tensor) -> Tensor:
         p.diagonal(dim1=1, dim2=2).add_(3.4445)
         return p
 
-    for steps in (5,) if x.dtype == torch.float32 else (3, 2):  # five at once in bf16 would lose small singular values
+    for steps in (5,) if x.dtype == torch.float32 else (3, 2):  # five at once in bf16: rounding errors would grow
         gram = x @ x.mT
         product = p = polynomial(gram)
         for _ in range(steps - 1):

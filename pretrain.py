@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from evaluate import device, linear_probe, pooled_features
 from models import AirbenchEncoder, ConvNorm, fuse
-from optimization import Muon
+from optimization import Muon, prepare_cpu
 from quantizers import check, fast_bf16
 from utils import load_dataset, read_constants, save_torch, to_float, write_file
 
@@ -71,6 +71,8 @@ def initialize(encoder: AirbenchEncoder, images: Tensor):
 
 
 def main():
+    if device == "cpu":
+        prepare_cpu()
     try:
         constants = read_constants(globals())
         for name, low in {"EPOCHS": 1, "BATCH_SIZE": 1, "SEED": 0}.items():
@@ -159,7 +161,7 @@ def main():
 
 
 def build_muon(matrices: list[nn.Parameter], learning_rate: float) -> Muon:
-    """Our Muon, faster on a CPU without bf16, at rates at which its updates are torch.optim.Muon's by default, those of
+    """Our Muon, faster on a CPU, at rates at which its updates are torch.optim.Muon's by default, those of
     Jordan et al.: orthogonal matrices (m, n) times sqrt(max(1, m / n)), where ours have 0.2 sqrt(max(m, n))."""
     groups = [{"params": [matrix], "lr": learning_rate / (0.2 * math.sqrt(matrix.shape[1]))} for matrix in matrices]
     return Muon(groups, lr=learning_rate, momentum=0.8, weight_decay=0)

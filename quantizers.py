@@ -505,8 +505,8 @@ def fast_bf16(device: torch.device | str) -> bool:
     slower, and half as fast in the AVX-512 of Intel's CPUs: those need AMX, which virtual machines may hide."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
-    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu["cpu_name"]
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have none: fp32
+    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
 
 
 def origin_near(codebook: Tensor) -> Tensor:

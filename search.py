@@ -20,6 +20,7 @@ from models import VQRAE, check_images, in_strips
 from quantizers import check, fast_bf16
 from utils import hash_file, load_torch, save_torch, to_float
 
+torch.set_flush_denormal(True)  # for gradients on a CPU, see optimization.prepare_cpu: now, before its threads start
 strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
 
 
@@ -40,7 +41,6 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight
     check(type(sweeps) is int and sweeps >= 1, "sweeps", sweeps, "a whole number of 1 or more")
     for name, weight in (("feature_weight", feature_weight), ("image_weight", image_weight)):
         check(isinstance(weight, int | float) and 0 <= weight <= 1e6, name, weight, "0 to 1e6")
-    torch.set_flush_denormal(True)  # for gradients in fp32 on a CPU: see optimization.prepare_cpu
     tokens = max(1, images.shape[2] * images.shape[3] // vqrae.token_size**2)
     return torch.cat([in_strips(lambda strip: search_strip(vqrae, strip, sweeps, feature_weight, image_weight),
                                 part, vqrae.token_size, 1, vqrae.encoder_reach, strip_tokens)

@@ -326,7 +326,7 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
         if loaded.token_size == model.token_size:  # else both are named below
             loaded.config |= {name: model.config[name] for name in ("image_size", "grid")}
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
-                  if loaded.config[name] != value and name not in ("local", "norm_first", *quantizer)]
+                  if loaded.config[name] != value and name not in ("local", "norm_first", *quantizer)]  # these it keeps
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
@@ -385,7 +385,8 @@ class Run:
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
         shipped = PRETRAINED_DIR / f"{ENCODER}_encoder.pt" if ENCODER in SHIPPED else None  # or pretrain.py's
         files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
-        content = constants | {"DATASET": parts} | {name: utils.hash_file(path) for name, path in files.items() if path}
+        content = constants | {"DATASET": parts, "norm_first": False}  # unlike in runs of the same constants before
+        content |= {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))
         self.name = f"{self.dataset}_{ENCODER}_{QUANTIZER}_{utils.digest(description)}"

@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
-    """Each test starts with the same random state, and with denormal numbers, in an empty folder."""
+    """Each test starts with the same random state, in an empty folder, and without optimization.prepare_cpu."""
     import torch
 
     torch.manual_seed(0)
     torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     monkeypatch.chdir(tmp_path)
 
 

@@ -126,7 +126,7 @@ def table(cwd):
 @pytest.mark.parametrize("quantizer, options", [
     ("fsq", []), ("simvq", ["ACCUMULATE=2"]), ("ema_vq", ["EMA_REVIVE=False"])])
 def test_two_processes_learn_what_one_learns(quantizer, options, tmp_path, folder, monkeypatch):
-    # Muon orthogonalizes in bf16 where a CPU has units for it, whatever PRECISION says: sums in another order would
+    # Muon orthogonalizes in bf16 where that is faster on a CPU, whatever PRECISION says: sums in another order would
     # then show in the third digit, as they do where a hardly trained encoder learns at a high rate
     arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *ARGUMENTS, "PRECISION=fp32", "OPTIMIZER=adamw",
                  "LEARNING_RATE=(1e-3, 1e-4)", "GAN_WEIGHT=0", *options]

@@ -547,8 +547,8 @@ def test_ema_dead_codes_start_again_at_tokens():
 def test_a_revived_code_soon_is_the_mean_of_its_tokens():
     """It starts with a fifth of the average usage, so that the tokens of the first steps have most of the weight."""
     quantizer = EMAVQ(6, codebook_size=10)
-    quantizer(torch.randn(1, 200, 6))
-    assert torch.allclose(quantizer.vq._codebook.cluster_size, torch.tensor(20 / 5))
+    quantizer(torch.randn(1, 1000, 6))
+    assert torch.allclose(quantizer.vq._codebook.cluster_size, torch.tensor(100 / 5))
     z = torch.randn(1, 200, 6).repeat(1, 5, 1)
     codes = quantizer.vq.codebook.clone()
     for _ in range(25):
@@ -556,7 +556,7 @@ def test_a_revived_code_soon_is_the_mean_of_its_tokens():
     indices = quantizer(z)[2]
     means = torch.stack([z[indices == i].mean(0) for i in range(10)])
     left = (quantizer.vq.codebook - means).norm(dim=1) / (codes - means).norm(dim=1)
-    assert left.median() < 0.25  # with the average usage it would be 0.4
+    assert left.nanmedian() < 0.6  # 0.48; with the average usage it would be 0.75
 
 
 # ---------------------------------------------------------------------------------------------------------------------

