@@ -14,7 +14,7 @@ from quantizers import Quantizer, fast_bf16
 
 def prepare_cpu():
     """Arithmetic that is the same each time, which costs nothing on a CPU, and zeros for numbers below 1e-38. Gradients
-    become such where GELU's input is near -12, and convolutions of them in fp32 take up to ten times as long. To be
+    become such where GELU's input is near -12, and convolutions of them in fp32 took up to eight times as long. To be
     called first: threads that run already would not hear of it."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
