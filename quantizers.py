@@ -523,9 +523,9 @@ def search_fp32(x: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     chunks = x.split(max(1, (2**26 if x.is_cuda else 2**20) // len(codes)))  # of scores that fit a CPU's cache
     memory = codes.new_empty(len(chunks[0]), len(codes))  # reused: new pages can take longer than a narrow product
     indices = []
-    for chunk in chunks:
+    for chunk in chunks:  # of scores the max, not argmax, which takes several times as long on a CPU
         scores = torch.addmm(bias, chunk - origin, codes.T, out=memory[: len(chunk)])
-        best = scores.topk(min(8, len(codes))).indices if exact else scores.argmax(1, keepdim=True)
+        best = scores.topk(min(8, len(codes))).indices if exact else scores.max(1, keepdim=True).indices
         indices.append(nearest_candidate(chunk, codebook, best)[0] if exact else best[:, 0])
     return torch.cat(indices)
 
@@ -546,7 +546,7 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     x, codes = F.pad(x, (0, 1), value=1.0), torch.cat([codes, lengths / -2], 1)  # a product of them is a score
     centres = codes[::512]
     apart = (centres[:, None] - centres)[..., :-1].norm(dim=2).clamp(min=1e-30)  # cdist would round small distances
-    cell_of = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).argmax(1) for c in codes[:, :-1].split(2**13)])
+    cell_of = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).max(1).indices for c in codes[:, :-1].split(2**13)])
     order = cell_of.argsort(stable=True)
     cells = codes[order].split(cell_of.bincount(minlength=len(centres)).tolist())
     largest = max(map(len, cells))
@@ -568,7 +568,7 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
                     highest = torch.mm(tokens[rows], members.T, out=scores).amax(1)
                     better = (highest > best[rows]).nonzero()[:, 0]
                     best[rows[better]] = highest[better]
-                    index[rows[better]] = start + scores[better].argmax(1)
+                    index[rows[better]] = start + scores[better].max(1).indices
                 start += len(members)
             reach = (square - 2 * best[:, None] + slack).clamp(min=0).sqrt()
             due = (planes <= reach).scatter_(1, own, False)
