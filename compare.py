@@ -28,11 +28,11 @@ TRAIN_IMAGES = 10_000  # that the probes learn from
 # 2**20 codes in one codebook the search takes too long)
 LINES = {
     "EMA-VQ": ("QUANTIZER=ema_vq EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
-    "EMA-VQ, codes of 8 numbers": ("QUANTIZER=ema_vq EMA_CODE_DIM=8 EMA_CODEBOOK_SIZE={}", {16: 65536}),
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
             {10: (8, 5, 5, 5), 13: (8, 8, 5, 5, 5), 16: (8, 8, 8, 5, 5, 5), 20: (8, 8, 8, 8, 8, 6, 5)}),
     "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
     "SimVQ": ("QUANTIZER=simvq SIMVQ_CODE_DIM=8 SIMVQ_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "SimVQ, codes of 16 numbers": ("QUANTIZER=simvq SIMVQ_CODE_DIM=16 SIMVQ_CODEBOOK_SIZE={}", {16: 65536}),
     "residual EMA-VQ, two codebooks": (
         "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=residual EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}",
         {10: 32, 13: 90, 16: 256, 20: 1024}),
@@ -113,9 +113,10 @@ def plot(path: Path, rows: dict[str, dict]):
     """PSNR over bits a token, a line for each of LINES."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for line in LINES:
+    for i, line in enumerate(LINES):
         points = sorted((row["token_bits"], row["psnr"]) for row in rows.values() if row["line"] == line)
-        axes.plot([bits for bits, _ in points], [psnr for _, psnr in points], "o-", label=line)
+        if points:  # a line has its colour whatever BITS are
+            axes.plot([bits for bits, _ in points], [psnr for _, psnr in points], "o-", color=f"C{i}", label=line)
     axes.set(xlabel="bits a token", ylabel="PSNR, dB")
     axes.legend()
     save_figure(path, figure)
