@@ -101,8 +101,9 @@ def main():
 
 def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
     """The indices (N, h, w) of training images, "train" (with FLIP mirrored ones after them), and "test" images, made
-    once and kept in data/; and the hash of checkpoint and images that they have in their name."""
-    content = hashlib.sha256(Path(CHECKPOINT).read_bytes() + bytes([FLIP]))
+    once and kept in data/; and the hash of checkpoint, images and code that they have in their name."""
+    code = [utils.hash_file(Path(__file__).with_name(name)) for name in ("models.py", "quantizers.py")]
+    content = hashlib.sha256(Path(CHECKPOINT).read_bytes() + bytes([FLIP]) + "".join(code).encode())
     for images in (data.train_images, data.test_images):
         content.update(images.numpy())
     path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")

@@ -37,8 +37,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum U S V^T with all singular values set to about 1,
     U V^T, so that rare directions move as much as common ones, scaled to the RMS of AdamW's updates (2502.16982).
 
-    Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for many matrices in few kernel launches:
-    on a GPU it is these that small matrices take time for.
+    Computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, but for many matrices in few products and sums:
+    on a GPU it is launching these that small matrices take time for.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):

@@ -165,7 +165,7 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (n, h, w) with labels (n,), each with one mask, always
     the same."""
     device, bits, size = prior.mask.device, [], batch_size(prior)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         for batch, given in zip(tqdm(indices.split(size), "measuring", leave=False), labels.split(size)):
             masked = draw_masks(len(batch), prior.tokens).to(device)

@@ -7,7 +7,7 @@
     quantizer.get_codebook_entry(indices)      # (N,) -> (N, C)
     quantizer.codebook_size
 
-Here a token is the feature vector at one position, which is quantized, and a code what it becomes. This file needs
+Here a token is one position of the grid: its vector before quantization, and its code after it. This file needs
 torch and vector-quantize-pytorch only, so that it can be copied into other projects. There, keep the quantizer in fp32,
 whatever the rest of the model is in, and add its loss. Under torch.compile the checks break graphs.
 """
@@ -85,8 +85,9 @@ class Quantizer(nn.Module, ABC):
             return self._codes_to_indices(rows, exact).view(layout)
 
     def split_indices(self, indices: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
-        """indices (...) -> the index in each codebook (..., k), the coarsest first, as the digits of a number: index =
-        d_0 + sizes[0] (d_1 + sizes[1] (d_2 + ...)). sizes: None for codebook_sizes; FSQ's levels for their digits."""
+        """indices (...) -> the index in each codebook (..., k), as the digits of a number, the least significant first:
+        index = d_0 + sizes[0] (d_1 + sizes[1] (d_2 + ...)). Of residual codebooks the first is the coarsest. sizes:
+        None for codebook_sizes; FSQ's levels for their digits."""
         sizes = sizes or self.codebook_sizes
         return torch.stack([indices.long() // math.prod(sizes[:i]) % n for i, n in enumerate(sizes)], -1)
 
@@ -95,7 +96,7 @@ class Quantizer(nn.Module, ABC):
         sizes = sizes or self.codebook_sizes
         indices = sum(d.long() * math.prod(sizes[:i]) for i, d in enumerate(digits.unbind(-1)))
         valid = digits.shape[-1] == len(sizes) and torch.equal(self.split_indices(indices, sizes), digits.long())
-        check(valid, "digits", (tuple(digits.shape), *digits.aminmax()), f"(..., {len(sizes)}), each below {sizes}")
+        check(valid, "digits", tuple(digits.shape), f"(..., {len(sizes)}), each below {sizes}")
         return indices
 
     def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
@@ -175,8 +176,9 @@ class FSQ(Quantizer):
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): the codebook is a frozen random one times a learned matrix.
 
-    A gradient of the matrix moves all codes, used or not, so that few die. z is projected to codes' code_dim numbers
-    (None: dim). Unlike in the paper, both are normalized: the nearest code has the highest cosine similarity.
+    A gradient of the matrix moves all codes, used or not, so that few die; tokens' gradients pass straight through. z
+    is projected to codes' code_dim numbers (None: dim). Unlike in the paper, both are normalized: the nearest code has
+    the highest cosine similarity.
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = None):
@@ -214,11 +216,11 @@ class EMAVQ(Quantizer):
     """VQ-VAE with exponential moving averages (1711.00937, appendix A.1; 1906.00446): nearest Euclidean code.
 
     N_i <- decay N_i + (1 - decay) n_i,  m_i <- decay m_i + (1 - decay) sum of the n_i tokens at code i,  e_i = m_i/N_i
-    with Laplace smoothing of N_i. Dead-code revival: a code used less than a tenth of the average is replaced by a
-    random token, with a fifth of the average usage: it soon is the mean of its tokens, or dead again. State and
-    smoothing are the library's; not so search and sums (its distances and one-hot vectors are matrices of tokens x
-    codes) and revival (it may use one token for many codes). forward in train mode updates the codebook, equally in all
-    processes; torch.utils.checkpoint would update it twice.
+    with Laplace smoothing of N_i (by 1e-5: far less than N_i for codebooks well below 2**20). Dead-code revival: a code
+    used less than a tenth of the average is replaced by a random token, with a fifth of the average usage: it soon is
+    the mean of its tokens, or dead again. State and smoothing are the library's; not so search and sums (its distances
+    and one-hot vectors are matrices of tokens x codes) and revival (it may use one token for many codes). forward in
+    train mode updates the codebook, equally in all processes; torch.utils.checkpoint would update it twice.
     """
 
     def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
@@ -294,17 +296,15 @@ class DDCL(Quantizer):
         valid = 0 < delta <= 1 and abs(1 / delta - round(1 / delta)) < 0.06 and round(1 / delta) <= 32  # 0.0667: 1/15
         check(valid, "delta", delta, "1/n for a whole n: 1, 1/2, ..., 1/32")
         check(comm_weight >= 0, "comm_weight", comm_weight, "0 or more")
-        self.numbers = 4  # of a token
-        check(dim >= self.numbers, "dim", dim, f"at least {self.numbers}")
+        check(dim >= 4, "dim", dim, "at least 4")
         self.steps = round(1 / delta)  # messages are integers from -steps to steps
-        self.values = 2 * self.steps + 1
-        super().__init__(dim, self.values**self.numbers)
-        self.levels = (self.values,) * self.numbers  # sizes of an index's digits
+        self.levels = (2 * self.steps + 1,) * 4  # sizes of an index's digits
+        super().__init__(dim, math.prod(self.levels))
         self.delta = 1 / self.steps
         self.comm_weight = comm_weight
-        self.project_in = nn.Linear(dim, self.numbers)
-        self.project_out = nn.Linear(self.numbers, dim)
-        self.register_buffer("basis", self.values ** torch.arange(self.numbers), persistent=False)
+        self.project_in = nn.Linear(dim, 4)
+        self.project_out = nn.Linear(4, dim)
+        self.register_buffer("basis", self.levels[0] ** torch.arange(4), persistent=False)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.tanh(self.project_in(x))
@@ -316,7 +316,7 @@ class DDCL(Quantizer):
         return self.project_out(received), self.comm_weight * bits, indices
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        message = self._check_indices(indices)[:, None] // self.basis % self.values - self.steps
+        message = self.split_indices(self._check_indices(indices), self.levels) - self.steps
         return self.project_out(message * self.delta)
 
     def _codes_to_indices(self, z_q: Tensor, exact: bool) -> Tensor:
@@ -381,12 +381,13 @@ class MultiCodebook(Quantizer):
             x = limit * torch.tanh(x / limit)
         elif self.kind is SimVQ:
             x = F.normalize(x.unflatten(1, (-1, self.width)), dim=-1).flatten(1)
-        depth = torch.full((self.images,), len(self.parts))  # on the CPU: looking for its values would wait for a GPU
-        if self.training and self.random_depth:
+        random = self.training and self.random_depth
+        depth = torch.full((self.images if random else 1,), len(self.parts))  # on the CPU: a GPU would be waited for
+        if random:
             shallow = torch.rand(depth.shape) < self.random_depth
             shallow[0] = False  # no codebook goes without tokens
             depth = torch.where(shallow, torch.randint(1, len(self.parts) + 1, depth.shape), depth)
-        depth = depth.repeat_interleave(len(x) // self.images)
+        depth = depth.repeat_interleave(len(x) // len(depth))
         codes, indices, loss = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device), 0
         for i, (part, scale) in enumerate(zip(self.parts, self.scales)):
             rows = (depth > i).nonzero()[:, 0].to(x.device)  # tokens that use this codebook
@@ -545,7 +546,7 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     slacks = 3 * (x.shape[1] + 1) * torch.finfo(x.dtype).eps * (squares + lengths.max())  # rounding of s_i - s_j
     x, codes = F.pad(x, (0, 1), value=1.0), torch.cat([codes, lengths / -2], 1)  # a product of them is a score
     centres = codes[::512]
-    apart = (centres[:, None] - centres)[..., :-1].norm(dim=2).clamp(min=1e-30)  # cdist would round small distances
+    apart = torch.cdist(centres[:, :-1], centres[:, :-1], compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-30)
     cell_of = torch.cat([(F.pad(c, (0, 1), value=1.0) @ centres.T).max(1).indices for c in codes[:, :-1].split(2**13)])
     order = cell_of.argsort(stable=True)
     cells = codes[order].split(cell_of.bincount(minlength=len(centres)).tolist())
@@ -586,7 +587,8 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     s' = t'.c' + bias', where ' means rounded to bf16, whose 8 significant bits change a number by up to 2**-8 of it; s'
     is rounded, too. Codes off the shortlist have s' <= last, the lowest on it, and hence (Cauchy-Schwarz)
         s <= last + error,    error = |t - t'| |c| + |t'| |c - c'| + |bias - bias'| + 2**-8 |last|,
-    with the largest |c|, |c - c'| and |bias - bias'|, sums being in fp32. The best is proven if its s is no less.
+    with the largest |c|, |c - c'| and |bias - bias'|, sums being in fp32 (hence the switch, for GPUs). The best is
+    proven if its s is no less.
     """
     origin = origin_near(codebook)
     codes = torch.empty_like(codebook, dtype=torch.bfloat16)
@@ -604,6 +606,8 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     chunks = x.split(max(1, (2**26 if x.is_cuda else 2**22) // len(codes)))
     memory = codes.new_empty(len(chunks[0]), len(codes))
     indices, proven = [], []
+    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for chunk in chunks:
         tokens = chunk - origin
         rounded = tokens.bfloat16()
@@ -616,6 +620,7 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
                  + bias_error + 2**-8 * last.abs())
         indices.append(nearest)
         proven.append(score >= last + 1.1 * error)  # 1.1: sums in fp32 round, too. False for NaN
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
     return torch.cat(indices), torch.cat(proven)
 
 

@@ -172,7 +172,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
     state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    first_epoch = run.resume(stage, state)
+    first_epoch = 1
+    if run.saved["stage"] == stage:
+        load_states(state, run.saved, run.last)
+        first_epoch = run.saved["epoch"] + 1
     objective, discriminate = Objective(stage, model, teacher, lpips), discriminator
     if PRECISION == "bf16":
         objective, discriminate = BF16Weights(objective), BF16Weights(discriminator)
@@ -405,13 +408,6 @@ class Run:
         nothing = {"stage": 0, "epoch": 0, "history": []}
         self.saved = utils.load_torch(self.last, *nothing) if self.last.exists() else nothing
         self.history = self.saved["history"]
-
-    def resume(self, stage: int, state: dict) -> int:
-        """Load the parts of `state` from last.pt, if it is of this stage. Returns the first epoch to train."""
-        if self.saved["stage"] != stage:
-            return 1
-        load_states(state, self.saved, self.last)
-        return self.saved["epoch"] + 1
 
     def save_epoch(self, row: dict, model: VQRAE, state: dict, measured: dict[str, tuple]):
         """Write an epoch's grids of images and reconstructions, the metrics so far with plots, and checkpoints."""

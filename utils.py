@@ -83,11 +83,8 @@ def digest(value: object) -> str:
 
 
 def seed_everything(*numbers: int):
-    """Seed Python, NumPy and torch with a hash of these numbers."""
-    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    """Seed torch, the only random generator in use, with a hash of these numbers."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,10 +356,11 @@ class FeatureCache:
         resumed run, which has none of them, computes the same numbers."""
         if self.kept is None:
             return
-        for index in tqdm([index for index in batches if self.missing[index].any()], "encoding", leave=False):
-            features = self.encode(self.select(index.to(self.images.device)))
-            self.kept[index.to(self.device)] = features.permute(0, 2, 3, 1)
-            self.missing[index] = False
+        for index in tqdm(batches, "encoding", leave=False):
+            if self.missing[index].any():
+                features = self.encode(self.select(index.to(self.images.device)))
+                self.kept[index.to(self.device)] = features.permute(0, 2, 3, 1)
+                self.missing[index] = False
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """index (B,), on the images' device -> images (B, 3, size, size) in [0, 1], features (B, C, h, w), fp32"""

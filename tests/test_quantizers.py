@@ -43,6 +43,7 @@ def test_round_trip_of_codes_wider_than_features(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_quantize_alone(name):
     quantizer, x = build(name).eval(), torch.randn(5, DIM)
+    quantizer(torch.randn(4, 3, DIM))  # has no say in what follows
     z_q, _, indices = quantizer.quantize(x)
     assert torch.equal(indices, quantizer(x[None])[2][0]) and torch.allclose(z_q, quantizer(x[None])[0][0], atol=1e-5)
 
@@ -712,9 +713,9 @@ def test_digits_of_an_index():
     assert quantizer.codebook_sizes == (10, 10, 10) and quantizer.codebook_size == 1000
     assert quantizer.split_indices(indices).tolist() == [[[0, 0, 0], [7, 0, 0]], [[3, 2, 1], [9, 9, 9]]]
     assert torch.equal(quantizer.join_indices(quantizer.split_indices(indices).to(torch.uint8)), indices)
-    for wrong in ([0, 0, 10], [-1, 0, 0], [0, 0], [0, 0, 0, 0]):
+    for wrong in ([[0, 0, 10]], [[-1, 0, 0]], [[0, 0]], [[0, 0, 0, 0]], [[]]):
         with pytest.raises(ValueError, match=r"digits = .*allowed: \(..., 3\), each below \(10, 10, 10\)") as error:
-            quantizer.join_indices(torch.tensor([wrong]))
+            quantizer.join_indices(torch.tensor(wrong, dtype=torch.int64))
         assert "\n" not in str(error.value)
     fsq = FSQ(3, levels=[8, 6, 5])
     levels = fsq.split_indices(torch.arange(240), (8, 6, 5))

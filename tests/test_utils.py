@@ -307,6 +307,9 @@ def test_features_are_computed_once():
                 assert torch.equal(batch, to_float(images[index]))
                 assert torch.allclose(z, expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
         assert encoder.seen == seen
+    encoder = Encoder()  # an epoch that repeats a small dataset
+    FeatureCache(encoder, dataset, "cpu", 1.0, torch.float32).fill(torch.arange(10).view(2, 5).repeat(3, 1))
+    assert encoder.seen == 10
     encoder = Encoder()
     features = FeatureCache(encoder, dataset, "cpu", 1.0, torch.float32, flip=True)
     for batches in torch.tensor([[[1, 13, 5], [11, 3, 15]], [[13, 5, 1], [3, 15, 11]]]):
