@@ -32,7 +32,7 @@ LINES = {
             {10: (8, 5, 5, 5), 13: (8, 8, 5, 5, 5), 16: (8, 8, 8, 5, 5, 5), 20: (8, 8, 8, 8, 8, 6, 5)}),
     "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
     "SimVQ": ("QUANTIZER=simvq SIMVQ_CODE_DIM=8 SIMVQ_CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
-    "SimVQ, codes of 16 numbers": ("QUANTIZER=simvq SIMVQ_CODE_DIM=16 SIMVQ_CODEBOOK_SIZE={}", {16: 65536}),
+    "SimVQ, code dim 16": ("QUANTIZER=simvq SIMVQ_CODE_DIM=16 SIMVQ_CODEBOOK_SIZE={}", {16: 65536}),
     "residual EMA-VQ, two codebooks": (
         "QUANTIZER=ema_vq CODEBOOKS=2 COMBINE=residual EMA_CODE_DIM=16 EMA_CODEBOOK_SIZE={}",
         {10: 32, 13: 90, 16: 256, 20: 1024}),

@@ -79,7 +79,7 @@ class Quantizer(nn.Module, ABC):
     def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
         """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
         exact: False is faster, and takes any z_q: it undoes project_out and finds the nearest code there, of several
-        codebooks in one after the other. Where codes have more numbers than z_q, it may find another than z_q's own."""
+        codebooks in one after the other. Where codes have more dimensions than z_q, another may be found."""
         rows, layout = self._to_rows(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
             return self._codes_to_indices(rows, exact).view(layout)
@@ -140,7 +140,7 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantization (Mentzer et al., 2309.15505): each of len(levels) numbers is rounded to a few levels.
+    """Finite scalar quantization (Mentzer et al., 2309.15505): of a few dimensions, each is rounded to a few levels.
 
     The codebook is the grid of all combinations: nothing to learn, nothing to collapse, and a loss of 0. Good choices:
     [8, 6, 5] = 240, [8, 8, 8] = 512, [7, 5, 5, 5] = 875, [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000 codes.
@@ -177,8 +177,8 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): the codebook is a frozen random one times a learned matrix.
 
     A gradient of the matrix moves all codes, used or not, so that few die; tokens' gradients pass straight through. z
-    is projected to codes' code_dim numbers (None: dim). Unlike in the paper, both are normalized: the nearest code has
-    the highest cosine similarity.
+    is projected to code_dim dimensions (None: dim), those of codes. Unlike in the paper, both are normalized: the
+    nearest code has the highest cosine similarity.
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = None):
@@ -282,7 +282,7 @@ class EMAVQ(Quantizer):
 class DDCL(Quantizer):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
-    Each token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends the integer
+    Each token becomes four values x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends the integer
     m = round((x + u) / delta) and receives m delta - u: x plus a uniform error independent of x, so that the gradient
     of x is exact (straight_through adds that error; only in eval mode, where u = 0, is it an estimator).
 
@@ -329,10 +329,10 @@ class MultiCodebook(Quantizer):
 
     combine "residual" (SoundStream, 2107.03312; RQ-VAE, 2203.01941): each codebook quantizes what those before it left
     over, and a code is the sum of theirs; to decode from the first few alone, set random_depth, the share of training
-    images that use a random number of them. "product" (Jegou et al., PAMI 2011): each quantizes a chunk of the numbers.
+    images that use a random number of them. "product" (Jegou et al., PAMI 2011): each quantizes some dimensions.
 
     The codebooks are the classes above. The library's ResidualVQ takes 5 to 23 times as long on a CPU (two of 256 or
-    4,096 codes), and autocast changes its indices. Residual FSQ bounds its numbers once, and each stage's levels are
+    4,096 codes), and autocast changes its indices. Residual FSQ bounds its values once, and each stage's levels are
     closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes them once. What a stage leaves
     over then has nearly one length, and the next stage's codes have one learned length (`scales`), so that the code of
     the highest cosine similarity is still the nearest.
@@ -361,7 +361,7 @@ class MultiCodebook(Quantizer):
         super().__init__(dim, math.prod(sizes))
         self.codebook_sizes, self.depths = sizes, range(1, codebooks + 1) if residual else ()
         self.kind, self.width, self.residual, self.parts = kind, width, residual, nn.ModuleList(parts)
-        for part in parts:  # numbers are projected and bounded once
+        for part in parts:  # vectors are projected and bounded once
             part.project_in = part.project_out = nn.Identity()
             if kind is FSQ:
                 part.fsq.bound_hard_clamp = True
@@ -376,7 +376,7 @@ class MultiCodebook(Quantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.project_in(x)
-        if self.kind is FSQ:  # half a step beyond the outermost levels: as many numbers round to these as to others
+        if self.kind is FSQ:  # half a step beyond the outermost levels: they get as wide an interval as others
             limit = 1 + 1 / (self.parts[0].fsq._levels - 1)
             x = limit * torch.tanh(x / limit)
         elif self.kind is SimVQ:
@@ -391,10 +391,10 @@ class MultiCodebook(Quantizer):
         codes, indices, loss = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device), 0
         for i, (part, scale) in enumerate(zip(self.parts, self.scales)):
             rows = (depth > i).nonzero()[:, 0].to(x.device)  # tokens that use this codebook
-            numbers = slice(None) if self.residual else slice(i * self.width, (i + 1) * self.width)
-            left = (x - codes.detach())[rows, numbers]
+            chunk = slice(None) if self.residual else slice(i * self.width, (i + 1) * self.width)
+            left = (x - codes.detach())[rows, chunk]
             code, part_loss, index = part.quantize(left / scale.detach())
-            codes[rows, numbers] += code.detach() * scale
+            codes[rows, chunk] += code.detach() * scale
             indices[rows] += index * math.prod(self.codebook_sizes[:i])  # 0 where the codebook is not used
             loss = loss + part_loss
         return self.project_out(straight_through(x, codes)), loss, indices
@@ -411,8 +411,8 @@ class MultiCodebook(Quantizer):
         if not exact:
             left, digits = unproject(z_q, self.project_out), []
             for i, part in enumerate(self.parts):
-                numbers = left if self.residual else left[:, i * self.width : (i + 1) * self.width]
-                digits.append(part._codes_to_indices(numbers / self.scales[i], exact))
+                chunk = left if self.residual else left[:, i * self.width : (i + 1) * self.width]
+                digits.append(part._codes_to_indices(chunk / self.scales[i], exact))
                 left = left - self._stage_codes(i, digits[-1])
             return self.join_indices(torch.stack(digits, 1))
         # Beam search: the code nearest to a sum of codes need not be one of them. So the `beam` nearest go on to the
@@ -420,9 +420,9 @@ class MultiCodebook(Quantizer):
         size = self.codebook_sizes[0]
         codebooks = [self._stage_codes(i, torch.arange(size, device=z_q.device)) for i in range(len(self.parts))]
         found = torch.zeros(len(z_q), dtype=torch.int64, device=z_q.device)
-        for n, (code, numbers) in enumerate(zip(z_q, unproject(z_q, self.project_out))):
+        for n, (code, vector) in enumerate(zip(z_q, unproject(z_q, self.project_out))):
             for beam in (8, 8 + 2**18 // size, 8 + 2**24 // size):
-                sums, left = found.new_zeros(1), numbers[None]  # each candidate's index, and what it leaves over
+                sums, left = found.new_zeros(1), vector[None]  # each candidate's index, and what it leaves over
                 for i, codebook in enumerate(codebooks):
                     distances = torch.cdist(left, codebook).flatten()
                     best = distances.topk(min(beam, len(distances)), largest=False).indices
@@ -471,7 +471,7 @@ def check_codebook(dim: int, codebook_size: int, code_dim: int | None, smallest_
 
 
 def unproject(z: Tensor, linear: nn.Module) -> Tensor:
-    """Undo a linear layer from few numbers to many: z (N, C) -> (N, D); where D > C, the shortest that gives z"""
+    """Undo a linear layer from few dimensions to many: z (N, C) -> (N, D); where D > C, the shortest that gives z"""
     return z if isinstance(linear, nn.Identity) else (z - linear.bias) @ torch.linalg.pinv(linear.weight).T
 
 
@@ -538,7 +538,7 @@ def search_by_cells(x: Tensor, codebook: Tensor) -> Tensor:
     nearest to token t, the codes of cell j lie beyond the plane half-way between a_i and a_j, whose distance from t is
         (s_i - s_j) / |a_i - a_j|,    s_j = t.a_j - |a_j|^2 / 2
     Cell i is searched first, then the cells whose plane is no farther from t than the best code of cell i: of 65,536
-    trained codes of 16 numbers, about a tenth. (With many more numbers, all planes are nearer than any code.)
+    trained 16-dimensional codes, about a tenth. (In many more dimensions, all planes are nearer than any code.)
     """
     origin = origin_near(codebook)
     x, codes = x - origin, codebook - origin
