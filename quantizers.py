@@ -607,7 +607,7 @@ def search_bf16(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     memory = codes.new_empty(len(chunks[0]), len(codes))
     indices, proven = [], []
     reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32
     for chunk in chunks:
         tokens = chunk - origin
         rounded = tokens.bfloat16()

@@ -31,9 +31,9 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight
     The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
     tokens, where the model predicts any, as in its compute_prediction_loss: with image_weight times the error of an
     image's mean features. At 5e-4 features keep about the error that they have with the encoder's tokens, at 0 they
-    become worse; an image_weight of 10 keeps what their mean tells of the image, for 0.1 dB. An image, or a strip of a
-    large one, whose error is not smaller in the end keeps the encoder's tokens. ValueError for images or options out of
-    range, a model that has no codes, or one in train mode.
+    become worse; an image_weight of 10 keeps what their mean tells of the image, for 0.1 or 0.2 dB. An image, or a
+    strip of a large one, whose error is not smaller in the end keeps the encoder's tokens. ValueError for images or
+    options out of range, a model that has no codes, or one in train mode.
     """
     images = check_images(images)
     check(not vqrae.training, "vqrae", "in train mode", "one in eval mode")
