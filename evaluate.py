@@ -11,7 +11,7 @@
                                                               command goes on where one was stopped
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
-where their networks cannot be had; two distances in the first shipped encoder's features need no download.
+where their networks cannot be had; two distances in the shipped encoder's features need no download.
 """
 import bisect
 import functools
@@ -45,6 +45,7 @@ from quantizers import check
 from search import search_dataset
 from utils import (
     Dataset,
+    checkpoint_version,
     evaluate,
     find_images,
     hash_file,
@@ -226,8 +227,8 @@ def limit_training(data: Dataset, count: int | None) -> Dataset:
 
 
 def reference_encoder(image_size: int) -> nn.Module:
-    """What distances between images are measured with: the first encoder that shipped, in all tables the same."""
-    return build_encoder("cifar_first", max(1, image_size // 8)).eval().to(device)
+    """What distances between images are measured with: the shipped encoder, with which most models are trained."""
+    return build_encoder("cifar", max(1, image_size // 8)).eval().to(device)
 
 
 @torch.no_grad()
@@ -275,9 +276,8 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
     else:
         del figures["usage"], figures["perplexity"]
     figures["quantizer_kb"] = sum(t.nbytes for t in [*model.quantizer.parameters(), *model.quantizer.buffers()]) / 1e3
-    for key in ("images_per_second", "pictures_per_second"):  # older checkpoints, such as the shipped, have the second
-        if key in content.get("metrics", {}):
-            figures["images_per_second"] = content["metrics"][key]
+    if "images_per_second" in content.get("metrics", {}):
+        figures["images_per_second"] = content["metrics"]["images_per_second"]
     figures["quantizer"] = model.config["quantizer"]
     if "constants" in content and not model.from_scratch:
         figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
@@ -511,7 +511,7 @@ def ship(path: Path) -> Path:
         content["constants"]["DATASET"] = content["metrics"]["dataset"]  # instead of a path on this machine
     model = load_checkpoint(path)
     matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
-    content["model"], content["config"] = model.state_dict(), model.config
+    content |= {"version": checkpoint_version, "model": model.state_dict(), "config": model.config}
     for name, value in content["model"].items():
         if name in matrices:
             scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half().view(-1, *[1] * (value.ndim - 1))

@@ -189,7 +189,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = 
 
 
 def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path, drawn_with: dict):
-    """Bits, samples and their distance from test images, in the features of the first shipped encoder; results.json."""
+    """Bits, samples and their distance from test images, in the features of the shipped encoder; results.json."""
     labels, test = data.test_labels, tokens["test"]
     results = {**drawn_with, "tokens": prior.tokens,
                "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
@@ -219,19 +219,16 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Pa
     utils.write_file(outputs / "results.json", json.dumps(results, indent=2).encode())
     print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
           f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
-          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the first shipped encoder's "
-          f"features {results['frechet']:.3f}{probes}\nsee {outputs}/")
+          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the shipped encoder's features "
+          f"{results['frechet']:.3f}{probes}\nsee {outputs}/")
 
 
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
-    values = globals()
-    ranges = {"DIM": (2, 4096), "DEPTH": (1, 100), "EPOCHS": (1, 10**6), "BATCH_SIZE": (1, 10**6), "STEPS": (1, 10**5),
-              "EVAL_IMAGES": (1, 10**9), "SAMPLES": (20, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3),
-              "TEMPERATURE": (0.01, 100.0), "GUIDANCE": (0.0, 1e3), "DROP_LABEL": (0.01, 0.99)}
-    for name, (low, high) in ranges.items():
-        valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
-        check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
+    utils.check_ranges(
+        globals(), DIM=(2, 4096), DEPTH=(1, 100), EPOCHS=(1, 10**6), BATCH_SIZE=(1, 10**6), STEPS=(1, 10**5),
+        EVAL_IMAGES=(1, 10**9), SAMPLES=(20, 10**6), SEED=(0, 2**31 - 1), LEARNING_RATE=(1e-12, 1e3),
+        TEMPERATURE=(0.01, 100.0), GUIDANCE=(0.0, 1e3), DROP_LABEL=(0.01, 0.99))
     check(DIM < 64 or DIM % 64 == 0, "DIM", DIM, "a multiple of 64, or less")
     check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')

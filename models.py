@@ -10,7 +10,6 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import timm
@@ -54,16 +53,13 @@ def build_encoder(name: str, token_size: int, pretrained: bool = True) -> nn.Mod
     pretrained: False leaves the weights random, to be loaded from a checkpoint.
     Raises ValueError for an unknown name, RuntimeError where pretrained weights are neither on disk nor downloadable.
     """
-    if name in SHIPPED:
-        encoder = SHIPPED[name](token_size)
-        if pretrained:
+    if name in ("cifar", *FROM_SCRATCH):
+        encoder = CNNEncoder(token_size) if name == "cnn" else AirbenchEncoder(token_size, fused=name == "cifar")
+        if name == "cifar" and pretrained:
             from utils import load_torch  # here, because utils.py imports this module
-            encoder.load_state_dict(load_torch(PRETRAINED_DIR / f"{name}_encoder.pt"))
+            encoder.load_state_dict(load_torch(PRETRAINED_DIR / "cifar_encoder.pt"))
         return encoder.to(memory_format=torch.channels_last)  # convolutions run 1.1 to 1.5 times as fast on a CPU
-    if name in FROM_SCRATCH:
-        encoder = AirbenchEncoder(token_size, fused=False) if name == "scratch" else CNNEncoder(token_size)
-        return encoder.to(memory_format=torch.channels_last)
-    known = [*SHIPPED, *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
+    known = ["cifar", *FROM_SCRATCH, *ENCODERS, *timm.list_models("*vit*", pretrained=True)]
     similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
     is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
     check(name in ENCODERS or is_vit, "ENCODER", name,
@@ -89,27 +85,30 @@ def layer_norm(z: Tensor) -> Tensor:
     return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
 
 
-def pad(x: Tensor, size: int, mode: str = "replicate") -> Tensor:
-    """x (B, C, H, W) with `size` more rows and columns on each side, as at its border, or zeros"""
+def pad(x: Tensor, size: int) -> Tensor:
+    """x (B, C, H, W) with `size` more rows and columns on each side, as at its border.
+
+    This replicate padding is closer to a larger image than zeros are: what was learned on small images, where each
+    token is near a border, then serves for large ones.
+    """
     if size == 0:
         return x
     with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
-        return F.pad(x, (size,) * 4, mode="constant" if mode == "zeros" else mode)
+        return F.pad(x, (size,) * 4, mode="replicate")
 
 
 class ConvNorm(nn.Module):
     """Convolution, 2x2 max pooling if asked for, and BatchNorm."""
 
-    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False,
-                 padding_mode: str = "replicate"):
+    def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
-        self.padding, self.padding_mode = kernel // 2 if kernel % 2 else 0, padding_mode
+        self.padding = kernel // 2 if kernel % 2 else 0
         self.conv = nn.Conv2d(dim_in, dim_out, kernel, stride, bias=False)
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         self.norm = nn.BatchNorm2d(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.pool(self.conv(pad(x, self.padding, self.padding_mode))))
+        return self.norm(self.pool(self.conv(pad(x, self.padding))))
 
 
 def fuse(encoder: nn.Module) -> nn.Module:
@@ -150,41 +149,6 @@ class AirbenchEncoder(nn.Module):
         h, w = shallow.shape[-2:]
         deep = F.interpolate(self.deep(self.whiten(pad(x, 1))), scale_factor=2)[..., :h, :w]
         return layer_norm(torch.cat([deep, shallow], dim=1))
-
-
-class ConvBlock(nn.Module):
-    """Residual block of two 3x3 convolutions, of the first encoder."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv1, self.conv2 = [ConvNorm(dim, dim, 3, padding_mode="zeros") for _ in range(2)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
-class FirstEncoder(nn.Module):
-    """The first encoder that shipped: a residual network's 192 channels, and 64 of a linear patch embedding."""
-
-    patch, dim = 4, 256
-
-    def __init__(self, token_size: int = 4):
-        super().__init__()
-        self.token_size = token_size
-        conv = partial(ConvNorm, padding_mode="zeros")
-        self.deep = nn.Sequential(conv(3, 32, 3), nn.ReLU(), conv(32, 96, 3, stride=2), nn.ReLU(), ConvBlock(96),
-                                  conv(96, 192, 3, stride=2), nn.ReLU(), ConvBlock(192), ConvBlock(192),
-                                  ConvNorm(192, 192, 1))
-        self.shallow = ConvNorm(3, 64, self.patch, stride=self.patch)
-        fuse(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
-        return layer_norm(torch.cat([self.deep(x), self.shallow(x)], dim=1))
-
-
-# The encoders that ship with the repository; with the first, vqrae_fsq.pt and vqrae_simvq.pt were trained.
-SHIPPED = {"cifar": AirbenchEncoder, "cifar_first": FirstEncoder}
 
 
 class CNNEncoder(nn.Module):
@@ -256,57 +220,52 @@ class OnGrid(nn.Sequential):
 
 
 class Conv(nn.Module):
-    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon.
+    """Convolution that keeps height and width. Its weight is a matrix (dim_out, kernel**2 * dim_in), for Muon."""
 
-    Replicate padding is closer to a larger image than zeros are: what was learned on small images, where each token is
-    near a border, then serves for large ones. local False: zeros.
-    """
-
-    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3, local: bool = True):
+    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__()
         conv = nn.Conv2d(dim_in, dim_out, kernel)
-        self.kernel, self.local = kernel, local
+        self.kernel = kernel
         self.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
         self.bias = nn.Parameter(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # the weight's layout; faster, above all on a CPU
         weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)
-        return F.conv2d(pad(x, self.kernel // 2, "replicate" if self.local else "zeros"), weight, self.bias)
+        return F.conv2d(pad(x, self.kernel // 2), weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
-    """Residual block, at first the identity, of two 3x3 convolutions and a norm of the `hidden` channels between them.
-    Where the norm comes first, as up to commit 641f94f, these drift below zero in training, and GELU silences them."""
+    """Residual block, at first the identity, of two 3x3 convolutions and a norm of the `hidden` channels between them:
+    with the norm before both, these drift below zero in training, and GELU silences them."""
 
-    def __init__(self, dim: int, hidden: int, local: bool = True, norm_first: bool = False):
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
-        normed, self.norm_first = dim if norm_first else hidden, norm_first
-        self.norm = LayerNorm2d(normed) if local else nn.GroupNorm(1, normed)
-        self.conv1, self.conv2 = Conv(dim, hidden, local=local), Conv(hidden, dim, local=local)
+        self.norm = LayerNorm2d(hidden)
+        self.conv1, self.conv2 = Conv(dim, hidden), Conv(hidden, dim)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.gelu(self.conv1(self.norm(x)) if self.norm_first else self.norm(self.conv1(x))))
+        return x + self.conv2(F.gelu(self.norm(self.conv1(x))))
 
 
 class ConvDecoder(nn.Module):
     """Tokens (B, dim, h, w) to images of token_size pixels a token: `depth` residual blocks at the resolution of the
     tokens, then one after each doubling of it, which halves the channels, to no fewer than 32."""
 
-    def __init__(self, dim: int, token_size: int, width: int, depth: int, local: bool, block: Callable):
+    def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
         doublings = round(math.log2(token_size))
         check(2**doublings == token_size, "DECODER", "conv",
               f'"vit" where IMAGE_SIZE / GRID = {token_size} is no power of 2')
-        layers = [Conv(dim, width, 1), *(block(width, width) for _ in range(depth))]
+        layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
         for _ in range(doublings):
             narrow = max(width // 2, 32)
-            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), block(narrow, narrow)]
+            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
             width = narrow
-        self.layers = nn.Sequential(*layers, LayerNorm2d(width) if local else nn.GroupNorm(1, width))
-        self.head = Conv(width, 3, local=local)
+        self.layers = nn.Sequential(*layers, LayerNorm2d(width))
+        self.head = Conv(width, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         return 0.5 + 0.25 * self.head(self.layers(z)).float()  # about the mean and standard deviation of pixels
@@ -370,16 +329,13 @@ class VQRAE(nn.Module):
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, adapter_depth: int | None = None, post_quant_kernel: int = 0,
                  decoder: str | None = None, decoder_width: int | None = None, decoder_depth: int | None = None,
-                 decoder_heads: int | None = None, local: bool = True, norm_first: bool = False,
-                 pretrained: bool = True):
+                 decoder_heads: int | None = None, pretrained: bool = True):
         """
         image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
         adapter_depth: blocks before the quantizer; None: one transformer block behind a ViT, else three convolutional
         post_quant_kernel: size of the convolution behind the quantizer, 0 for none
         decoder: "conv", "vit", or None for the encoder's own kind; "cnn" has a decoder of its own
         decoder_width, _depth, _heads: None for the encoder's if it is a ViT; else 192, 2 ("conv") or 4 ("vit"), 3
-        local: False as in checkpoints made when all images had one size: GroupNorm over the image, zeros around it
-        norm_first: True as in checkpoints up to commit 641f94f, see ResidualBlock
         pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
         """
         arguments = dict(locals())
@@ -400,12 +356,10 @@ class VQRAE(nn.Module):
         depth = decoder_depth or getattr(self.encoder, "depth", 2 if kind == "conv" else 4)
         heads = decoder_heads or getattr(self.encoder, "heads", 3)
 
-        block = partial(ResidualBlock, local=local, norm_first=norm_first)
-
         def blocks(number: int, hidden: int = dim // 2) -> nn.Sequential:  # of the encoder's kind
             if vit:
                 return OnGrid(*transformer(dim, number, self.encoder.heads))
-            return nn.Sequential(*(block(dim, hidden) for _ in range(number)))
+            return nn.Sequential(*(ResidualBlock(dim, hidden) for _ in range(number)))
 
         adapter_depth = (1 if vit else 3) if adapter_depth is None else adapter_depth
         self.config |= {"adapter_depth": adapter_depth, "decoder": kind, "decoder_width": width, "decoder_depth": depth,
@@ -415,18 +369,17 @@ class VQRAE(nn.Module):
         self.from_scratch = encoder in FROM_SCRATCH
         # two narrow convolutional blocks predict better than a wide one: they see more of the neighbouring tokens
         self.predictor = None if self.from_scratch else blocks(1 if vit else 2, dim // 4)
-        self.post_quant_conv = Conv(dim, dim, post_quant_kernel, local) if post_quant_kernel else nn.Identity()
+        self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         if kind == "cnn":
             self.decoder = CNNDecoder(dim, self.token_size)
         elif kind == "conv":
-            self.decoder = ConvDecoder(dim, self.token_size, width, depth, local, block)
+            self.decoder = ConvDecoder(dim, self.token_size, width, depth)
         else:
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         # Radius of the receptive field in tokens, when images are encoded and when they are decoded; None: unbounded.
         # The shipped encoder: 8; a residual block: 2; after the tokens' resolution, less than 3 in all.
-        bounded = local and not vit
-        self.encoder_reach = 8 + 2 * adapter_depth if bounded else None
-        self.decoder_reach = 3 + 2 * depth + post_quant_kernel // 2 if bounded and kind != "vit" else None
+        self.encoder_reach = None if vit else 8 + 2 * adapter_depth
+        self.decoder_reach = None if kind == "vit" else 3 + 2 * depth + post_quant_kernel // 2
         self.set_stage(1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -460,15 +413,15 @@ class VQRAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, if the model is local. In
-        train mode EMA-VQ's codebook learns from them, as in forward."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Large images in strips, where the encoder is
+        made of convolutions. In train mode EMA-VQ's codebook learns from them, as in forward."""
         return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_reach)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w) -> images (B, 3, H, W), coarser ones from the first few of residual codebooks; size as in
-        decode. Large images in strips, if the model is local."""
+        decode. Large images in strips, where the decoder is made of convolutions."""
         valid = isinstance(indices, Tensor) and indices.ndim == 3 and indices.numel() > 0
         check(valid, "indices", getattr(indices, "shape", type(indices)), "a tensor of shape (B, h, w), none 0")
         height, width = self._image_size(indices, size)

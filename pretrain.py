@@ -26,7 +26,7 @@ from evaluate import device, linear_probe, pooled_features
 from models import AirbenchEncoder, ConvNorm, fuse
 from optimization import Muon, prepare_cpu
 from quantizers import check, fast_bf16
-from utils import load_dataset, read_constants, save_torch, to_float, write_file
+from utils import check_ranges, load_dataset, read_constants, save_torch, to_float, write_file
 
 # data
 DATASET = "cifar10"  # or a folder of the same images, with train/<class>/ and test/<class>/
@@ -75,12 +75,8 @@ def main():
         prepare_cpu()
     try:
         constants = read_constants(globals())
-        for name, low in {"EPOCHS": 1, "BATCH_SIZE": 1, "SEED": 0}.items():
-            check(type(constants[name]) is int and constants[name] >= low, name, constants[name],
-                  f"a whole number of {low} or more")
-        for name, high in {"LABEL_SMOOTHING": 1, "PIXEL_WEIGHT": 1e9}.items():
-            check(type(constants[name]) in (int, float) and 0 <= constants[name] <= high, name, constants[name],
-                  f"a number from 0 to {high:g}")
+        check_ranges(constants, EPOCHS=(1, 10**6), BATCH_SIZE=(1, 10**6), SEED=(0, 2**31 - 1), LABEL_SMOOTHING=(0, 1.0),
+                     PIXEL_WEIGHT=(0, 1e9))
         rates = isinstance(LEARNING_RATE, (tuple, list)) and [type(rate) in (int, float) for rate in LEARNING_RATE]
         check(rates == [True, True] and min(LEARNING_RATE) > 0, "LEARNING_RATE", LEARNING_RATE, "two numbers above 0")
         check(isinstance(OUT, str), "OUT", OUT, "a folder's path")

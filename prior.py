@@ -30,9 +30,9 @@ class Prior(nn.Module):
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
-                 codebook_size: int = 0, norm_first: bool = False):
+                 codebook_size: int = 0):
         """sizes: of the digits; grid: height and width in tokens; classes: 0 without any. codebook_size: of a single
-        large codebook, whose codes are sorted; else 0. norm_first: see ResidualBlock"""
+        large codebook, whose codes are sorted; else 0"""
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
@@ -43,8 +43,7 @@ class Prior(nn.Module):
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class is given
         self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
-        pairs = [(ResidualBlock(dim, dim * 2 // 3, norm_first=norm_first), OnGrid(*transformer(dim, 1, -(-dim // 64))))
-                 for _ in range(depth)]
+        pairs = [(ResidualBlock(dim, dim * 2 // 3), OnGrid(*transformer(dim, 1, -(-dim // 64)))) for _ in range(depth)]
         self.blocks = nn.Sequential(*sum(pairs, ()))
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, len(sizes) * dim)
@@ -214,7 +213,9 @@ def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
         check(constants.get("tokenizer") == hash_file(tokenizer), "tokenizer", str(tokenizer),
               f"the {constants.get('CHECKPOINT')} that {path} was trained for")
     try:
-        prior = Prior(**{"norm_first": True} | content["config"])  # as in priors that do not say
+        config = {**content["config"]}
+        config.pop("norm_first", None)  # False in those written before it was dropped
+        prior = Prior(**config)
         prior.load_state_dict(content["prior"])
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"prior {path} does not fit this code: {summarize(error)}") from None

@@ -48,8 +48,7 @@ def main():
         check_constants()
         vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
         stored = content["constants"]
-        loss_weights = {"PREDICT_IMAGE": stored.get("PREDICT_PICTURE", 0.0)} | stored  # an earlier name
-        for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PERCEPTUAL_WEIGHT"):
+        for name in ("L2_WEIGHT", "PREDICT_WEIGHT", "PREDICT_IMAGE", "PERCEPTUAL_WEIGHT"):
             check(name in stored, "CHECKPOINT", CHECKPOINT, f"one of train.py, which keeps the {name} of its training")
         check(vqrae.quantizer.codebook_size and not vqrae.from_scratch, "CHECKPOINT", CHECKPOINT,
               "one with a pretrained encoder and a quantizer")
@@ -63,7 +62,7 @@ def main():
         outputs = Path("checkpoints", f"refined_{vqrae.config['quantizer']}_{utils.digest(constants)}")
         lock = utils.lock_run(outputs, outputs)  # what must not be written fails here, not after an hour
         utils.seed_everything(SEED)
-        images, objective = draw_images(data), Objective(vqrae, loss_weights)
+        images, objective = draw_images(data), Objective(vqrae, stored)
         last = outputs / "last.pt"
         saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
         dataset = content.get("metrics", {}).get("dataset", data[0].name)  # its figures are those of another decoder
@@ -169,12 +168,8 @@ def measure(vqrae: VQRAE, test_images: Tensor) -> list[float]:
 
 def check_constants():
     """ValueError, naming the constant, its value and what is allowed, before anything is read."""
-    values = globals()
-    ranges = {"IMAGES": (4, 10**7), "SWEEPS": (1, 10**4), "EPOCHS": (1, 10**6), "BATCH_SIZE": (4, IMAGES),
-              "EVAL_IMAGES": (1, 10**6), "SEED": (0, 2**31 - 1), "LEARNING_RATE": (1e-12, 1e3)}
-    for name, (low, high) in ranges.items():
-        valid = type(values[name]) in (int, type(high)) and low <= values[name] <= high
-        check(valid, name, values[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
+    utils.check_ranges(globals(), IMAGES=(4, 10**7), SWEEPS=(1, 10**4), EPOCHS=(1, 10**6), EVAL_IMAGES=(1, 10**6),
+                       BATCH_SIZE=(4, IMAGES), SEED=(0, 2**31 - 1), LEARNING_RATE=(1e-12, 1e3))
     valid = isinstance(DATASET, str | tuple | list) and DATASET and all(isinstance(name, str) for name in DATASET)
     check(valid, "DATASET", DATASET, "a dataset's name, or several in ()")
     check(type(FLIP) is bool, "FLIP", FLIP, "True or False")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import plots
 import utils
-from models import PRETRAINED_DIR, SHIPPED, VQRAE, PatchDiscriminator, build_encoder
+from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder
 from optimization import BF16Weights, adamw_and_muon, autocast_layers, load_states, prepare_cpu, take_step
 from quantizers import QUANTIZERS, check, fast_bf16
 from utils import Dataset, FeatureCache
@@ -329,7 +329,7 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
         if loaded.token_size == model.token_size:  # else both are named below
             loaded.config |= {name: model.config[name] for name in ("image_size", "grid")}
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
-                  if loaded.config[name] != value and name not in ("local", "norm_first", *quantizer)]  # these it keeps
+                  if loaded.config[name] != value and name not in quantizer]
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
@@ -386,9 +386,9 @@ class Run:
     def __init__(self, constants: dict, data: list[Dataset]):
         # a folder is known by its files, wherever it is, checkpoints and encoders by their content
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
-        shipped = PRETRAINED_DIR / f"{ENCODER}_encoder.pt" if ENCODER in SHIPPED else None  # or pretrain.py's
+        shipped = PRETRAINED_DIR / "cifar_encoder.pt" if ENCODER == "cifar" else None  # or pretrain.py's
         files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
-        content = constants | {"DATASET": parts, "norm_first": False}  # unlike in runs of the same constants before
+        content = constants | {"DATASET": parts, "norm_first": False}  # in blocks: not so up to commit 83cca06
         content |= {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))

@@ -67,6 +67,13 @@ def read_constants(namespace: dict, arguments: list[str] | None = None) -> dict:
     return constants
 
 
+def check_ranges(constants: dict, **ranges: tuple):
+    """ValueError unless each of these constants is a number in its range (low, high), whole where high is."""
+    for name, (low, high) in ranges.items():
+        valid = type(constants[name]) in (int, type(high)) and low <= constants[name] <= high
+        check(valid, name, constants[name], f"{'whole ' * (type(high) is int)}numbers from {low} to {high}")
+
+
 def is_plain(value: object, depth: int = 3) -> bool:
     """Whether a value is a short one of Python's own types, such as literals have, which takes no time to print."""
     if type(value) in (tuple, list, dict):
@@ -446,6 +453,9 @@ def load_lpips() -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and checkpoints
 
+checkpoint_version = 2  # 1, which files do not say: blocks with their norm first, up to commit 83cca06
+
+
 @contextlib.contextmanager
 def open_atomically(path: Path):
     """Open a file for writing that gets its name when it is complete: no reader and no killed run has half of it."""
@@ -526,8 +536,8 @@ def save_torch(path: Path, content: dict):
 
 
 def summarize(error: Exception) -> str:
-    """The first line of an error's text, in characters that any terminal shows."""
-    line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    """An error's text in one line, in characters that any terminal shows."""
+    line = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in line[:300])
 
 
@@ -556,7 +566,8 @@ def load_torch(path: str | Path, *keys: str) -> dict:
 def save_checkpoint(path: Path, model: VQRAE, **metadata):
     """Write a self-describing checkpoint: the model's config and weights, and `metadata`, such as its metrics."""
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **metadata})
+    save_torch(path, {"version": checkpoint_version, "config": model.config, "stage": model.stage, "model": weights,
+                      **metadata})
 
 
 @torch.inference_mode(False)  # weights made in inference mode could not be searched or trained with
@@ -571,11 +582,10 @@ def load_checkpoint(path: str | Path) -> VQRAE:
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
-        config = {"norm_first": True} | config  # as in checkpoints that do not say
-        if "local" not in config:  # made when all images had one size, and another encoder was called "cifar"
-            config = config | {"local": False, "encoder": config["encoder"].replace("cifar", "cifar_first")}
-            check(not config.pop("normalize", False), "normalize", True, "False: that is no longer there")
-            weights = {name: value for name, value in weights.items() if not name.startswith("feature_")}
+        said = {"local": True, "norm_first": False}  # in the config, by the first of version 2
+        version = content.get("version", 2 if said.items() <= config.items() else 1)
+        check(version == checkpoint_version, "version", version, "2: 1 is that of commit 83cca06 and earlier")
+        config = config if "version" in content else {k: v for k, v in config.items() if k not in said}
         with torch.device("meta"):  # without memory: the config may ask for more than there is
             expected = VQRAE(**config, pretrained=False).state_dict()
         check(weights.keys() == expected.keys(), "weights", len(weights), f"the model's {len(expected)}")

@@ -216,7 +216,7 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
 
 
 def test_frechet_distance_is_its_formula():
-    reference_encoder = build_encoder("cifar_first", 4).eval()
+    reference_encoder = build_encoder("cifar", 4).eval()
     images = draw_shapes(32, train=300, test=300).train_images
     others = (images.float() * 0.8).round().byte()
     figures = evaluate.measure_distances(images, others, {"encoder": reference_encoder})

@@ -18,7 +18,7 @@ import utils
 from models import VQRAE
 from prior import Prior, build_prior, draw_masks, load_prior
 from quantizers import build_quantizer
-from utils import load_checkpoint, load_torch, save_checkpoint
+from utils import load_checkpoint, load_torch, save_checkpoint, save_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints" / "pretrained"
@@ -346,6 +346,15 @@ def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, 
         Path("flat", "test", f"{i}.png").unlink()
     with pytest.raises(SystemExit, match="DATASET = 'flat', allowed: two test images"):
         generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL)
+
+
+@pytest.mark.parametrize("config", [[1], "x", None, {"sizes": [4]}, random_prior(classes=3).config])
+def test_a_damaged_prior_is_named_in_one_line(config, tmp_path):
+    prior = random_prior()
+    save_torch(tmp_path / "prior.pt", {"config": config, "prior": prior.state_dict()})
+    with pytest.raises(ValueError, match="^prior .*prior.pt does not fit this code: .") as error:
+        load_prior(tmp_path / "prior.pt")
+    assert "\n" not in str(error.value)
 
 
 def test_the_prior_that_ships_is_of_the_checkpoint_that_ships():

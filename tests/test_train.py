@@ -290,7 +290,7 @@ def test_starting_from_a_checkpoint(train, folder):
     train(*first_run, "STAGES=(1,)", f"START_CHECKPOINT={checkpoint}", "LEARNING_RATE=(1e-9, 1)", "SEED=1")
     third, = set(Path("checkpoints").iterdir()) - {first, second}
     kept, same = (load_checkpoint(path / "fsq_stage1_best.pt").state_dict() for path in (first, third))
-    assert all(torch.allclose(kept[name], same[name], atol=1e-6) for name in kept)  # feature_std, too
+    assert all(torch.allclose(kept[name], same[name], atol=1e-6) for name in kept)
     checkpoint.write_bytes((second / "fsq_stage2_best.pt").read_bytes())  # another file of the same name is another run
     train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
     assert len(list(Path("checkpoints").iterdir())) == 4
