@@ -88,11 +88,11 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
         return F.avg_pool2d(values[:, None], 3, 1, 1)[:, 0]
 
     errors, gaps, gradient = differentiate(z_q)
-    # how far each token moves at a try, which it learns: at first a quarter of how far codes are from their mean
+    # how far each token moves at a try, which it learns: at first an eighth of how far codes are from their mean
     some = torch.randint(quantizer.codebook_size, (512,), generator=torch.Generator().manual_seed(0))
     codes = quantizer.get_codebook_entry(some)
     spread = (codes - codes.mean(0)).norm(dim=1).mean()
-    step = torch.full_like(errors, 0.25) * spread
+    step = torch.full_like(errors, 0.125) * spread
     for _ in tqdm(range(sweeps), "searching", leave=False):
         for top, left in ((0, 0), (1, 1), (0, 1), (1, 0)):
             turn = ..., slice(top, None, 2), slice(left, None, 2)  # the tokens whose turn it is
