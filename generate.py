@@ -50,7 +50,7 @@ EVAL_IMAGES = 1_000  # test images whose bits are measured after each epoch; at 
 SEED = 0
 # sampling: not part of a run's name
 STEPS = 16  # in which an image's tokens are filled
-GUIDANCE = 4.0  # 1: none; more makes samples more like their class, and less diverse
+GUIDANCE = 4.0  # on average: it rises from step to step. 1: none; more makes samples more like their class
 TEMPERATURE = 1.0
 SAMPLES = 10_000  # for the Fréchet distance and the probe
 
@@ -228,7 +228,7 @@ def check_constants():
     utils.check_ranges(
         globals(), DIM=(2, 4096), DEPTH=(1, 100), EPOCHS=(1, 10**6), BATCH_SIZE=(1, 10**6), STEPS=(1, 10**5),
         EVAL_IMAGES=(1, 10**9), SAMPLES=(20, 10**6), SEED=(0, 2**31 - 1), LEARNING_RATE=(1e-12, 1e3),
-        TEMPERATURE=(0.01, 100.0), GUIDANCE=(0.0, 1e3), DROP_LABEL=(0.01, 0.99))
+        TEMPERATURE=(0.01, 100.0), GUIDANCE=(1.0, 1e3), DROP_LABEL=(0.01, 0.99))
     check(DIM < 64 or DIM % 64 == 0, "DIM", DIM, "a multiple of 64, or less")
     check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
     check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')

@@ -114,7 +114,9 @@ class Prior(nn.Module):
         Tokens are filled in random order, one or more in each step, and more in later ones, as they depend less on each
         other then (MaskGIT's square schedule, 2202.04200): with steps = h * w one by one. labels: `classes`, or None
         for all, is no class. guidance: classifier-free (2207.12598, whose w is guidance - 1), logits without a class
-        plus guidance times what the class adds. ValueError for another grid, indices, labels or options out of range.
+        plus a scale times what the class adds. The scale rises in equal steps, as in Muse (2301.00704), from 1 or
+        little more for the first tokens, which are drawn freely, and is `guidance` on average; 1 is none. ValueError
+        for another grid, indices, labels or options out of range.
         """
         digits, device = self.to_digits(indices), self.mask.device
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
@@ -126,7 +128,7 @@ class Prior(nn.Module):
               f"None, or {len(indices)} whole numbers from 0 to {self.classes}, the last for no class")
         labels = labels.long()
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
-        check(0 <= guidance <= 1e3, "guidance", guidance, "0 to 1000")
+        check(1 <= guidance <= 1e3, "guidance", guidance, "1 to 1000")
         check(0.01 <= temperature <= 100, "temperature", temperature, "0.01 to 100")
         masked, count = mask.flatten(1).to(device), mask.flatten(1).sum(1, keepdim=True).to(device)
         turn = torch.rand(masked.shape, device=device).masked_fill(~masked, 2).argsort(1).argsort(1)
@@ -134,12 +136,13 @@ class Prior(nn.Module):
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, steps + 1):
             chosen = masked & (turn < (count * (step / steps) ** 2).clamp(min=step))
+            scale = 1 + (guidance - 1) * (2 * step - 1) / steps
             features = [self.features(digits, masked, given.to(device))[chosen[masked]] for given in conditions]
             drawn = digits.new_zeros(len(features[0]), len(self.heads))
             for k in range(len(self.heads)):
                 logits, *unconditional = (self.logits(part, drawn)[k] for part in features)
                 if unconditional:
-                    logits = unconditional[0] + guidance * (logits - unconditional[0])
+                    logits = unconditional[0] + scale * (logits - unconditional[0])
                 drawn[:, k] = torch.multinomial((logits / temperature).softmax(1), 1)[:, 0]
             digits[chosen] = drawn
             masked = masked & ~chosen

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import utils
@@ -139,10 +140,24 @@ def test_guidance_and_temperature():
     empty, masked = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
     with torch.no_grad():
         given, free = (prior.logits(prior.features(empty, masked, torch.tensor([y])), empty[0])[0] for y in (1, 2))
-    for guidance, temperature in ((0.0, 1.0), (1.0, 1.0), (3.0, 2.0)):
+    for guidance, temperature in ((1.0, 1.0), (2.0, 1.0), (3.0, 2.0)):
         p = ((free + guidance * (given - free)) / temperature).softmax(1)[0]
         drawn = prior.generate(torch.ones(20_000, dtype=torch.int64), guidance=guidance, temperature=temperature)
         torch.testing.assert_close(drawn.flatten().bincount(minlength=4) / 20_000, p, atol=0.015, rtol=0)
+
+
+def test_guidance_rises_to_its_mean_and_beyond(monkeypatch):
+    prior, scales = random_prior(grid=(1, 4), sizes=(2,), classes=1), []
+
+    def multinomial(p, count):  # of a class's logits 0 and 1, and 0 and 0 without a class
+        scales.append((p[0, 1] / p[0, 0]).log().item())
+        return torch.zeros(len(p), 1, dtype=torch.int64)
+
+    monkeypatch.setattr(prior, "features", lambda digits, masked, labels: (labels == 0).expand(masked.sum(), 1).float())
+    monkeypatch.setattr(prior, "logits", lambda features, digits: [F.pad(features, (1, 0))])
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    prior.generate(torch.tensor([0]), steps=4, guidance=3.0)
+    assert scales == pytest.approx([1.5, 2.5, 3.5, 4.5], rel=1e-4)
 
 
 @pytest.mark.parametrize("name, options, sizes", [
@@ -190,7 +205,7 @@ def test_codes_of_one_cluster_are_alike():
     (lambda p, i, m: p.fill(i, m, None, 0), "steps"),
     (lambda p, i, m: p.fill(i, m, None, 2.5), "steps"),
     (lambda p, i, m: p.fill(i, m, None, 2.0), "steps"),
-    (lambda p, i, m: p.fill(i, m, None, 2, -1), "guidance"),
+    (lambda p, i, m: p.fill(i, m, None, 2, 0), "guidance"),
     (lambda p, i, m: p.fill(i, m, None, 2, math.inf), "guidance"),
     (lambda p, i, m: p.fill(i, m, None, 2, 1, 0), "temperature"),
     (lambda p, i, m: load_prior("nowhere.pt"), "nowhere.pt"),
