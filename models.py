@@ -322,8 +322,8 @@ class CNNDecoder(nn.Module):
 class VQRAE(nn.Module):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
-    `config` holds the constructor's arguments, which a checkpoint stores to build the model again. (Their defaults are
-    not all those of train.py.)
+    `config` holds the constructor's arguments, which a checkpoint stores to build the model again. (By default the
+    quantizer is FSQ, without a convolution after it: train.py's constants say otherwise.)
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "fsq", quantizer_options: dict | None = None,
@@ -498,8 +498,9 @@ class VQRAE(nn.Module):
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
               strip_tokens: int = 3 * 2**16) -> Tensor:
-    """function(x) for x (..., H, W), on strips of rows of some strip_tokens tokens, so that memory does not grow with
-    the height, and with a progress bar. rows_in, rows_out: rows of x and of the result for a row of tokens.
+    """function(x) for x (..., H, W), cut into horizontal strips of about strip_tokens tokens, so that memory does not
+    grow with the height, and with a progress bar. A row of tokens is rows_in rows of x, rows_out of the result: when
+    encoding token_size and 1, when decoding 1 and token_size.
 
     A strip is computed with `reach` more rows of tokens above and below, the radius of the function's receptive field,
     which makes it equal to that part of the whole; reach None: x at once.

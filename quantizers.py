@@ -331,11 +331,11 @@ class MultiCodebook(Quantizer):
     over, and a code is the sum of theirs; to decode from the first few alone, set random_depth, the share of training
     images that use a random number of them. "product" (Jegou et al., PAMI 2011): each quantizes some dimensions.
 
-    The codebooks are the classes above. The library's ResidualVQ takes 5 to 23 times as long on a CPU (two of 256 or
-    4,096 codes), and autocast changes its indices. Residual FSQ bounds its values once, and each stage's levels are
-    closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes them once. What a stage leaves
-    over then has nearly one length, and the next stage's codes have one learned length (`scales`), so that the code of
-    the highest cosine similarity is still the nearest.
+    The codebooks are the classes above. The library's ResidualVQ takes several times as long on a CPU, as its search
+    does (bench.py), and autocast changes its indices. Residual FSQ bounds its values once, and each stage's levels are
+    closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes tokens once, before the first
+    stage. What a stage leaves over then has nearly one length, and the next stage's codes have one learned length
+    (`scales`), so that the code of the highest cosine similarity is still the nearest.
     """
 
     random_depth, images = 0.0, 1
@@ -346,9 +346,9 @@ class MultiCodebook(Quantizer):
         check(kind in (FSQ, SimVQ, EMAVQ), "codebooks", codebooks, '1, or more with "fsq", "simvq" or "ema_vq"')
         check(isinstance(codebooks, int) and 1 <= codebooks < 63, "codebooks", codebooks, "a whole number from 1 to 62")
         check(combine in combinations, "combine", combine, ", ".join(f'"{name}"' for name in combinations))
-        finer = [2 if residual and kind is SimVQ else 1]  # by this factor are each stage's codes shorter
+        finer = [2 if residual and kind is SimVQ else 1]  # a stage's codes are shorter than the last's by it
         if kind is FSQ:
-            finer = FSQ(dim, **options).levels
+            finer = FSQ(dim, **options).levels  # one for each dimension
             most = max(finer)
             check(most**codebooks <= 2**16, "codebooks", codebooks, f"{most}**codebooks levels in all, 2**16 at most")
         code_dim = len(finer) if kind is FSQ else dim if code_dim is None else code_dim

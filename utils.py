@@ -155,18 +155,18 @@ def load_datasets(names: str | tuple[str, ...], sizes: int | tuple[int, ...], da
     """
     if isinstance(names, str) and isinstance(sizes, int):
         return [load_dataset(names, sizes, data_dir)]
-    data = {}
+    data, sides = {}, {}
     names = [names] if isinstance(names, str) else names
     sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
     for name in dict.fromkeys(names):
         known = {"cifar10": 32, "cifar100": 32, "shapes": max(sizes)}
-        size = known.get(name) or median_side(Path(name, "train"))
+        size = sides[name] = known.get(name) or median_side(Path(name, "train"))
         fitting = [n for n in sizes if n <= size]
         check(fitting, "IMAGE_SIZE", sizes, f"sizes of which one is at most {size}, that of the images of {name}")
         whole = load_dataset(name, min(size, 4 * max(sizes)), data_dir)
         data[name] = [whole._replace(size=n) for n in fitting]
     left = set(sizes) - {part.size for parts in data.values() for part in parts}
-    check(not left, "IMAGE_SIZE", sorted(left), f"sizes that images of one of {names} have")
+    check(not left, "IMAGE_SIZE", sorted(left), f"sizes up to that of images, their median shorter side: {sides}")
     labels = {parts[0].name for parts in data.values()}
     check(len(labels) == len(data), "DATASET", names, "folders of different names")
     return [part for name in names for part in data[name]]
@@ -582,7 +582,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
         check(type(config) is dict and is_plain(config), "config", type(config).__name__, "a dict of short values")
         depths = [config.get(name) or 0 for name in ("adapter_depth", "decoder_depth")]
         check(max(depths) <= len(weights), "adapter_depth, decoder_depth", depths, f"{len(weights)} or less")
-        said = {"local": True, "norm_first": False}  # in the config, by the first of version 2
+        said = {"local": True, "norm_first": False}  # options that are gone; the first of version 2 have them
         version = content.get("version", 2 if said.items() <= config.items() else 1)
         check(version == checkpoint_version, "version", version, "2: 1 is that of commit 83cca06 and earlier")
         config = config if "version" in content else {k: v for k, v in config.items() if k not in said}
