@@ -267,7 +267,9 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
     """All figures that one checkpoint can have, and of the test images its reconstructions (N, 3, H, W), uint8, and
     indices (N, h, w). networks: those of load_networks."""
     model, content = load_checkpoint(path).to(device), load_torch(path)
-    train, test = tokenize(model, data.train_images, path.name), tokenize(model, data.test_images, path.name, SEARCH)
+    predict_weight = content.get("constants", {}).get("PREDICT_WEIGHT")  # 0: the predictor learned nothing
+    train = tokenize(model, data.train_images, path.name)
+    test = tokenize(model, data.test_images, path.name, SEARCH, 0.0 if predict_weight == 0 else 5e-4)
     metrics, _, reconstructions = evaluate(model, data.test_images, BATCH_SIZE, test["indices"])
     figures = {"tokens": model.config["grid"] ** 2, **metrics}
     if model.quantizer.codebook_size:
@@ -279,8 +281,8 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
     if "images_per_second" in content.get("metrics", {}):
         figures["images_per_second"] = content["metrics"]["images_per_second"]
     figures["quantizer"] = model.config["quantizer"]
-    if "constants" in content and not model.from_scratch:
-        figures["predict_weight"] = content["constants"]["PREDICT_WEIGHT"]
+    if predict_weight is not None and not model.from_scratch:
+        figures["predict_weight"] = predict_weight
 
     figures |= measure_distances(data.test_images, reconstructions, networks) if networks else {}
     if data.train_labels is not None:
@@ -292,13 +294,14 @@ def measure(path: Path, data: Dataset, networks: dict[str, nn.Module]) -> tuple[
 
 
 @torch.no_grad()
-def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0) -> dict[str, Tensor]:
+def tokenize(model: VQRAE, images: Tensor, name: str, sweeps: int = 0,
+             feature_weight: float = 5e-4) -> dict[str, Tensor]:
     """The indices (N, h, w) of uint8 images (N, 3, H, W), and each one's means (N, C) of its features z, of z_q and,
-    where the model has a predictor, of the features predicted from z_q. sweeps: of search.py."""
+    where the model has a predictor, of the features predicted from z_q. sweeps, feature_weight: of search.py."""
     batches, outputs = images.split(BATCH_SIZE), []
     searched = [None] * len(batches)
     if sweeps and model.quantizer.codebook_size:
-        searched = search_dataset(model, images, sweeps, IMAGE_WEIGHT).split(BATCH_SIZE)
+        searched = search_dataset(model, images, sweeps, feature_weight, IMAGE_WEIGHT).split(BATCH_SIZE)
     for batch, indices in zip(tqdm(batches, f"tokenizing for {name}", leave=False), searched):
         z = model.encoder(to_float(batch.to(device)))
         if indices is None:

@@ -3,9 +3,9 @@
     indices = search_tokens(vqrae, images)      instead of vqrae.encode_to_indices(images): 0.8 dB more, and much slower
     indices = search_dataset(vqrae, images)     of many images, which takes hours: what was found is kept
 
-Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. In turns, one of 2 x 2
-tokens moves against the gradient of the error, to the nearest code there, and stays if the error around it has become
-smaller. A token acts on its neighbourhood above all, so that a quarter of them can be tried in one decoding.
+Codecs search, and learned ones do (1906.01223, 2006.04240): bits and decoder stay what they are. The grid is split into
+four sets, one token of each 2 x 2 in each. In turns, all tokens of a set are tried at once: each moves against the
+gradient of the error, to the nearest code there, and stays if the error of the 3 x 3 tokens around it has fallen.
 """
 import contextlib
 import hashlib
@@ -62,6 +62,7 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
         """Of each token, the error of its pixels (B, h, w), and its predicted features less the true (B, C, h, w)"""
         errors = (vqrae.decode(z_q, (height, width)).float() - images).square().mean(1, keepdim=True)
         errors = F.avg_pool2d(F.pad(errors, (0, w * patch - width, 0, h * patch - height)), patch)[:, 0]
+        errors = errors * (h * w * patch**2 / (height * width))  # where tokens are cut: their mean is that of pixels
         if features is None:
             return errors, torch.zeros_like(errors)[:, None]
         return errors, vqrae.predict_features(z_q).float() - features
@@ -105,8 +106,9 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
             tried_z_q[turn] = quantizer.indices_to_codes(tried[turn])
             tried_errors, tried_gaps, tried_gradient = differentiate(tried_z_q)
             moved = tried != indices
-            # What each move adds to the error. Of n tokens n / 4 move at once, most to where the mean falls short:
-            # n |mean + sum of changes / n|^2 - n |mean|^2 <= sum of (2 mean change + |change|^2 / 4), by convexity
+            # What each move adds to the error. Of n tokens n / 4 move at once, most to where the mean falls short: if
+            # no other token's features changed, by convexity
+            # n |mean + sum of changes / n|^2 - n |mean|^2 <= sum of (2 mean change + |change|^2 / 4)
             mean, change = gaps.mean((2, 3), keepdim=True), tried_gaps - gaps
             of_mean = 2 * mean * change + change.square() / 4
             of_features = (tried_gaps.square() - gaps.square() + image_weight * of_mean).mean(1)
@@ -124,14 +126,15 @@ def search_strip(vqrae: VQRAE, images: Tensor, sweeps: int, feature_weight: floa
     return torch.where(improved[:, None, None], indices, first_indices)
 
 
-def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, image_weight: float = 0.0) -> Tensor:
+def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4,
+                   image_weight: float = 0.0) -> Tensor:
     """search_tokens of uint8 images (N, 3, H, W) -> (N, h, w), int64, 250 at a time. They are kept in data/ as they are
     found, and the same call, after one that was stopped, goes on from there."""
     check(images.dtype == torch.uint8, "images", images.dtype, "uint8")
     device = next(vqrae.parameters()).device
     # the file's name is of all that tokens depend on, with the text of the modules that find them
     modules = [hash_file(Path(__file__).with_name(name)) for name in ("search.py", "models.py", "quantizers.py")]
-    options = vqrae.config, sweeps, float(image_weight), fast_bf16(device), modules
+    options = vqrae.config, sweeps, float(feature_weight), float(image_weight), fast_bf16(device), modules
     content = hashlib.sha256(repr(options).encode())
     for value in (images, *vqrae.state_dict().values()):
         content.update(value.contiguous().cpu().numpy())
@@ -139,7 +142,7 @@ def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, image_weight:
     with contextlib.suppress(ValueError):  # there is no such file, or a broken one
         tokens = list(load_torch(path, "tokens")["tokens"].split(250))
     for batch in tqdm(batches[len(tokens) :], "searching for tokens", len(batches), initial=len(tokens), leave=False):
-        tokens.append(search_tokens(vqrae, to_float(batch.to(device)), sweeps, image_weight=image_weight).cpu())
+        tokens.append(search_tokens(vqrae, to_float(batch.to(device)), sweeps, feature_weight, image_weight).cpu())
         try:
             save_torch(path, {"tokens": torch.cat(tokens)})
         except OSError as error:  # a full disk, or another user's data/

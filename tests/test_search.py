@@ -71,6 +71,16 @@ def test_images_of_any_size(height, width, options):
     assert (errors(model, originals, found) <= errors(model, originals, first) * (1 + 1e-6)).all()
 
 
+def test_a_token_that_is_cut_leaves_the_weight_of_pixels_what_it_is(monkeypatch):
+    """The error of an image is the mean of its pixels, also where 5 x 31 of them need 2 x 8 tokens."""
+    model, originals, means = build(encoder="scratch"), images(1, 5, 31), []
+    monkeypatch.setattr(model, "decode", lambda z_q, size: (1 - originals + 0 * z_q.mean()).clone())
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: means.append(loss.item()) or grad(loss, x))
+    search_tokens(model, originals, sweeps=1)
+    assert means[0] == pytest.approx((1 - 2 * originals).square().mean().item(), rel=1e-5)
+
+
 def test_large_images_in_strips_and_many_in_parts(monkeypatch):
     model = load_checkpoint(PRETRAINED_DIR / "vqrae_ema_vq.pt")
     tall, many = images(1, 640, 24), images(5)
@@ -152,10 +162,10 @@ def test_a_search_of_many_images_goes_on_where_it_was_stopped(monkeypatch):
     assert torch.equal(found, search_dataset(model, originals, 1)) and batches == [250, 10] * 2
     next(model.decoder.parameters()).data += 1  # whatever tokens depend on makes another file
     for count, (of, options) in enumerate([(originals, (1,)), (originals[:5], (1,)), (originals[:5], (2,)),
-                                           (originals[:5], (2, 10.0))], 2):
+                                           (originals[:5], (2, 1e-3)), (originals[:5], (2, 1e-3, 10.0))], 2):
         search_dataset(model, of, *options)
         assert len(list(Path("data").iterdir())) == count
-    search_dataset(model, originals[:5], 2, 10)  # the same weight
+    search_dataset(model, originals[:5], 2, 1e-3, 10)  # the same weight
     assert len(list(Path("data").iterdir())) == count
     with pytest.raises(ValueError, match="^images = torch.float32, allowed: uint8$"):
         search_dataset(model, to_float(originals), 1)
