@@ -9,6 +9,7 @@ features close to the frozen encoder's. Grids and curves go to outputs/<run>/, c
 checkpoints/<run>/. A run that was stopped resumes after its last epoch; a changed constant is a new run.
 """
 import copy
+import inspect
 import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
@@ -39,7 +40,7 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 # images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
 # several, ("cifar10", "cifar10", "photos"): steps alternate between them
-IMAGE_SIZE = 32  # pixels a side; several, (32, 64): steps alternate, with random crops, and have fewer of larger images
+IMAGE_SIZE = 32  # pixels a side; several, (32, 64), of random crops: steps take turns, and have fewer of larger images
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
@@ -53,7 +54,7 @@ EMA_CODEBOOK_SIZE = 65536
 EMA_CODE_DIM = 16  # width of a code: with 8 the PSNR is the same, but z_q tells less of what images show
 EMA_REVIVE = True  # dead-code revival: codes that fall out of use start again at tokens of the batch
 CODEBOOKS = 1  # of the size above each, not with "ddcl": two of 256 make 65,536 codes
-COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": a chunk of its dimensions
+COMBINE = "residual"  # each codebook quantizes what those before it left over; "product": each its own dimensions
 RANDOM_DEPTH = 0.0  # quantizer dropout: share of images of which a random number of residual codebooks is used
 DDCL_DELTA = 1 / 15  # quantization step of DDCL's four dimensions, in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # loss for each bit of the message
@@ -64,7 +65,7 @@ DECODER_WIDTH = None  # None: a ViT encoder's own, else 192. ViT-XL has 1152
 DECODER_DEPTH = None  # blocks; None: a ViT encoder's own, else 2 for "conv", 4 for "vit". ViT-XL has 28
 DECODER_HEADS = None  # of "vit"; None: a ViT encoder's own, else 3. ViT-XL has 16
 # weights of the losses
-L2_WEIGHT = 16.0  # 1 / the variance of pixels in [0, 1]: an error relative to it, as on normalised features
+L2_WEIGHT = 16.0  # pixels in [0, 1] have a variance of about 1/16: the loss is the share of it that is wrong
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # stage 1, stage 2; more costs PSNR, but images are closer in the encoder's features
 GAN_WEIGHT = 0.5 if device == "cuda" else 0.0  # stage 1; costs PSNR in a run as short as a CPU's, see RESULTS.md
@@ -76,7 +77,8 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen enco
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
 EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stages 1 and 2; the papers', or 30 to 50 minutes on a laptop
-EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # training images an epoch, repeated if there are fewer; None: all
+EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # an epoch has the steps of so many training images, repeated if
+# there are fewer, and of several datasets or sizes no more; None: as many as there are, or as the largest dataset has
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together
 ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's codebook is then updated, and the GAN's
@@ -182,12 +184,14 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     share = torch.tensor(1 / ACCUMULATE, device=device)  # of a micro-batch in the gradient
     discriminate_ddp = discriminate
     if ranks > 1:  # gradients are averaged over processes; codebooks keep themselves equal
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)
-        discriminate_ddp = DistributedDataParallel(discriminate, broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has a new name for this option
+        option = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        objective = DistributedDataParallel(objective, **option)
+        discriminate_ddp = DistributedDataParallel(discriminate, **option)
 
     for epoch in range(first_epoch, EPOCHS[stage - 1] + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
-        place, start = f"stage {stage}, epoch {epoch}", time.time()
+        place, start, seen = f"stage {stage}, epoch {epoch}", time.time(), 0
         orders = []  # of each dataset and size: this process's share of its turns (turns, micro-batches, images)
         for i, part in enumerate(data):
             shape = turns, ranks, ACCUMULATE, micro_batch_size(part)
@@ -204,6 +208,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             gan = done >= gan_start
             for i, index in enumerate(orders[turn][number]):
                 images, teacher_z = features[turn][index]
+                seen += len(images)
                 if ranks > 1:  # the last micro-batch's backward pass sends the gradients of all
                     last = i == ACCUMULATE - 1
                     objective.require_backward_grad_sync = discriminate_ddp.require_backward_grad_sync = last
@@ -235,7 +240,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         if rank == 0:
             measured = measure(model, data, EVAL_IMAGES)
             row = {"dataset": run.dataset, "stage": stage, "epoch": epoch, **losses, **mean_metrics(measured),
-                   "images_per_second": ranks * sum(order.numel() for order in orders) / seconds, "seconds": seconds}
+                   "images_per_second": ranks * seen / seconds, "seconds": seconds}
             run.save_epoch(row, model, state, measured)
             say(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
                 f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}")
@@ -325,7 +330,7 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=pretrained and START_CHECKPOINT is None)
     if START_CHECKPOINT is not None and not meta:
         loaded = utils.load_checkpoint(START_CHECKPOINT)
-        quantizer = {name: loaded.config[name] for name in ("quantizer", "quantizer_options")}
+        quantizer = {name: model.config[name] for name in ("quantizer", "quantizer_options")}
         if loaded.token_size == model.token_size:  # else both are named below
             loaded.config |= {name: model.config[name] for name in ("image_size", "grid")}
         differ = [f"{name} is {loaded.config[name]!r} there and {value!r} here" for name, value in model.config.items()
@@ -333,9 +338,14 @@ def build_model(pretrained: bool = True, meta: bool = False) -> VQRAE:
         check(not differ, "START_CHECKPOINT", START_CHECKPOINT, f"one made with these constants: {'; '.join(differ)}")
         check(loaded.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT,
               "a checkpoint of stage 1, or else STAGES = (2,)")
-        if not quantizer.items() <= model.config.items():
-            say(f"the quantizer starts anew: START_CHECKPOINT has another one, {quantizer}")
-            loaded.quantizer, loaded.config = model.quantizer, loaded.config | {n: model.config[n] for n in quantizer}
+        kinds = [(config["quantizer"], {name: value for name, value in config["quantizer_options"].items()
+                                        if name not in ("revive", "comm_weight")})  # which change no codes
+                 for config in (loaded.config, model.config)]
+        if kinds[0] == kinds[1]:
+            model.quantizer.load_state_dict(loaded.quantizer.state_dict())
+        else:
+            say(f"the quantizer starts anew: START_CHECKPOINT has another one, {kinds[0]}")
+        loaded.quantizer, loaded.config = model.quantizer, loaded.config | quantizer
         model = loaded
     model.quantizer.random_depth = RANDOM_DEPTH
     return model if meta else model.to(device)
@@ -359,8 +369,8 @@ def build_optimizers(model: VQRAE, learning_rate: float) -> list[torch.optim.Opt
 
 
 def shuffled(n: int, count: int, epoch: int, stream: int = 0) -> Tensor:
-    """The indices (count,) of the epoch-th epoch (from 0), from an endless stream of shuffled passes over n images;
-    there are many streams.
+    """The indices (count,) of the epoch-th epoch (from 0): numbers epoch * count to (epoch + 1) * count - 1 of an
+    endless sequence, pass after pass over n images, each shuffled. `stream`: another sequence, for another dataset.
 
     With FLIP, an index i of n or more stands for the mirrored image i - n, as in utils.select_images. Passes come in
     pairs: one mirrors each image with probability 1/2, the next those that the first did not.
@@ -388,7 +398,7 @@ class Run:
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
         shipped = PRETRAINED_DIR / "cifar_encoder.pt" if ENCODER == "cifar" else None  # or pretrain.py's
         files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
-        content = constants | {"DATASET": parts, "norm_first": False}  # in blocks: not so up to commit 83cca06
+        content = constants | {"DATASET": parts, "norm_first": False}  # once an option: keeps the names of earlier runs
         content |= {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))

@@ -106,6 +106,9 @@ def test_each_size_has_its_turn_though_an_epoch_has_one_step(train, tmp_path, mo
     monkeypatch.setattr(FeatureCache, "select", lambda self, i: sizes.append(x := select(self, i)) or x)
     train(f"DATASET={tmp_path / 'photos'}", "IMAGE_SIZE=(32, 48)", *SMALL, "EPOCHS=(3, 1)")
     assert [batch.shape[-1] for batch in sizes] == [32, 48, 32, 32]
+    table = rows(next(Path("outputs").glob("*/metrics.csv")))
+    trained_on = [float(row["images_per_second"]) * float(row["seconds"]) for row in table]
+    assert trained_on == pytest.approx([len(batch) for batch in sizes])  # not what was drawn for sizes without a turn
 
 
 def test_several_codebooks(train, folder, capsys):
@@ -321,6 +324,18 @@ def test_a_checkpoint_with_another_quantizer(stage, train, folder, capsys):
             assert torch.allclose(weight, start, atol=1e-5)
     distance, = {float(row["distill_loss"]) > 1e-6 for row in rows(next(Path("outputs").glob("*ddcl*/metrics.csv")))}
     assert distance == (stage == 2)  # in stage 2 to the encoder as pretrained, not as in the checkpoint
+
+
+def test_switches_of_training_alone_keep_the_quantizer(train, folder, capsys):
+    arguments = [f"DATASET={folder}", *SMALL, "STAGES=(1,)", "EPOCHS=(1, 1)"]
+    train(*arguments)
+    first, = Path("checkpoints").glob("*/ema_vq_stage1_best.pt")
+    train(*arguments, "LEARNING_RATE=(1e-9, 1)", "EMA_REVIVE=False", f"START_CHECKPOINT={first}")
+    second, = set(Path("checkpoints").glob("*/ema_vq_stage1_best.pt")) - {first}
+    assert "starts anew" not in capsys.readouterr().out
+    before, after = load_checkpoint(first).quantizer, load_checkpoint(second)
+    assert not after.quantizer.revive and not after.config["quantizer_options"]["revive"]
+    torch.testing.assert_close(after.quantizer.project_in.weight, before.project_in.weight, atol=1e-6, rtol=0)
 
 
 def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
