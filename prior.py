@@ -216,9 +216,7 @@ def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
         check(constants.get("tokenizer") == hash_file(tokenizer), "tokenizer", str(tokenizer),
               f"the {constants.get('CHECKPOINT')} that {path} was trained for")
     try:
-        config = {**content["config"]}
-        config.pop("norm_first", None)  # False in those written before it was dropped
-        prior = Prior(**config)
+        prior = Prior(**content["config"])
         prior.load_state_dict(content["prior"])
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"prior {path} does not fit this code: {summarize(error)}") from None
