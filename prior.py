@@ -6,6 +6,7 @@
     prior.fill(indices, mask, labels)                                        tokens where mask is True, drawn anew
 """
 import math
+import reprlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from models import OnGrid, ResidualBlock, transformer
 from quantizers import Quantizer, check
 from utils import hash_file, load_torch, summarize
+
+whole_numbers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Prior(nn.Module):
@@ -60,7 +63,9 @@ class Prior(nn.Module):
     def to_digits(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) -> digits (B, N, k). ValueError for another grid, or indices out of range."""
         check(isinstance(indices, Tensor), "indices", type(indices), "a tensor")
-        valid = tuple(indices.shape[1:]) == self.grid and len(indices) > 0 and not indices.is_floating_point()
+        weights = self.mask.dtype
+        check(weights == torch.float32, "type of the prior's weights", weights, "torch.float32: call its float()")
+        valid = tuple(indices.shape[1:]) == self.grid and len(indices) > 0 and indices.dtype in whole_numbers
         check(valid, "indices", (tuple(indices.shape), indices.dtype), f"(B, *{self.grid}), whole numbers")
         size, low, high = len(self.number_of) or math.prod(self.codebook_sizes), *map(int, indices.aminmax())
         check(0 <= low and high < size, "indices", (low, high), f"0 to {size - 1}")
@@ -101,8 +106,7 @@ class Prior(nn.Module):
 
     def generate(self, labels: Tensor, **options) -> Tensor:
         """labels (B,), `classes` for none -> indices (B, h, w) of new images; options: `steps` and so on of `fill`"""
-        labels = torch.as_tensor(labels)
-        check(labels.ndim == 1, "labels", tuple(labels.shape), "(B,)")
+        labels = as_labels(labels)
         mask = torch.ones(len(labels), *self.grid, dtype=torch.bool)
         return self.fill(mask.long(), mask, labels, **options)
 
@@ -122,14 +126,13 @@ class Prior(nn.Module):
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
         check(valid, "mask", getattr(mask, "shape", type(mask)), f"{tuple(indices.shape)} of True and False")
         none = torch.full((len(indices),), self.classes)
-        labels = none if labels is None else torch.as_tensor(labels).cpu()
-        valid = labels.shape == none.shape and not labels.is_floating_point() and labels.dtype != torch.bool
-        check(valid and 0 <= labels.min() and labels.max() <= self.classes, "labels", labels.tolist(),
+        labels = none if labels is None else as_labels(labels)
+        valid = labels.shape == none.shape and 0 <= labels.min() and labels.max() <= self.classes
+        check(valid, "labels", labels.tolist(),
               f"None, or {len(indices)} whole numbers from 0 to {self.classes}, the last for no class")
-        labels = labels.long()
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
-        check(1 <= guidance <= 1e3, "guidance", guidance, "1 to 1000")
-        check(0.01 <= temperature <= 100, "temperature", temperature, "0.01 to 100")
+        for name, value, low, high in (("guidance", guidance, 1, 1000), ("temperature", temperature, 0.01, 100)):
+            check(isinstance(value, int | float) and low <= value <= high, name, value, f"{low} to {high}")
         masked, count = mask.flatten(1).to(device), mask.flatten(1).sum(1, keepdim=True).to(device)
         turn = torch.rand(masked.shape, device=device).masked_fill(~masked, 2).argsort(1).argsort(1)
         steps = min(steps, int(count.max()))
@@ -148,6 +151,16 @@ class Prior(nn.Module):
             masked = masked & ~chosen
         filled = self.join_indices(digits)
         return (self.code_of[filled] if len(self.code_of) else filled).view(indices.shape)
+
+
+def as_labels(labels: object) -> Tensor:
+    """Whole numbers (B,), as a tensor or whatever becomes one, as int64 on the CPU; ValueError for anything else."""
+    try:
+        tensor = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError):  # None, text, rows of several lengths
+        tensor = torch.empty(0)
+    check(tensor.dtype in whole_numbers and tensor.ndim == 1, "labels", reprlib.repr(labels), "whole numbers (B,)")
+    return tensor.long()
 
 
 def batch_size(prior: Prior) -> int:

@@ -226,7 +226,9 @@ class EMAVQ(Quantizer):
     def __init__(self, dim: int, codebook_size: int = 8192, code_dim: int | None = None, decay: float = 0.99,
                  commitment_cost: float = 0.25, revive: bool = True):
         code_dim = check_codebook(dim, codebook_size, code_dim, 1)
-        check(0 < decay < 1, "decay", decay, "between 0 and 1")
+        check(isinstance(decay, float) and 0 < decay < 1, "decay", decay, "a number between 0 and 1")
+        valid = isinstance(commitment_cost, (int, float)) and 0 <= commitment_cost < math.inf
+        check(valid, "commitment_cost", commitment_cost, "a number of 0 or more")
         super().__init__(dim, codebook_size)
         self.commitment_cost, self.revive = commitment_cost, revive
         self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
@@ -293,9 +295,11 @@ class DDCL(Quantizer):
     """
 
     def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
-        valid = 0 < delta <= 1 and abs(1 / delta - round(1 / delta)) < 0.06 and round(1 / delta) <= 32  # 0.0667: 1/15
+        valid = isinstance(delta, (int, float)) and 0.03 < delta <= 1
+        valid = valid and abs(1 / delta - round(1 / delta)) < 0.06 and round(1 / delta) <= 32  # 0.0667: 1/15
         check(valid, "delta", delta, "1/n for a whole n: 1, 1/2, ..., 1/32")
-        check(comm_weight >= 0, "comm_weight", comm_weight, "0 or more")
+        valid = isinstance(comm_weight, (int, float)) and 0 <= comm_weight < math.inf
+        check(valid, "comm_weight", comm_weight, "a number of 0 or more")
         check(dim >= 4, "dim", dim, "at least 4")
         self.steps = round(1 / delta)  # messages are integers from -steps to steps
         self.levels = (2 * self.steps + 1,) * 4  # sizes of an index's digits

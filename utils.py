@@ -459,6 +459,7 @@ checkpoint_version = 2  # 1, which files do not say: blocks with their norm firs
 @contextlib.contextmanager
 def open_atomically(path: Path):
     """Open a file for writing that gets its name when it is complete: no reader and no killed run has half of it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
