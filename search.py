@@ -29,7 +29,7 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight
     """images (B, 3, H, W) in [0, 1], of any size -> indices (B, h, w), int64. In each sweep every token is tried once.
 
     The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
-    tokens, where the model predicts any, as in its compute_prediction_loss: with image_weight times the error of an
+    tokens, where the model predicts any, against those of its own encoder: with image_weight times the error of an
     image's mean features. At 5e-4 features keep about the error that they have with the encoder's tokens, at 0 they
     become worse; an image_weight of 10 keeps what their mean tells of the image, for 0.1 or 0.2 dB. An image, or a
     strip of a large one, whose error is not smaller in the end keeps the encoder's tokens. ValueError for images or
@@ -137,7 +137,7 @@ def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weigh
     options = vqrae.config, sweeps, float(feature_weight), float(image_weight), fast_bf16(device), modules
     content = hashlib.sha256(repr(options).encode())
     for value in (images, *vqrae.state_dict().values()):
-        content.update(value.contiguous().cpu().numpy())
+        content.update(value.cpu().flatten().view(torch.uint8).numpy())  # numpy has no bf16
     path, tokens, batches = Path("data", f"searched_{content.hexdigest()[:12]}.pt"), [], images.split(250)
     with contextlib.suppress(ValueError):  # there is no such file, or a broken one
         tokens = list(load_torch(path, "tokens")["tokens"].split(250))

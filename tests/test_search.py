@@ -193,6 +193,7 @@ def test_what_is_refused():
         (lambda: search_tokens(model, originals[0]), "images = "),
         (lambda: search_tokens(model, originals[..., :3]), "images = .*a token"),
         (lambda: search_tokens(model.train(), originals), "vqrae = .*eval mode"),
+        (lambda: search_dataset(build().bfloat16(), (originals * 255).byte()), "weights = torch.bfloat16"),
         (lambda: search_tokens(VQRAE(quantizer="none", decoder_width=32).eval(), originals), "quantizer = 'none'"),
     ]:
         with pytest.raises(ValueError, match=message):
