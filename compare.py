@@ -8,11 +8,11 @@ that the same command goes on where it was stopped, and a size added to LINES ta
 log2 of the number of codes.
 """
 import functools
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import re
 import subprocess
 import sys
+from errors import one_line_errors
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def main():
     own = [argument for argument in sys.argv[1:] if argument.startswith(("BITS=", "TRAIN_IMAGES="))]
     arguments = [argument for argument in sys.argv[1:] if argument not in own]
     one = {"DATASET": "auto", "IMAGE_SIZE": 32}
-    try:
+    with one_line_errors(ValueError):
         read_constants(globals(), own)
         sizes = sorted({bits for _, values in LINES.values() for bits in values})
         check(isinstance(BITS, (tuple, list)) and BITS and all(bits in sizes for bits in BITS), "BITS", BITS,
@@ -61,8 +61,6 @@ def main():
             if argument.startswith(("DATASET=", "IMAGE_SIZE=")):
                 several = [isinstance(value, tuple | list) for value in read_constants(one.copy(), [argument]).values()]
                 check(not any(several), "argument", argument, "one dataset and size")
-    except ValueError as error:
-        sys.exit(f"compare.py: {error}")
     rows = {}
     for bits in BITS:
         for line, (constants, values) in LINES.items():
@@ -124,8 +122,8 @@ def plot(path: Path, rows: dict[str, dict]):
 
 if __name__ == "__main__":
     try:
-        main()
+        with one_line_errors(ValueError, RuntimeError, OSError, note="; what was finished before is kept",
+                             full="is another program on it?"):
+            main()
     except KeyboardInterrupt:
         sys.exit("\ncompare.py: stopped; the same command goes on from there")
-    except (ValueError, RuntimeError, OSError) as error:  # a damaged checkpoint, a full disk
-        sys.exit(f"compare.py: {error}; what was finished before is kept")

@@ -17,13 +17,13 @@ import bisect
 import functools
 import hashlib
 import importlib.util
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import io
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -97,12 +97,8 @@ PUBLISHED = {"BMS hyperprior (1802.01436)": ((896, 27.8), (1024, 28.7)),
 
 
 def main():
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError):
         checkpoints, data, records = set_up()
-    except torch.OutOfMemoryError:  # a RuntimeError, but no mistake in the arguments
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
     hashes = {split: hashlib.sha256(images.numpy()).hexdigest()[:12]
               for split, images in (("training", data.train_images), ("test", data.test_images))}
     data = data._replace(test_images=data.test_images.to(device))  # the training images may be too many
@@ -553,9 +549,5 @@ def compare(name: str, figures: dict, records: dict, hashes: dict) -> bool:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(OSError, full="try less BATCH_SIZE"):
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("evaluate.py: the GPU's memory is full: try less BATCH_SIZE")
-    except OSError as error:  # a full disk, a folder that must not be written
-        sys.exit(f"evaluate.py: {error}")

@@ -10,11 +10,11 @@ the present constants of sampling.
 """
 import contextlib
 import hashlib
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import sys
 import time
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ SAMPLES = 10_000  # for the Fréchet distance and the probe
 def main():
     if device == "cpu":
         prepare_cpu()
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError):
         constants = utils.read_constants(globals())
         check_constants()
         vqrae = utils.load_checkpoint(CHECKPOINT).to(device)
@@ -80,10 +80,6 @@ def main():
         outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
         lock = utils.lock_run(outputs, last.parent)  # what must not be written fails here, not after an epoch
         saved = utils.load_torch(last, "epoch", "history") if last.exists() else {"epoch": 0, "history": []}
-    except torch.OutOfMemoryError:  # a RuntimeError, too
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"generate.py: {error}")
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, {prior.tokens} "
           f"tokens, {vqrae.quantizer.codebook_size:,} codes, {sum(p.numel() for p in prior.parameters()) / 1e6:.1f} M "
           f"parameters, {device}", flush=True)
@@ -235,9 +231,6 @@ def check_constants():
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(OSError, note="; files written before are whole, and the same command goes on from them",
+                         full="try less BATCH_SIZE"):
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("generate.py: the GPU's memory is full: try less BATCH_SIZE")
-    except OSError as error:  # a full disk, a folder that must not be written
-        sys.exit(f"generate.py: {error}; files written before are whole, and the same command goes on from them")

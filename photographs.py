@@ -8,9 +8,9 @@ Prints bits a pixel, mean PSNR and mean SSIM of all images below the folder PHOT
 done, and writes the first one, beside each of its reconstructions, to outputs/photographs/.
 """
 import functools
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import math
 import sys
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ COUNT = None  # take so many files, of all in a fixed order; None: all
 
 
 def main():
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError):
         paths = read_arguments(globals())
         check(isinstance(PHOTOS, str) and Path(PHOTOS).is_dir(), "PHOTOS", PHOTOS, "a folder of photographs")
         check(COUNT is None or type(COUNT) is int and COUNT >= 1, "COUNT", COUNT, "None, or 1 or more")
@@ -62,8 +62,6 @@ def main():
         except (KeyboardInterrupt, MemoryError, RuntimeError, ValueError, OSError) as error:  # after hours, perhaps
             print(f"stopped before {str(file)!r}: {summarize(error)}", file=sys.stderr)
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"photographs.py: {error}")
     count = min(map(len, rows.values()))
     means = {name: {key: sum(row[key] for row in each[:count]) / count for key in each[0]}
              for name, each in rows.items()}
@@ -97,4 +95,5 @@ def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: di
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(OSError, full="try smaller photographs"):
+        main()

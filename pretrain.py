@@ -9,12 +9,12 @@ epochs in a second run: RESULTS.md.)
 Most of the recipe is airbench's (2404.00498, github.com/KellerJordan/cifar10-airbench): the network, whitened input,
 convolutions that start as the identity, label smoothing, alternating flips, Muon with weights of fixed norm.
 """
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import os
 import sys
 import time
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def initialize(encoder: AirbenchEncoder, images: Tensor):
 def main():
     if device == "cpu":
         prepare_cpu()
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError):
         constants = read_constants(globals())
         check_ranges(constants, EPOCHS=(1, 10**6), BATCH_SIZE=(1, 10**6), SEED=(0, 2**31 - 1), LABEL_SMOOTHING=(0, 1.0),
                      PIXEL_WEIGHT=(0, 1e9))
@@ -85,8 +85,6 @@ def main():
         data = load_dataset(DATASET, image_size=32)
         check(data.train_labels is not None, "DATASET", DATASET, "a folder with a folder per class in train/ and test/")
         check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, "at most the number of images")
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"pretrain.py: {error}")
     torch.manual_seed(SEED)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
 
@@ -169,7 +167,5 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(OSError, full="try less BATCH_SIZE"):
         main()
-    except OSError as error:  # a full disk
-        sys.exit(f"pretrain.py: {error}")

@@ -8,9 +8,9 @@ convolution behind it, decoder and predictor. Encoder, adapter and codebook stay
 encoded to. The losses are those of the checkpoint's training, without a GAN. Writes
 checkpoints/<run>/<quantizer>_refined.pt; a run that was stopped goes on.
 """
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import math
 import sys
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ SEED = 0
 def main():
     if device == "cpu":
         prepare_cpu()
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError):
         constants = utils.read_constants(globals())
         check_constants()
         vqrae, content = utils.load_checkpoint(CHECKPOINT).to(device), utils.load_torch(CHECKPOINT, "constants")
@@ -67,10 +67,6 @@ def main():
         saved = utils.load_torch(last, "epoch") if last.exists() else {"epoch": 0}
         dataset = content.get("metrics", {}).get("dataset", data[0].name)  # its figures are those of another decoder
         metadata = {"constants": stored, "metrics": {"dataset": dataset}}
-    except torch.OutOfMemoryError:  # a RuntimeError, too
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"refine.py: {error}")
     try:
         with lock:
             tokens = [vqrae.encode_to_indices(to_float(batch.to(device))) for batch in images.split(250)]
@@ -177,9 +173,6 @@ def check_constants():
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(OSError, note="; files written before are whole, and the same command goes on from them",
+                         full="try less BATCH_SIZE"):
         main()
-    except torch.OutOfMemoryError:
-        sys.exit("refine.py: the GPU's memory is full: try less BATCH_SIZE")
-    except OSError as error:  # a full disk, a folder that must not be written
-        sys.exit(f"refine.py: {error}; files written before are whole, and the same command goes on from them")

@@ -10,13 +10,13 @@ checkpoints/<run>/. A run that was stopped resumes after its last epoch; a chang
 """
 import copy
 import inspect
-import interrupt  # noqa: F401, it handles Ctrl-C from here on
 import json
 import math
 import os
 import sys
 import time
 from datetime import timedelta
+from errors import one_line_errors
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ loss_names = ("loss", "l2_loss", "perceptual_loss", "quantizer_loss", "predict_l
 
 
 def main():
-    try:
+    with one_line_errors(ValueError, RuntimeError, OSError, quiet=rank > 0):
         start_process()
         constants = utils.read_constants(globals())
         check_constants()
@@ -116,10 +116,6 @@ def main():
         most = max(len(part.train_images) for part in data)
         check(BATCH_SIZE <= (EPOCH_IMAGES or most), "BATCH_SIZE", BATCH_SIZE, f"at most the {most} training images")
         run = Run(constants, data)
-    except torch.OutOfMemoryError:  # a RuntimeError, too, and reported at the end of this file
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(1 if rank > 0 and isinstance(error, ValueError) else f"train.py: {error}")  # a wrong constant: once
     images = ", ".join(dict.fromkeys(f"{len(part.train_images):,} training and {len(part.test_images):,} test images "
                                      f"of {part.label}" for part in data))
     say(f"{run.name}: {images}, "
@@ -575,13 +571,9 @@ def check_memory(model: VQRAE):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(OSError, note="; files written before are whole, and the same command goes on from them",
+                         full="try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or IMAGES_GB"):
         main()
         if ranks > 1:
             dist.barrier()
             dist.destroy_process_group()
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: the GPU's memory is full: try more ACCUMULATE, or less BATCH_SIZE, FEATURE_CACHE_GB or "
-                 "IMAGES_GB")
-    except OSError as error:  # a full disk, a folder that must not be written
-        sys.exit(f"train.py: {error}; files written before are whole, and the same command goes on from them")

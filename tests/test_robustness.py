@@ -252,7 +252,7 @@ def test_ctrl_c_while_torch_is_imported(script, tmp_path):
 
 
 def test_progress_bars_without_a_stderr(tmp_path):
-    code = "import interrupt\nfrom tqdm import tqdm\nprint(sum(tqdm([1, 2])))"
+    code = "import errors\nfrom tqdm import tqdm\nprint(sum(tqdm([1, 2])))"
     command = ["sh", "-c", f"{sys.executable} -c '{code}' 2>&-"]
     ended = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True)
     assert ended.stdout == b"3\n"
