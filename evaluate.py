@@ -44,6 +44,7 @@ from prior import load_prior, measure_bits
 from quantizers import check
 from search import search_dataset
 from utils import (
+    NOT_IN_NAMES,
     Dataset,
     checkpoint_version,
     evaluate,
@@ -202,7 +203,8 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
             name = path.stem
         if name in checkpoints:
             earlier = constants[checkpoints[name]]
-            name += "".join(f", {k}={v}" for k, v in constants[path].items() if v != earlier.get(k))
+            name += "".join(f", {k}={v}" for k, v in constants[path].items()
+                            if k not in NOT_IN_NAMES and v != earlier.get(k))
         checkpoints[str(path) if name in checkpoints else name] = path
     return checkpoints
 

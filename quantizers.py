@@ -338,8 +338,8 @@ class MultiCodebook(Quantizer):
     The codebooks are the classes above. The library's ResidualVQ takes several times as long on a CPU, as its search
     does (bench.py), and autocast changes its indices. Residual FSQ bounds its values once, and each stage's levels are
     closer by a factor of `levels`: in all, an FSQ of levels**codebooks. SimVQ normalizes tokens once, before the first
-    stage. What a stage leaves over then has nearly one length, and the next stage's codes have one learned length
-    (`scales`), so that the code of the highest cosine similarity is still the nearest.
+    stage; all codes of a stage have one learned length (`scales`), so that the code of the highest cosine similarity is
+    still the nearest.
     """
 
     random_depth, images = 0.0, 1

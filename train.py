@@ -44,7 +44,8 @@ IMAGE_SIZE = 32  # pixels a side; several, (32, 64), of random crops: steps take
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
-# baselines without pretraining, which learn in both stages: "scratch", the same architecture, and "cnn" (with GRID = 4)
+# baselines without pretraining, which learn in both stages, from pixels (and LPIPS) alone: "scratch", the same
+# architecture, and "cnn" (with GRID = 4)
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE: "cifar" was made for IMAGE_SIZE / GRID = 4 pixels a token
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" is the upper bound for all of them
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
@@ -394,7 +395,7 @@ class Run:
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
         shipped = PRETRAINED_DIR / "cifar_encoder.pt" if ENCODER == "cifar" else None  # or pretrain.py's
         files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
-        content = constants | {"DATASET": parts, "norm_first": False}  # once an option: keeps the names of earlier runs
+        content = {k: v for k, v in constants.items() if k not in utils.NOT_IN_NAMES} | {"DATASET": parts}
         content |= {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))
@@ -431,7 +432,8 @@ class Run:
             utils.save_checkpoint(self.checkpoints / f"{prefix}_best.pt", model, **metadata)
         if KEEP_CHECKPOINTS:
             utils.save_checkpoint(self.checkpoints / f"{prefix}_epoch_{epoch}.pt", model, **metadata)
-            (self.checkpoints / f"{prefix}_epoch_{epoch - KEEP_CHECKPOINTS}.pt").unlink(missing_ok=True)
+        for old in range(1, epoch - KEEP_CHECKPOINTS + 1):
+            (self.checkpoints / f"{prefix}_epoch_{old}.pt").unlink(missing_ok=True)
         utils.save_torch(self.last, {"stage": stage, "epoch": epoch, "history": self.history,
                                      **{name: part.state_dict() for name, part in state.items()}})
 
@@ -460,8 +462,8 @@ class Run:
 def start_process():
     """This process's GPU, or reproducible arithmetic on a CPU, and its place among the processes of torchrun."""
     if device == "cuda":
-        check(local_rank < torch.cuda.device_count(), "nproc_per_node", f"more than {local_rank}",
-              f"{torch.cuda.device_count()}, the number of GPUs")
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        check(processes <= gpus, "nproc_per_node", processes, f"at most {gpus}, the number of GPUs")
         torch.cuda.set_device(local_rank)
     else:
         prepare_cpu()
@@ -553,6 +555,8 @@ def check_constants():
           "0 without residual codebooks")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
+    at_once = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // sizes()[-1] ** 2)
+    check(not RANDOM_DEPTH or at_once > 1, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one image at a time")
     check(EPOCH_IMAGES is None or EPOCH_IMAGES >= BATCH_SIZE, "EPOCH_IMAGES", EPOCH_IMAGES,
           f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
     check_each("START_CHECKPOINT", lambda v: v is None and 1 in STAGES or type(v) is str and Path(v).is_file(),
