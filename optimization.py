@@ -1,5 +1,5 @@
 """Muon, the schedule of learning rates, a CPU's arithmetic, and layers' weights cast to bf16 all at once: how a step of
-train.py, refine.py and generate.py learns more, takes less time, and comes out the same each time."""
+train.py and generate.py learns more, takes less time, and comes out the same each time."""
 import math
 import sys
 from collections.abc import Iterable
