@@ -19,7 +19,8 @@ sys.stderr = sys.stderr or open(os.devnull, "w")
 @contextlib.contextmanager
 def one_line_errors(*kinds: type, note: str = "", full: str = "", quiet: bool = False):
     """`with one_line_errors(OSError):` errors of these kinds end the script, with `note` behind them. full: what to try
-    where a GPU's memory is, if this is the place to say it. quiet: of a ValueError, which another process reports."""
+    where a GPU's memory is full; without it, that error is left to the `with` around this one. quiet: nothing is said
+    of a ValueError, which another process reports."""
     try:
         yield
     except Exception as error:

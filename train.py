@@ -87,6 +87,7 @@ ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's
 PRECISION = "bf16" if fast_bf16(device) else "fp32"  # of training; measuring is in fp32 (a GPU's convolutions: TF32)
 OPTIMIZER = "muon"  # for the matrices of the blocks, AdamW for all else; or "adamw" throughout, as in the papers
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage, AdamW's; Muon's is twice this
+# of these three, another value goes on with the same run
 FEATURE_CACHE_GB = 4.0  # device memory for the training images' frozen features (CIFAR-10 in bf16: 1.6; with FLIP 3.3)
 IMAGES_GB = 8.0  # datasets up to this size are kept on the device (CIFAR-10: 0.18), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
@@ -191,7 +192,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
         place, start, seen = f"stage {stage}, epoch {epoch}", time.time(), 0
         orders = []  # of each dataset and size: this process's share of its turns (turns, micro-batches, images)
         for i, part in enumerate(data):
-            shape = turns, ranks, ACCUMULATE, micro_batch_size(part)
+            shape = turns, ranks, ACCUMULATE, micro_batch_size(part.size)
             order = shuffled(len(part.train_images), math.prod(shape), epoch - 1 + (stage - 1) * EPOCHS[0], i)
             order = order.view(shape)[:, rank]
             features[i].fill(order.flatten(0, 1))
@@ -248,7 +249,7 @@ def measure(model: VQRAE, data: list[Dataset], count: int | None) -> dict[str, t
     measured = {}
     for part in {part.label: part for part in data}.values():
         images = part.test_crops()[:count]
-        measured[part.label] = *utils.evaluate(model, images, micro_batch_size(part)), images
+        measured[part.label] = *utils.evaluate(model, images, micro_batch_size(part.size)), images
     return measured
 
 
@@ -482,8 +483,8 @@ def sizes() -> list[int]:
     return sorted(IMAGE_SIZE) if isinstance(IMAGE_SIZE, (tuple, list)) else [IMAGE_SIZE]
 
 
-def micro_batch_size(data: Dataset) -> int:
-    return max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // data.size**2)  # as many pixels in each
+def micro_batch_size(size: int) -> int:
+    return max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // size**2)  # as many pixels in each
 
 
 def exit_if_not_finite(log: Tensor, place: str):
@@ -555,8 +556,8 @@ def check_constants():
           "0 without residual codebooks")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes times ACCUMULATE = {ranks} x {ACCUMULATE}")
-    at_once = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * sizes()[0] ** 2 // sizes()[-1] ** 2)
-    check(not RANDOM_DEPTH or at_once > 1, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one image at a time")
+    check(not RANDOM_DEPTH or micro_batch_size(sizes()[-1]) > 1, "RANDOM_DEPTH", RANDOM_DEPTH,
+          "0 with one image at a time")
     check(EPOCH_IMAGES is None or EPOCH_IMAGES >= BATCH_SIZE, "EPOCH_IMAGES", EPOCH_IMAGES,
           f"None, or at least BATCH_SIZE = {BATCH_SIZE}")
     check_each("START_CHECKPOINT", lambda v: v is None and 1 in STAGES or type(v) is str and Path(v).is_file(),

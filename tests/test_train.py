@@ -384,6 +384,24 @@ def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
     assert best["constants"]["QUANTIZER"] == "ema_vq" and best["constants"]["DATASET"] == str(folder)
 
 
+def test_a_run_goes_on_with_fewer_checkpoints(train, folder, monkeypatch):
+    arguments, save = [f"DATASET={folder}", *SMALL, "STAGES=(1,)", "EPOCHS=(4, 1)"], save_torch
+
+    def stop(path, content):
+        save(path, content)
+        if content.get("epoch") == 3 and path.name == "last.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.save_torch", stop)
+        with pytest.raises(SystemExit, match="stopped"):
+            train(*arguments, "KEEP_CHECKPOINTS=3")
+    run, = Path("checkpoints").iterdir()
+    assert len(list(run.glob("*_epoch_*.pt"))) == 3
+    train(*arguments, "KEEP_CHECKPOINTS=1")
+    assert [path.name for path in run.glob("*_epoch_*.pt")] == ["ema_vq_stage1_epoch_4.pt"]
+
+
 def test_an_epoch_is_printed_when_it_is_saved(train, folder, monkeypatch, capsys):
     def interrupt(path, content):
         raise KeyboardInterrupt
