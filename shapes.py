@@ -36,21 +36,23 @@ def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
         first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
         return first + (second - first) * (mix[:, None] + 1) / 2
 
-    scale = uniform(0.3, 0.7, 1, 1)
-    u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1))
+    scale = uniform(0.45, 0.75, 1, 1)
+    u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.2, 0.2, 1, 1), y - uniform(-0.2, 0.2, 1, 1))
     u, v = u / scale, v / scale
     distance = torch.empty(len(labels), size, size)  # to the outline, in units of the shape's radius; negative inside
     for label, shape in enumerate(SHAPES):
         of_kind = labels == label
         distance[of_kind] = outline_distance(shape, u[of_kind], v[of_kind])
     coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
-    background, foreground = texture(), texture()
+    background = texture()
+    dark = background.mean((1, 2, 3), keepdim=True) < 0.5
+    foreground = texture() / 2 + dark / 2  # to be seen: bright on a dark background, dark on a bright one
     noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
     return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
 
 
 def outline_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of points to the outline of a shape of radius 1 (for the ellipse, nearly)."""
+    """Signed distance of points to the outline of a shape of radius 1, near it (of the ellipse, roughly)."""
     radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
 
     def box(width: float, height: float) -> Tensor:

@@ -55,6 +55,7 @@ SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_h
 def test_shapes():
     data = draw_shapes(32, train=200, test=100)
     assert data.name == "shapes" and data.train_images.dtype == torch.uint8
+    assert data.digest  # images that are drawn otherwise are another run's
     assert data.train_images.shape == (200, 3, 32, 32)
     assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [30] * 10
     assert torch.equal(draw_shapes(32, train=200, test=100).train_images, data.train_images)
