@@ -6,9 +6,9 @@
     python evaluate.py CODECS=outputs/codecs.png              with JPEG, WebP and AVIF at the same bits beside them
     python evaluate.py CODECS=... PRIOR=<prior.pt>            and the bits that tokens take under what generate.py made
     python evaluate.py DEPTHS=outputs/depths.png <checkpoint>     from the first few of residual codebooks, too
-    python evaluate.py SEARCH=16                              with the test images' tokens improved by search.py,
-    python evaluate.py SEARCH=16 IMAGE_WEIGHT=10              and what they tell of the image, too: hours, and the same
-                                                              command goes on where one was stopped
+    python evaluate.py SEARCH=16                              of tokens that search.py improves: takes hours, and
+                                                              once stopped the same command goes on
+    python evaluate.py SEARCH=16 IMAGE_WEIGHT=10              the same, keeping what they tell of a whole image
 
 Prints a table of reconstructions and one of tokens, measured in fp32. LPIPS and rFID are torchmetrics' own, and "-"
 where their networks cannot be had; two distances in the shipped encoder's features need no download.
@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageFile
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -44,7 +43,6 @@ from prior import load_prior, measure_bits
 from quantizers import check
 from search import search_dataset
 from utils import (
-    NOT_IN_NAMES,
     Dataset,
     checkpoint_version,
     evaluate,
@@ -54,6 +52,7 @@ from utils import (
     load_dataset,
     load_lpips,
     load_torch,
+    not_in_names,
     psnr,
     read_constants,
     save_torch,
@@ -65,7 +64,6 @@ from utils import (
 DATASET = "cifar10"  # one of the names in train.py; of a checkpoint of several IMAGE_SIZEs, in the smallest
 TRAIN_IMAGES = None  # training images that probes learn from and usage is counted over; None: all
 BATCH_SIZE = 250
-CURVE = None  # a path: plot PSNR against probes there, a line for each quantizer, a point for each PREDICT_WEIGHT
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
 PRIOR = None  # with CODECS, a path: a prior that generate.py made, with which its tokenizer's tokens take fewer bits
 DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
@@ -121,8 +119,6 @@ def main():
     if SHIP:
         records |= {name: {"images": hashes, "figures": values} for name, values in figures.items()}
         write_file(RECORDS, json.dumps(records, indent=2).encode())
-    if CURVE:
-        plot_curve(Path(CURVE), figures)
     if CODECS:
         bits = {name: figures[name].get("bits") for name in figures}
         if PRIOR:
@@ -154,7 +150,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
     check(type(IMAGE_WEIGHT) in (int, float) and 0 <= IMAGE_WEIGHT <= (1e6 if SEARCH else 0), "IMAGE_WEIGHT",
           IMAGE_WEIGHT, "0 to 1e6, 0 without SEARCH")
-    for name, path in (("CURVE", CURVE), ("CODECS", CODECS), ("DEPTHS", DEPTHS)):
+    for name, path in (("CODECS", CODECS), ("DEPTHS", DEPTHS)):
         valid = path is None or isinstance(path, str) and path.endswith(".png") and not Path(path).is_dir()
         check(valid, name, path, "None, or the path of a .png")
     configs = {str(path): load_checkpoint(path).config for path in paths}  # finds a broken file before measuring others
@@ -167,7 +163,6 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     data = limit_training(data, TRAIN_IMAGES)
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
-    check(CURVE is None or data.train_labels is not None, "CURVE", CURVE, "None where images have no classes to probe")
     if PRIOR is not None:
         check(CODECS is not None and isinstance(PRIOR, str), "PRIOR", PRIOR, "None, or with CODECS a path")
         load_prior(PRIOR)
@@ -204,7 +199,7 @@ def name_checkpoints(paths: list[Path]) -> dict[str, Path]:
         if name in checkpoints:
             earlier = constants[checkpoints[name]]
             name += "".join(f", {k}={v}" for k, v in constants[path].items()
-                            if k not in NOT_IN_NAMES and v != earlier.get(k))
+                            if k not in not_in_names and v != earlier.get(k))
         checkpoints[str(path) if name in checkpoints else name] = path
     return checkpoints
 
@@ -382,31 +377,6 @@ def format_table(figures: dict[str, dict], columns: dict[str, str], first: str =
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in rows)
-
-
-def plot_curve(path: Path, figures: dict[str, dict]):
-    """PSNR against the accuracy of the probes: a line for each quantizer, a point for each PREDICT_WEIGHT.
-
-    Left out are baselines from scratch, which predict no features, and predictors of weight 0, which learned nothing.
-    """
-    figures = {name: values for name, values in figures.items() if {"predict_weight", "probe_z_q"} <= values.keys()}
-    if not figures:
-        return print("no curve: no checkpoint here predicts features with a PREDICT_WEIGHT of its own")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    titles = {"probe_z_q": "z_q", "probe_predicted": "features predicted from the tokens"}
-    for axes, (key, title) in zip(figure.subplots(1, 2, sharex=True, sharey=True), titles.items()):
-        axes.set(xlabel="PSNR, dB", ylabel="accuracy of a linear probe", title=title)
-        best = max(values["probe_z"] for values in figures.values())
-        axes.axhline(best, color="grey", linestyle=":", label="the encoder's own features")
-        for quantizer in dict.fromkeys(values["quantizer"] for values in figures.values()):
-            points = sorted((values["predict_weight"], values["psnr"], values[key])
-                            for values in figures.values() if values["quantizer"] == quantizer and key in values)
-            axes.plot([point[1] for point in points], [point[2] for point in points], marker="o", label=quantizer)
-            for weight, *xy in points:  # below its point, and so below the dotted line
-                axes.annotate(f"{weight:g}", xy, xytext=(5, -11), textcoords="offset points", fontsize=8)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(title="at each point its PREDICT_WEIGHT")
-    save_figure(path, figure)
 
 
 def available_codecs() -> list[str]:

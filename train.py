@@ -40,7 +40,8 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 # images
 DATASET = "auto"  # "cifar10", "cifar100", "shapes", or a folder with train/ and test/; "auto": CIFAR-10 or else shapes;
 # several, ("cifar10", "cifar10", "photos"): steps alternate between them
-IMAGE_SIZE = 32  # pixels a side; several, (32, 64), of random crops: steps take turns, and have fewer of larger images
+IMAGE_SIZE = 32  # pixels a side, of whole images; in brackets, (32,) or (32, 64), of random crops: of several sizes,
+# steps take turns, and have fewer of the larger images
 FLIP = device == "cuda"  # mirror half of the training images, at random: worth it when each image is seen several times
 # encoder and quantizer
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other pretrained ViTs are downloaded, see RESULTS.md;
@@ -77,9 +78,9 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, held to the frozen enco
 # training
 STAGES = (1, 2)  # (1,), (1, 2) or (2,)
 START_CHECKPOINT = None  # a path: start from its weights; a quantizer that differs starts anew. STAGES = (2,) needs one
-EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stages 1 and 2; the papers', or 30 to 50 minutes on a laptop
-EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # an epoch has the steps of so many training images, repeated if
-# there are fewer, and of several datasets or sizes no more; None: as many as there are, or as the largest dataset has
+EPOCHS = (30, 10) if device == "cuda" else (8, 2)  # of stages 1 and 2; the papers', or 25 to 50 minutes on a CPU
+EPOCH_IMAGES = 50_000 if device == "cuda" else 6_250  # an epoch has EPOCH_IMAGES // BATCH_SIZE steps,
+# however many datasets and sizes; images are repeated if there are fewer. None: as many as the largest dataset has
 EVAL_IMAGES = None if device == "cuda" else 1_000  # test images measured after each epoch (None, and at the end: all)
 BATCH_SIZE = 128 if device == "cuda" else 32  # images a step, of all processes together
 ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's codebook is then updated, and the GAN's
@@ -87,7 +88,7 @@ ACCUMULATE = 1  # micro-batches a step in each process, to save memory; EMA-VQ's
 PRECISION = "bf16" if fast_bf16(device) else "fp32"  # of training; measuring is in fp32 (a GPU's convolutions: TF32)
 OPTIMIZER = "muon"  # for the matrices of the blocks, AdamW for all else; or "adamw" throughout, as in the papers
 LEARNING_RATE = (1e-3, 1e-5) if device == "cuda" else (1e-3, 1e-3)  # of each stage, AdamW's; Muon's is twice this
-# of these three, another value goes on with the same run
+# a change of the next three does not begin a new run
 FEATURE_CACHE_GB = 4.0  # device memory for the training images' frozen features (CIFAR-10 in bf16: 1.6; with FLIP 3.3)
 IMAGES_GB = 8.0  # datasets up to this size are kept on the device (CIFAR-10: 0.18), others on the host
 KEEP_CHECKPOINTS = 2  # epoch_k checkpoints kept of each stage, besides the best
@@ -396,7 +397,7 @@ class Run:
         parts = [[part.label, *part.train_images.shape, len(part.test_images), part.digest] for part in data]
         shipped = PRETRAINED_DIR / "cifar_encoder.pt" if ENCODER == "cifar" else None  # or pretrain.py's
         files = {"START_CHECKPOINT": START_CHECKPOINT, "encoder_weights": shipped}
-        content = {k: v for k, v in constants.items() if k not in utils.NOT_IN_NAMES} | {"DATASET": parts}
+        content = {k: v for k, v in constants.items() if k not in utils.not_in_names} | {"DATASET": parts}
         content |= {name: utils.hash_file(path) for name, path in files.items() if path}
         description = json.dumps(content, indent=2).encode()
         self.dataset = "+".join(dict.fromkeys(part.name for part in data))

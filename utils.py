@@ -454,7 +454,7 @@ def load_lpips() -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and checkpoints
 
-NOT_IN_NAMES = ("FEATURE_CACHE_GB", "IMAGES_GB", "KEEP_CHECKPOINTS")  # constants that may change while a run goes on
+not_in_names = ("FEATURE_CACHE_GB", "IMAGES_GB", "KEEP_CHECKPOINTS")  # constants that may change while a run goes on
 checkpoint_version = 2  # 1, which files do not say: blocks with their norm first, up to commit 83cca06
 
 

@@ -29,9 +29,8 @@ def shipped(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(evaluate, "RECORDS", tmp_path / "pretrained" / "results.json")
     monkeypatch.setattr("utils.reachable", lambda url: False)
     monkeypatch.setattr(evaluate, "reachable", lambda url: False)
-    for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CURVE": None,
-                        "CODECS": None, "PRIOR": None, "DEPTHS": None, "SEARCH": 0, "IMAGE_WEIGHT": 0.0,
-                        "BATCH_SIZE": 250}.items():
+    for name, value in {"SHIP": False, "DATASET": "cifar10", "TRAIN_IMAGES": None, "CODECS": None,
+                        "PRIOR": None, "DEPTHS": None, "SEARCH": 0, "IMAGE_WEIGHT": 0.0, "BATCH_SIZE": 250}.items():
         monkeypatch.setattr(evaluate, name, value)
 
     def run(*arguments):
@@ -166,39 +165,21 @@ def test_baselines_have_dashes_where_there_is_nothing_to_measure(options, shippe
         assert all(1 <= int(cell) <= 16 for cell in tokens[-3:-1]) and tokens[3].strip() == "512"  # 64 tokens of 8 bits
 
 
-def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypatch):
+def test_fewer_training_images_and_bad_constants(shipped, tmp_path, capsys):
     for weight in (0.0, 0.5):
         small_checkpoint(tmp_path / f"{weight}.pt", constants={"PREDICT_WEIGHT": weight})
-    drawn = []
-    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: drawn.append((path, figure)))
     scratch = VQRAE("scratch", decoder_width=64, decoder_depth=1, decoder_heads=2).eval()
     save_checkpoint(tmp_path / "scratch.pt", scratch, constants={"PREDICT_WEIGHT": 0.1})
-    shipped(*[tmp_path / name for name in ("0.0.pt", "scratch.pt", "0.5.pt")], "TRAIN_IMAGES=20",
-            f"CURVE={tmp_path}/curve.png")
+    shipped(*[tmp_path / name for name in ("0.0.pt", "scratch.pt", "0.5.pt")], "TRAIN_IMAGES=20")
     printed = capsys.readouterr().out
     assert ": 20 training images" in printed
     for name in ("cifar fsq, stage 1 ", "scratch fsq, stage 1 ", "cifar fsq, stage 1, PREDICT_WEIGHT=0.5 "):
         assert printed.count(f"| {name}") == 2
-    (path, figure), = drawn
-    assert path == tmp_path / "curve.png" and [text.get_text() for text in figure.axes[0].texts] == ["0", "0.5"]
-    encoder, line = figure.axes[1].lines
-    assert line.get_label() == "fsq" and len(line.get_xdata()) == 1  # the predictor of weight 0 was never trained
-    assert len(figure.axes[0].lines[1].get_xdata()) == 2 and encoder.get_ydata()[0] >= 0.4
-    shipped(tmp_path / "scratch.pt")
-    assert "no curve" in capsys.readouterr().out and len(drawn) == 1
-    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
-        shipped(tmp_path / "0.0.pt", "CURVE=3")
-    with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
-        shipped(tmp_path / "0.0.pt", "CURVE=None", "CODECS=True")
-    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
-        shipped(tmp_path / "0.0.pt", f"CURVE={tmp_path}", "CODECS=None")
-    with pytest.raises(SystemExit, match="evaluate.py: CURVE"):
-        shipped(tmp_path / "0.0.pt", "CURVE=curve.pdf")  # would hold a PNG
-    for path in (tmp_path, "codecs.pdf"):
+    for path in (True, 3, tmp_path, "codecs.pdf"):  # a .pdf would hold a PNG
         with pytest.raises(SystemExit, match="evaluate.py: CODECS"):
-            shipped(tmp_path / "0.0.pt", "CURVE=None", f"CODECS={path}")
+            shipped(tmp_path / "0.0.pt", f"CODECS={path}")
     with pytest.raises(SystemExit, match="evaluate.py: DEPTHS"):
-        shipped(tmp_path / "0.0.pt", f"DEPTHS={tmp_path}", "CURVE=None", "CODECS=None")
+        shipped(tmp_path / "0.0.pt", f"DEPTHS={tmp_path}", "CODECS=None")
     with pytest.raises(SystemExit, match="evaluate.py: BATCH_SIZE = True"):
         shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "DEPTHS=None")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
@@ -213,7 +194,7 @@ def test_fewer_training_images_and_the_curve(shipped, tmp_path, capsys, monkeypa
         shipped(tmp_path / "0.0.pt", tmp_path / "0.5.pt", "SHIP=True", "TRAIN_IMAGES=None")
     save_checkpoint(tmp_path / "large.pt", VQRAE(image_size=64, grid=16, decoder_width=64, decoder_depth=1).eval())
     with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*images of one size"):
-        shipped(tmp_path / "0.0.pt", tmp_path / "large.pt", "SHIP=False", "CURVE=None")
+        shipped(tmp_path / "0.0.pt", tmp_path / "large.pt", "SHIP=False")
 
 
 def test_frechet_distance_is_its_formula():
