@@ -116,11 +116,11 @@ class Prior(nn.Module):
         """Indices (B, h, w), those where mask (B, h, w) is True drawn anew, given the others and labels (B,).
 
         Tokens are filled in random order, one or more in each step, and more in later ones, as they depend less on each
-        other then (MaskGIT's square schedule, 2202.04200): with steps = h * w one by one. labels: `classes`, or None
-        for all, is no class. guidance: classifier-free (2207.12598, whose w is guidance - 1), logits without a class
-        plus a scale times what the class adds. The scale rises in equal steps, as in Muse (2301.00704), from 1 or
-        little more for the first tokens, which are drawn freely, and is `guidance` on average; 1 is none. ValueError
-        for another grid, indices, labels or options out of range.
+        other then (MaskGIT's square schedule, 2202.04200): with steps = h * w one by one. labels: the number
+        `classes` is no class, and None is that for all. guidance: classifier-free (2207.12598, whose w is guidance -
+        1), logits without a class plus a scale times what the class adds. The scale rises in equal steps, as in Muse
+        (2301.00704), from 1 or little more for the first tokens, which are drawn freely, and is `guidance` on average;
+        1 is none. ValueError for another grid, indices, labels or options out of range.
         """
         digits, device = self.to_digits(indices), self.mask.device
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool

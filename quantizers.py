@@ -78,8 +78,8 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor, exact: bool = True) -> Tensor:
         """The inverse of indices_to_codes. Of codes that are equal, as may be in SimVQ and EMA-VQ, any index.
-        exact: False is faster, and takes any z_q: it undoes project_out and finds the nearest code there, of several
-        codebooks in one after the other. Where codes have more dimensions than z_q, another may be found."""
+        exact: False is faster, and takes any z_q: it undoes project_out, and finds the code nearest to the result (with
+        several codebooks, in one after the other). Where code_dim exceeds dim, it may find another code than z_q's."""
         rows, layout = self._to_rows(z_q, "z_q")
         with torch.autocast(z_q.device.type, enabled=False):
             return self._codes_to_indices(rows, exact).view(layout)
@@ -350,7 +350,7 @@ class MultiCodebook(Quantizer):
         check(kind in (FSQ, SimVQ, EMAVQ), "codebooks", codebooks, '1, or more with "fsq", "simvq" or "ema_vq"')
         check(isinstance(codebooks, int) and 1 <= codebooks < 63, "codebooks", codebooks, "a whole number from 1 to 62")
         check(combine in combinations, "combine", combine, ", ".join(f'"{name}"' for name in combinations))
-        finer = [2 if residual and kind is SimVQ else 1]  # a stage's codes are shorter than the last's by it
+        finer = [2 if residual and kind is SimVQ else 1]  # how much shorter a stage's codes are, at first
         if kind is FSQ:
             finer = FSQ(dim, **options).levels  # one for each dimension
             most = max(finer)

@@ -21,19 +21,19 @@ from quantizers import check, fast_bf16
 from utils import hash_file, load_torch, save_torch, to_float
 
 torch.set_flush_denormal(True)  # for gradients on a CPU, see optimization.prepare_cpu: now, before its threads start
-strip_tokens = 2**14  # of a strip, about: it has the model's reach more above and below, and no fewer rows than that
+strip_tokens = 2**14  # of a strip, about, besides the reach above and below; its rows are four times the reach or more
 
 
 def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weight: float = 5e-4,
                   image_weight: float = 0.0) -> Tensor:
     """images (B, 3, H, W) in [0, 1], of any size -> indices (B, h, w), int64. In each sweep every token is tried once.
 
-    The error is the mean squared one of pixels plus feature_weight times that of the features predicted from the
-    tokens, where the model predicts any, against those of its own encoder: with image_weight times the error of an
-    image's mean features. At 5e-4 features keep about the error that they have with the encoder's tokens, at 0 they
-    become worse; an image_weight of 10 keeps what their mean tells of the image, for 0.1 or 0.2 dB. An image, or a
-    strip of a large one, whose error is not smaller in the end keeps the encoder's tokens. ValueError for images or
-    options out of range, a model that has no codes, or one in train mode.
+    The error is the mean squared error of pixels plus feature_weight times that of the features predicted from the
+    tokens (if the model predicts any) against its own encoder's; to the latter, image_weight times the error of the
+    features' mean over the image is added. With a feature_weight of 5e-4 predicted features stay about as good as those
+    of the encoder's tokens, with 0 they become worse; with an image_weight of 10 their mean keeps what it tells of the
+    image, for 0.1 or 0.2 dB. An image, or a strip of a large one, whose error is not smaller in the end keeps the
+    encoder's tokens. ValueError for images or options out of range, a model that has no codes, or one in train mode.
     """
     images = check_images(images)
     check(not vqrae.training, "vqrae", "in train mode", "one in eval mode")
