@@ -295,8 +295,9 @@ def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, ca
     assert lines["BMS hyperprior (1802.01436), on CIFAR-10's originals, as published"] == [[896, 27.8], [1024, 28.7]]
     assert lines["RECOMBINER (2309.17182), on CIFAR-10's originals, as published"] == [[896, 28.1], [1024, 28.8]]
     assert lines["cifar fsq, stage 1"][0][0] == pytest.approx(bits)
-    for codec in evaluate.CODEC_OPTIONS:  # more bits, less error
-        assert len(lines[codec]) == 5 and np.all(np.diff(lines[codec], axis=0) > 0)
+    for codec in evaluate.CODEC_OPTIONS:  # more bits, less error; two targets may be nearest to its smallest file
+        points = np.unique(lines[codec], axis=0)  # sorted by bits
+        assert len(lines[codec]) == 5 and len(points) >= 4 and np.all(np.diff(points, axis=0) > 0)
 
 
 def test_residual_codebooks_are_measured_and_drawn_one_by_one(shipped, folder, tmp_path, capsys, monkeypatch):
