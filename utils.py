@@ -319,7 +319,7 @@ def draw_shapes(image_size: int, train: int = 50_000, test: int = 10_000, seed: 
     """Drawn images of the ten kinds in shapes.py, image_size pixels a side."""
     images, labels = shapes.draw(train + test, image_size, seed)
     return Dataset("shapes", images[:train], labels[:train], images[train:], labels[train:], shapes.SHAPES, image_size,
-                   digest(Path(shapes.__file__).read_text()))
+                   hash_file(shapes.__file__))
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -52,15 +52,27 @@ SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_h
 # Datasets and cached features
 
 
-def test_shapes():
+def test_shapes(tmp_path, monkeypatch):
     data = draw_shapes(32, train=200, test=100)
     assert data.name == "shapes" and data.train_images.dtype == torch.uint8
-    assert data.digest  # images that are drawn otherwise are another run's
     assert data.train_images.shape == (200, 3, 32, 32)
     assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [30] * 10
     assert torch.equal(draw_shapes(32, train=200, test=100).train_images, data.train_images)
     assert not torch.equal(draw_shapes(32, train=200, test=100, seed=1).train_images, data.train_images)
     assert draw_shapes(50, train=10, test=10).test_images.shape == (10, 3, 50, 50)
+    (tmp_path / "shapes.py").write_text("drawn otherwise")
+    monkeypatch.setattr(shapes, "__file__", str(tmp_path / "shapes.py"))
+    assert draw_shapes(32, train=200, test=100).digest != data.digest  # another run's images
+
+
+def test_shapes_are_told_from_their_backgrounds_by_brightness():
+    data = draw_shapes(32, train=500, test=10)
+    circles = data.train_images[data.train_labels == shapes.SHAPES.index("circle")].float()
+    inside, corners = circles[..., 15:17, 15:17], circles[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+    bright, dark = inside.amin((1, 2, 3)) >= 127, inside.amax((1, 2, 3)) <= 128
+    assert (bright | dark).all() and 5 < bright.sum() < 45
+    difference = inside.mean((1, 2, 3)) - corners.mean((1, 2))
+    assert (difference[bright] > 0).float().mean() > 0.85 and (difference[dark] < 0).float().mean() > 0.85
 
 
 @pytest.mark.parametrize("shape, area", [
