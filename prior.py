@@ -119,8 +119,9 @@ class Prior(nn.Module):
         other then (MaskGIT's square schedule, 2202.04200): with steps = h * w one by one. labels: the number
         `classes` is no class, and None is that for all. guidance: classifier-free (2207.12598, whose w is guidance -
         1), logits without a class plus a scale times what the class adds. The scale rises in equal steps, as in Muse
-        (2301.00704), from 1 or little more for the first tokens, which are drawn freely, and is `guidance` on average;
-        1 is none. ValueError for another grid, indices, labels or options out of range.
+        (2301.00704), from little more than 1 where there are many, so that the first tokens are drawn freely, and is
+        `guidance` on average over an image's steps (over its tokens more: 5 for 4 in 16 steps); 1 is none. ValueError
+        for another grid, indices, labels or options out of range.
         """
         digits, device = self.to_digits(indices), self.mask.device
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
@@ -135,11 +136,11 @@ class Prior(nn.Module):
             check(isinstance(value, int | float) and low <= value <= high, name, value, f"{low} to {high}")
         masked, count = mask.flatten(1).to(device), mask.flatten(1).sum(1, keepdim=True).to(device)
         turn = torch.rand(masked.shape, device=device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        steps = min(steps, int(count.max()))
+        steps = count.clamp(max=steps)  # of each image
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
-        for step in range(1, steps + 1):
+        for step in range(1, int(steps.max()) + 1):
             chosen = masked & (turn < (count * (step / steps) ** 2).clamp(min=step))
-            scale = 1 + (guidance - 1) * (2 * step - 1) / steps
+            scale = (1 + (guidance - 1) * (2 * step - 1) / steps).expand_as(chosen)[chosen][:, None]
             features = [self.features(digits, masked, given.to(device))[chosen[masked]] for given in conditions]
             drawn = digits.new_zeros(len(features[0]), len(self.heads))
             for k in range(len(self.heads)):

@@ -150,14 +150,16 @@ def test_guidance_rises_to_its_mean_and_beyond(monkeypatch):
     prior, scales = random_prior(grid=(1, 4), sizes=(2,), classes=1), []
 
     def multinomial(p, count):  # of a class's logits 0 and 1, and 0 and 0 without a class
-        scales.append((p[0, 1] / p[0, 0]).log().item())
+        scales.append((p[:, 1] / p[:, 0]).log().tolist())
         return torch.zeros(len(p), 1, dtype=torch.int64)
 
-    monkeypatch.setattr(prior, "features", lambda digits, masked, labels: (labels == 0).expand(masked.sum(), 1).float())
+    monkeypatch.setattr(prior, "features",
+                        lambda digits, masked, labels: (labels[:1] == 0).float().expand(masked.sum(), 1))
     monkeypatch.setattr(prior, "logits", lambda features, digits: [F.pad(features, (1, 0))])
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    prior.generate(torch.tensor([0]), steps=4, guidance=3.0)
-    assert scales == pytest.approx([1.5, 2.5, 3.5, 4.5], rel=1e-4)
+    mask = torch.tensor([[[True, True, True, True]], [[False, True, False, True]]])  # of the second fewer, in two steps
+    prior.fill(mask.long(), mask, torch.tensor([0, 0]), steps=4, guidance=3.0)
+    assert sum(scales, []) == pytest.approx([1.5, 2.0, 2.5, 4.0, 3.5, 4.5], rel=1e-4)
 
 
 @pytest.mark.parametrize("name, options, sizes", [
