@@ -34,7 +34,7 @@ from utils import digest, find_images, load_checkpoint, load_image, psnr, ssim, 
 
 PHOTOS = None  # a folder
 SEARCH = 0  # sweeps of search.py; 0: the encoder's own tokens
-COUNT = None  # take so many files, of all in a fixed order; None: all
+COUNT = None  # the first so many files, sorted by their paths; None: all
 
 
 def main():
@@ -48,7 +48,8 @@ def main():
         check(all(sizes.values()), "checkpoints", sizes, "with a quantizer")
         files = find_images(Path(PHOTOS))[:COUNT]
         check(files, "PHOTOS", PHOTOS, "a folder with photographs in it")
-        smallest, rows, codecs = max(11, *(model.token_size for model in models.values())), {}, available_codecs()
+        smallest, codecs = max(11, *(model.token_size for model in models.values())), available_codecs()
+        rows, stopped = {}, False
         try:
             for file in tqdm(files, "photographs"):
                 try:
@@ -61,6 +62,7 @@ def main():
                 measure(image.to(device), models, codecs, rows)
         except (KeyboardInterrupt, MemoryError, RuntimeError, ValueError, OSError) as error:  # after hours, perhaps
             print(f"stopped before {str(file)!r}: {summarize(error)}", file=sys.stderr)
+            stopped = True
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     count = min(map(len, rows.values()))
     means = {name: {key: sum(row[key] for row in each[:count]) / count for key in each[0]}
@@ -68,6 +70,8 @@ def main():
     columns = {"bits a pixel": "bits:.3f", "PSNR": "psnr:.2f", "SSIM": "ssim:.4f"}
     searched = f", tokens from search.py, {SEARCH} sweeps" if SEARCH else ""
     print(f"{count} photographs of {PHOTOS}{searched}:\n\n{format_table(means, columns, 'photographs from')}")
+    if stopped:
+        sys.exit(1)
 
 
 def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: dict[str, list[dict]]):
@@ -95,5 +99,5 @@ def measure(image: Tensor, models: dict[str, VQRAE], codecs: list[str], rows: di
 
 
 if __name__ == "__main__":
-    with one_line_errors(OSError, full="try smaller photographs"):
+    with one_line_errors(OSError, full="try fewer checkpoints"):
         main()

@@ -82,7 +82,8 @@ def test_what_was_measured_before_it_was_stopped_is_printed(error, run, tmp_path
         return encode(images, codec, quality)
 
     monkeypatch.setattr(photographs, "encode_montage", stop)
-    run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
+    with pytest.raises(SystemExit, match="^1$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
     printed = capsys.readouterr()
     assert "stopped before" in printed.err and "b.png" in printed.err
     assert "\n1 photographs of" in f"\n{printed.out}" and "| AVIF" in printed.out
