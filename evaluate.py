@@ -123,8 +123,9 @@ def main():
         bits = {name: figures[name].get("bits") for name in figures}
         if PRIOR:
             name, prior = find_tokenizer(checkpoints), load_prior(PRIOR).to(device)
-            no_class = torch.full((len(indices[name]),), prior.classes)
-            bits[f"{name}, with its prior"] = measure_bits(prior, indices[name], no_class)
+            shown = indices[name][: montage_width(data.test_images) ** 2]
+            no_class = torch.full((len(shown),), prior.classes)
+            bits[f"{name}, with its prior"] = measure_bits(prior, shown, no_class)
             reconstructions[f"{name}, with its prior"] = reconstructions[name]
         compare_codecs(Path(CODECS), data, reconstructions, bits)
     if DEPTHS:
@@ -145,8 +146,8 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     check(type(BATCH_SIZE) is int and BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "a whole number of 1 or more")
     check(TRAIN_IMAGES is None or type(TRAIN_IMAGES) is int and TRAIN_IMAGES >= 2, "TRAIN_IMAGES", TRAIN_IMAGES,
           "None or 2 or more")
-    check(isinstance(SHIP, bool) and not (SHIP and (TRAIN_IMAGES or SEARCH)), "SHIP", SHIP,
-          "False, or True with TRAIN_IMAGES = None and SEARCH = 0")
+    check(isinstance(SHIP, bool) and not (SHIP and (TRAIN_IMAGES or SEARCH or PRIOR)), "SHIP", SHIP,
+          "False, or True with TRAIN_IMAGES = None, SEARCH = 0 and PRIOR = None")
     check(type(SEARCH) is int and SEARCH >= 0, "SEARCH", SEARCH, "a whole number of 0 or more")
     check(type(IMAGE_WEIGHT) in (int, float) and 0 <= IMAGE_WEIGHT <= (1e6 if SEARCH else 0), "IMAGE_WEIGHT",
           IMAGE_WEIGHT, "0 to 1e6, 0 without SEARCH")
@@ -159,8 +160,7 @@ def set_up() -> tuple[dict[str, Path], Dataset, dict]:
     quantizers = {path: config["quantizer"] for path, config in configs.items()}
     check(not SHIP or len(set(quantizers.values())) == len(paths), "checkpoints", quantizers,
           "with SHIP = True, one of each quantizer")
-    data = load_dataset(DATASET, sizes[str(paths[0])])
-    data = limit_training(data, TRAIN_IMAGES)
+    data = limit_training(load_dataset(DATASET, sizes[str(paths[0])]), TRAIN_IMAGES)
     check(min(len(data.train_images), len(data.test_images)) >= 2, "DATASET", DATASET,
           "two images or more in each split: a probe and a Fréchet distance need a variance")
     if PRIOR is not None:
@@ -405,13 +405,18 @@ def nearest_quality(encode: Callable[[int], tuple[float, Tensor]], bits: float) 
     return min({max(above - 1, 1), min(above, 100)}, key=lambda quality: abs(encode(quality)[0] - bits))
 
 
+def montage_width(images: Tensor) -> int:
+    """How many of these images (N, 3, H, W) stand side by side, and one below the other, in a codec's picture"""
+    return min(montage_side, 16383 // images.shape[-1], math.isqrt(len(images)))  # 16383: WebP's limit
+
+
 def compare_codecs(path: Path, data: Dataset, reconstructions: dict[str, Tensor], bits: dict[str, float | None]):
     """Print PSNR and SSIM of checkpoints, by name, and of each codec at their bits an image, and plot PSNR over bits.
     reconstructions (N, 3, H, W), uint8, of the first test images; bits: None without a quantizer, and then left out"""
     names = [name for name, value in bits.items() if value]
     if not names:
         return print("no codecs: no checkpoint here has a quantizer")
-    n = min(montage_side, 16383 // data.test_images.shape[-1], math.isqrt(len(data.test_images)))  # 16383: WebP's limit
+    n = montage_width(data.test_images)
     originals = data.test_images[: n * n].cpu()
 
     def distortion(images: Tensor) -> dict[str, float]:
@@ -481,7 +486,8 @@ def ship(path: Path) -> Path:
     if "constants" in content:
         content["constants"]["DATASET"] = content["metrics"]["dataset"]  # instead of a path on this machine
     model = load_checkpoint(path)
-    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    matrices = {name for name, p in model.named_parameters()
+                if p.ndim > 1 and not name.endswith("quantizer.scales")}  # of residual codebooks, which are to be exact
     content |= {"version": checkpoint_version, "model": model.state_dict(), "config": model.config}
     for name, value in content["model"].items():
         if name in matrices:
