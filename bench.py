@@ -7,6 +7,7 @@
 Each line of the first four runs two things in turn, ROUNDS times, and prints the medians of their times and of their
 ratio, with its range. On a GPU, DINOv2 is measured, too, with random weights, which makes no difference here.
 """
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from errors import one_line_errors
 from itertools import accumulate
 from pathlib import Path
@@ -235,14 +236,15 @@ def tokenizing():
 
     print_heading(f"{BATCH_SIZE} images, no adapter", "tokens", "bare")
     images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
-    code_dims = {"fsq": None, "ddcl": None, "simvq": train.SIMVQ_CODE_DIM, "ema_vq": train.EMA_CODE_DIM}
-    for name, width in code_dims.items():
-        model = VQRAE(quantizer=name, quantizer_options={"code_dim": width} if width else {}, adapter_depth=0)
-        model = model.to(device).eval()
+    codebooks = {"fsq": (0, 0), "ddcl": (0, 0), "simvq": (train.SIMVQ_CODEBOOK_SIZE, train.SIMVQ_CODE_DIM),
+                 "ema_vq": (train.EMA_CODEBOOK_SIZE, train.EMA_CODE_DIM)}
+    for name, (size, width) in codebooks.items():
+        options = {"codebook_size": size, "code_dim": width} if size else {}
+        model = VQRAE(quantizer=name, quantizer_options=options, adapter_depth=0).to(device).eval()
         z_q, _, indices = model.encode(images)
         chunks = []
         if width:
-            codes = torch.randn(model.quantizer.codebook_size, width, device=device)
+            codes = torch.randn(size, width, device=device)
             tokens = torch.randn(indices.numel(), width, device=device)
             chunks = tokens.split((2**26 if device == "cuda" else 2**20) // len(codes))  # as many as search_fp32 takes
             scores = tokens.new_empty(len(chunks[0]), len(codes))
@@ -275,13 +277,24 @@ def run_python(*arguments: str | Path, folder: str | None = None) -> subprocess.
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True)
 
 
-def time_training(*arguments: str) -> tuple[float, dict]:
-    """Seconds of train.py on DATASET in an empty folder, from start to end, and what it measured on all test images."""
+@contextlib.contextmanager
+def empty_folder() -> Iterator[str]:
+    """For a run that is not kept; datasets are in its data/, which is that of the present folder."""
     Path("data").mkdir(exist_ok=True)
-    dataset = Path(DATASET).resolve() if Path(DATASET).is_dir() else DATASET
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "data").symlink_to(Path("data").resolve())
-        seconds_taken = seconds(lambda: run_python(ROOT / "train.py", f"DATASET={dataset}", *arguments, folder=folder))
+        yield folder
+
+
+def train_on(dataset: str) -> str:
+    """The argument for it, as seen from any folder"""
+    return f"DATASET={Path(dataset).resolve() if Path(dataset).is_dir() else dataset}"
+
+
+def time_training(*arguments: str) -> tuple[float, dict]:
+    """Seconds of train.py on DATASET in an empty folder, from start to end, and what it measured on all test images."""
+    with empty_folder() as folder:
+        seconds_taken = seconds(lambda: run_python(ROOT / "train.py", train_on(DATASET), *arguments, folder=folder))
         results, = Path(folder, "outputs").glob("*/results.json")
         return seconds_taken, json.loads(results.read_text())
 
@@ -289,7 +302,10 @@ def time_training(*arguments: str) -> tuple[float, dict]:
 def start():
     """From `python train.py` to its first step with the images on disk, beyond importing torch."""
     code = first_step.format(root=str(ROOT))
-    done = [run_python("-c", code, f"DATASET={DATASET}", "SEED=31415") for _ in range(ROUNDS)]
+    done = []
+    for _ in range(ROUNDS):
+        with empty_folder() as folder:
+            done.append(run_python("-c", code, train_on(DATASET), folder=folder))
     times = [float(run.stderr.rpartition("seconds")[2]) for run in done]
     print(f"\nstart to first step, beyond importing torch: {statistics.median(times):.1f} s "
           f"({min(times):.1f}-{max(times):.1f})")
@@ -299,9 +315,9 @@ def scaling():
     """Seconds of an epoch by its number of images, from runs of train.py with a small decoder."""
     print("\nimages in an epoch, and seconds of the second epoch")
     for count in SCALING:
-        with tempfile.TemporaryDirectory() as folder:
+        with empty_folder() as folder:
             run_python(
-                ROOT / "train.py", f"DATASET={SCALING_DATASET}", f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)",
+                ROOT / "train.py", train_on(SCALING_DATASET), f"EPOCH_IMAGES={count}", "EPOCHS=(2, 1)",
                 "STAGES=(1,)", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "ADAPTER_DEPTH=0", "GAN_WEIGHT=0",
                 "PERCEPTUAL_WEIGHT=(0, 0)", "FEATURE_CACHE_GB=0", "EVAL_IMAGES=100", folder=folder)
             table, = Path(folder, "outputs").glob("*/metrics.csv")
@@ -416,7 +432,7 @@ if __name__ == "__main__":
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
     for name in BENCHMARKS:
         try:
-            with one_line_errors(ValueError, RuntimeError, OSError, full="try less TOKENS"):  # a dataset is not there
+            with one_line_errors(ValueError, RuntimeError, OSError, full="try less BATCH_SIZE or TOKENS"):
                 benchmarks[name]()
         except subprocess.CalledProcessError as error:
             last_line = (error.stderr.strip().splitlines() or [str(error)])[-1]  # one that was killed says nothing
