@@ -71,8 +71,9 @@ def main():
         utils.seed_everything(SEED)
         grid = [data.size // vqrae.token_size] * 2
         prior = build_prior(vqrae.quantizer, grid, len(data.classes), DIM, DEPTH).to(device)
-        tokens, content = load_tokens(vqrae, data)
-        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content,
+        tokens = load_tokens(vqrae, data)
+        content = hashlib.sha256(b"".join(part.numpy().tobytes() for part in tokens.values()))
+        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content.hexdigest()[:12],
                       "labels": utils.digest((data.classes, data.train_labels.tolist(), data.test_labels.tolist())),
                       "tokenizer": utils.hash_file(CHECKPOINT)}
         drawn_with = {name: constants.pop(name) for name in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
@@ -95,16 +96,16 @@ def main():
         sys.exit(f"generate.py: {error}; {last.parent}/ keeps what was trained")
 
 
-def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
+def load_tokens(vqrae: VQRAE, data: Dataset) -> dict[str, Tensor]:
     """The indices (N, h, w) of training images, "train" (with FLIP mirrored ones after them), and "test" images, made
-    once and kept in data/; and the hash of checkpoint, images and code that they have in their name."""
+    once and kept in data/, with a hash of checkpoint, images and code in their name."""
     code = [utils.hash_file(Path(__file__).with_name(name)) for name in ("models.py", "quantizers.py")]
     content = hashlib.sha256(Path(CHECKPOINT).read_bytes() + bytes([FLIP]) + "".join(code).encode())
     for images in (data.train_images, data.test_images):
         content.update(images.numpy())
     path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
     with contextlib.suppress(ValueError):  # there is no such file, or a broken one
-        return utils.load_torch(path, "train", "test"), content.hexdigest()[:12]
+        return utils.load_torch(path, "train", "test")
     tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
     for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
         batches = torch.arange(copies * len(images)).split(max(1, 2**18 // data.size**2))
@@ -113,7 +114,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset) -> tuple[dict[str, Tensor], str]:
                                    .to("cpu", dtype) for index in batches])
     with contextlib.suppress(OSError):  # another user's data/ may be read-only, or the disk full
         utils.save_torch(path, tokens)
-    return tokens, content.hexdigest()[:12]
+    return tokens
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, last: Path, constants: dict):
@@ -232,5 +233,5 @@ def check_constants():
 
 if __name__ == "__main__":
     with one_line_errors(OSError, note="; files written before are whole, and the same command goes on from them",
-                         full="try less BATCH_SIZE"):
+                         full="try less BATCH_SIZE, or end other programs there"):
         main()
