@@ -486,10 +486,11 @@ def ship(path: Path) -> Path:
     if "constants" in content:
         content["constants"]["DATASET"] = content["metrics"]["dataset"]  # instead of a path on this machine
     model = load_checkpoint(path)
-    matrices = {name for name, p in model.named_parameters()
-                if p.ndim > 1 and not name.endswith("quantizer.scales")}  # of residual codebooks, which are to be exact
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
     content |= {"version": checkpoint_version, "model": model.state_dict(), "config": model.config}
     for name, value in content["model"].items():
+        if name == "quantizer.scales":  # of residual codebooks: FSQ's finer levels are to stay on their grid
+            continue
         if name in matrices:
             scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half().view(-1, *[1] * (value.ndim - 1))
             content["model"][name] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8), scale

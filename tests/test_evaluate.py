@@ -46,6 +46,13 @@ def small_checkpoint(path, levels=(8, 6, 5), **metadata):
     save_checkpoint(path, model.eval(), metrics={"images_per_second": 123.0}, **metadata)
 
 
+def test_residual_scales_ship_exactly(shipped, tmp_path):  # in 8 bits finer levels would lie beside their grid
+    model = VQRAE("cifar", "fsq", {"levels": (8, 6, 5), "codebooks": 2}, decoder_width=64, decoder_depth=1)
+    save_checkpoint(tmp_path / "model.pt", model.eval(), metrics={"dataset": "shapes"})
+    copy = load_checkpoint(evaluate.ship(tmp_path / "model.pt"))
+    assert torch.equal(copy.quantizer.scales, model.quantizer.scales)
+
+
 def test_shipped_figures_are_printed_again_and_compared(shipped, tmp_path, capsys, monkeypatch):
     half, records = tmp_path / "pretrained" / "vqrae_fsq.pt", tmp_path / "pretrained" / "results.json"
     other = {"vqrae_simvq": {"images": {"training": "0" * 12, "test": "0" * 12}, "figures": {"psnr": 27.0}}}
