@@ -29,8 +29,8 @@ SMALL = ["EPOCHS=2", "BATCH_SIZE=32", "DIM=32", "DEPTH=1", "STEPS=3", "SAMPLES=2
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2, **options):
     """Small, and with predictions that are not uniform."""
     prior = Prior(list(sizes), list(grid), classes, 16, 1, **options).eval()
-    for head in prior.heads:
-        torch.nn.init.normal_(head.weight, std=1.0)
+    for weight in (prior.codes, prior.queries.weight, *[head.weight for head in prior.heads]):
+        torch.nn.init.normal_(weight, std=1.0)
     return prior
 
 
@@ -176,6 +176,26 @@ def test_digits_of_each_quantizer(name, options, sizes):
     assert digits.shape == (40, 10, len(sizes)) and (digits < torch.tensor(sizes)).all()
     assert torch.equal(prior.fill(indices, torch.zeros_like(indices, dtype=torch.bool)), indices)
     assert 0 <= prior.generate(torch.zeros(9, dtype=torch.int64)).max() < quantizer.codebook_size
+
+
+@pytest.mark.parametrize("name, options", [("ema_vq", {"codebook_size": 256}), ("fsq", {"levels": [4, 3, 5]}),
+                                           ("ema_vq", {"codebook_size": 8, "codebooks": 2})], ids=str)
+def test_a_query_tells_codes_by_their_distance(name, options):
+    quantizer = build_quantizer(name, 8, **options).eval()
+    prior, size = build_prior(quantizer, [1, quantizer.codebook_size], 0, 16, 1), quantizer.codebook_size
+    codes = quantizer.get_codebook_entry(torch.arange(size)).detach()
+    digits = prior.to_digits(torch.arange(size).view(1, 1, size))[0]
+    query = prior.codes[prior.join_indices(digits[:1])[0]]  # of the first code
+    prior.queries.bias.data = torch.cat([2 * query, -torch.ones(1)]).repeat(len(prior.heads))
+    scale = prior.codes.var(0).sum() / codes.var(0).sum()
+    logits = prior.logits(torch.zeros(size, 16), digits)
+    for token in (0, 7, size - 1):
+        alike = torch.ones(size, dtype=torch.bool)  # in the digits before
+        for k, digit in enumerate(digits[token]):
+            means = torch.stack([codes[alike & (digits[:, k] == value)].mean(0) for value in range(len(logits[k][0]))])
+            expected = -scale * (means - codes[0]).square().sum(1)
+            torch.testing.assert_close(logits[k][token].log_softmax(0), expected.log_softmax(0), atol=1e-3, rtol=1e-4)
+            alike &= digits[:, k] == digit
 
 
 def test_codes_of_one_cluster_are_alike():
