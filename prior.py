@@ -19,7 +19,7 @@ from quantizers import Quantizer, check
 from utils import hash_file, load_torch, summarize
 
 whole_numbers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-most_codes = 2**17  # of which a prior knows each: 4 MB of its file
+most_codes = 2**17  # of which a prior knows where they lie: 4 MB of its file
 code_dim = 16  # principal components of a code that it knows
 
 
@@ -27,29 +27,29 @@ class Prior(nn.Module):
     """The distribution of a grid of tokens, given a class or not.
 
     A token is its digits: FSQ's levels, its indices in several codebooks, or those of its code's place in one large
-    codebook, which is sorted (build_prior). Unmasked tokens enter as the sum of their digits' embeddings and a linear
-    map of their code, masked ones as one learned vector. Of a masked token, digit k is predicted from the blocks'
-    output and the digits before it (as in NADE, 1605.02226): the digits of a token depend on each other most, and are
-    never drawn independently, as the tokens of one step are. Masking digits one by one (2505.18495, 2603.19232), each
-    predicted by a head of its own, took 0.1 bits a token more in one pair of short runs, near what chance can do.
+    codebook, which is sorted (build_prior). Unmasked tokens enter as the sum of their digits' embeddings, masked ones
+    as one learned vector. Of a masked token, digit k is predicted from the blocks' output and the digits before it (as
+    in NADE, 1605.02226): the digits of a token depend on each other most, and are never drawn independently, as the
+    tokens of one step are. Masking digits one by one (2505.18495, 2603.19232), each predicted by a head of its own,
+    took 0.1 bits a token more in one pair of short runs, near what chance can do.
 
-    Digits do not say which codes are alike. So the blocks' output makes, for each digit, a query of code_dim + 1
-    numbers as well, and to the logit of each value is added its product with m, the mean of all codes that begin with
-    the digits before and this value, and with m's squared length. (A query of 2x and -1 adds, up to a constant, minus
-    the squared distance from x to m.) Of more than most_codes codes, the digits are all that is known.
+    FSQ's digits are a code's coordinates; those of learned codes do not say which codes are alike. With knows_codes,
+    therefore, an unmasked token enters with a linear map of its code, too, and the blocks' output makes a query of
+    code_dim + 1 numbers for each digit: to the logit of each value is added the query's product with m, the mean of all
+    codes that begin with the digits before and this value, and with m's squared length. (A query of 2x and -1 adds
+    minus the squared distance from x to m, up to a constant.)
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
-                 codebook_size: int = 0):
+                 codebook_size: int = 0, knows_codes: bool = False):
         """sizes: of the digits; grid: height and width in tokens; classes: 0 without any. codebook_size: of a single
-        large codebook, whose codes are sorted; else 0"""
+        large codebook, whose codes are sorted; else 0. build_prior writes the codes into a prior that knows them."""
         arguments = dict(locals())
         super().__init__()
         self.config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
         self.codebook_sizes, self.grid, self.classes, self.tokens = tuple(sizes), tuple(grid), classes, math.prod(grid)
         self.register_buffer("number_of", torch.arange(codebook_size))  # of a code: its place
         self.register_buffer("code_of", torch.zeros(math.prod(sizes) if codebook_size else 0, dtype=torch.int64))
-        self.register_buffer("codes", torch.zeros(math.prod(sizes) if math.prod(sizes) <= most_codes else 0, code_dim))
         self.embed = nn.Linear(sum(sizes), dim, bias=False)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class is given
         self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
@@ -65,7 +65,8 @@ class Prior(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(dim, size) for size in sizes)
         for head in self.heads:  # at first all digits are equally likely
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-        if len(self.codes):
+        if knows_codes:
+            self.register_buffer("codes", torch.zeros(math.prod(sizes), code_dim))  # by their digits
             self.embed_code = nn.Linear(code_dim, dim, bias=False)
             self.queries = nn.Linear(dim, len(sizes) * (code_dim + 1))
             nn.init.zeros_(self.queries.weight), nn.init.zeros_(self.queries.bias)
@@ -93,7 +94,7 @@ class Prior(nn.Module):
     def features(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """digits (B, N, k), masked (B, N) bool, labels (B,), `classes` for none -> of masked tokens alone, (M, dim)"""
         x = self.embed(self.one_hot(digits))
-        if len(self.codes):
+        if self.config["knows_codes"]:
             x = x + self.embed_code(self.codes[self.join_indices(digits)])
         x = torch.where(masked[..., None], self.mask, x)
         x = x + self.position + self.embed_label(labels)[:, None]
@@ -105,7 +106,7 @@ class Prior(nn.Module):
         hidden = self.project(features) + self.one_hot(digits) @ (self.from_digits * self.earlier)
         hidden = F.gelu(hidden).chunk(len(self.heads), 1)
         logits = [head(part).float() for head, part in zip(self.heads, hidden)]
-        if len(self.codes):
+        if self.config["knows_codes"]:
             count, number = 1, torch.zeros_like(digits[:, 0])  # of what earlier digits can be, and are
             for k, query in enumerate(self.queries(features).float().chunk(len(self.heads), 1)):
                 means = self.codes.view(-1, self.codebook_sizes[k], count, code_dim).mean(0)
@@ -213,17 +214,18 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
 
 
 def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 192, depth: int = 3) -> Prior:
-    """A prior of tokens of this quantizer, which knows where its codes lie. A single codebook's are sorted so that
-    neighbours are alike, and the digits of their places in this order, the first of which tell clusters apart, are
-    predicted."""
+    """A prior of tokens of this quantizer, which knows its codes unless they are FSQ's or DDCL's, or too many. A single
+    codebook's are sorted so that neighbours are alike, and the digits of their places in this order, the first of which
+    tell clusters apart, are predicted."""
     size, sizes = quantizer.codebook_size, list(getattr(quantizer, "levels", quantizer.codebook_sizes))
     check(size > 0, "quantizer", type(quantizer).__name__, "one that has codes")
     check(len(sizes) == 1 or sum(sizes) <= 8192, "codebook_sizes", sizes, "8,192 codes or less in all, or one codebook")
     single, bits = len(sizes) == 1, (size - 1).bit_length()
     if single:
         sizes = [16] * (bits // 4) + [2 ** (bits % 4)] * (bits % 4 > 0)
-    prior = Prior(sizes, grid, classes, dim, depth, size * single)
-    if not (single or len(prior.codes)):
+    knows_codes = not hasattr(quantizer, "levels") and math.prod(sizes) <= most_codes
+    prior = Prior(sizes, grid, classes, dim, depth, size if single else 0, knows_codes)
+    if not (single or knows_codes):
         return prior
     codes = quantizer.get_codebook_entry(torch.arange(size, device=quantizer.device)).detach().cpu()
     codes = codes - codes.mean(0)
@@ -234,7 +236,7 @@ def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 
         prior.code_of[numbers] = sort_codes(codes, torch.arange(size))[places * size >> bits]  # some twice
         prior.number_of[prior.code_of[numbers]] = numbers
         codes = codes[prior.code_of]
-    if len(prior.codes):
+    if knows_codes:
         prior.codes[:, : codes.shape[1]] = codes / codes.square().mean().sqrt()
     return prior
 

@@ -28,7 +28,7 @@ SMALL = ["EPOCHS=2", "BATCH_SIZE=32", "DIM=32", "DEPTH=1", "STEPS=3", "SAMPLES=2
 
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2, **options):
     """Small, and with predictions that are not uniform."""
-    prior = Prior(list(sizes), list(grid), classes, 16, 1, **options).eval()
+    prior = Prior(list(sizes), list(grid), classes, 16, 1, knows_codes=True, **options).eval()
     for weight in (prior.codes, prior.queries.weight, *[head.weight for head in prior.heads]):
         torch.nn.init.normal_(weight, std=1.0)
     return prior
@@ -178,8 +178,9 @@ def test_digits_of_each_quantizer(name, options, sizes):
     assert 0 <= prior.generate(torch.zeros(9, dtype=torch.int64)).max() < quantizer.codebook_size
 
 
-@pytest.mark.parametrize("name, options", [("ema_vq", {"codebook_size": 256}), ("fsq", {"levels": [4, 3, 5]}),
-                                           ("ema_vq", {"codebook_size": 8, "codebooks": 2})], ids=str)
+@pytest.mark.parametrize("name, options", [("ema_vq", {"codebook_size": 256}), ("simvq", {"codebook_size": 64}),
+                                           ("ema_vq", {"codebook_size": 8, "codebooks": 2}),
+                                           ("fsq", {"levels": [4, 3], "codebooks": 2})], ids=str)
 def test_a_query_tells_codes_by_their_distance(name, options):
     quantizer = build_quantizer(name, 8, **options).eval()
     prior, size = build_prior(quantizer, [1, quantizer.codebook_size], 0, 16, 1), quantizer.codebook_size
