@@ -34,14 +34,14 @@ from utils import Dataset, select_images, to_float
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # tokens
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; FSQ's tokens are easy to model
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; prior.pt was made for this one
 DATASET = "auto"  # one of the names in train.py
 FLIP = True  # mirror half of the training images, at random
 # model
 DIM = 192  # width of the model
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
-EPOCHS = 200 if device == "cuda" else 6  # less than an hour on two CPU cores, measuring included
+EPOCHS = 200 if device == "cuda" else 6  # some 80 minutes on one CPU core, measuring included
 BATCH_SIZE = 128 if device == "cuda" else 64  # in few epochs more steps count for more than larger batches
 LEARNING_RATE = 1e-3  # AdamW's; Muon's, for the matrices of the blocks, is twice this; warm-up, cosine decay
 DROP_LABEL = 0.1  # share of images whose class the model is not told, for guidance
