@@ -91,11 +91,16 @@ class Prior(nn.Module):
         zeros = torch.zeros(*digits.shape[:-1], sum(self.codebook_sizes), device=digits.device)
         return zeros.scatter_(-1, digits + starts, 1)
 
+    def places(self, digits: Tensor) -> Tensor:
+        """digits (..., k) -> (..., k): what join_indices makes of the first, the first two and so on; unchecked, for a
+        check waits for a GPU in each step"""
+        return (digits * digits.new_tensor([1, *self.codebook_sizes[:-1]]).cumprod(0)).cumsum(-1)
+
     def features(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """digits (B, N, k), masked (B, N) bool, labels (B,), `classes` for none -> of masked tokens alone, (M, dim)"""
         x = self.embed(self.one_hot(digits))
         if self.config["knows_codes"]:
-            x = x + self.embed_code(self.codes[self.join_indices(digits)])
+            x = x + self.embed_code(self.codes[self.places(digits)[..., -1]])
         x = torch.where(masked[..., None], self.mask, x)
         x = x + self.position + self.embed_label(labels)[:, None]
         x = self.blocks(x.mT.unflatten(2, self.grid)).flatten(2).mT
@@ -107,12 +112,12 @@ class Prior(nn.Module):
         hidden = F.gelu(hidden).chunk(len(self.heads), 1)
         logits = [head(part).float() for head, part in zip(self.heads, hidden)]
         if self.config["knows_codes"]:
-            count, number = 1, torch.zeros_like(digits[:, 0])  # of what earlier digits can be, and are
+            earlier = F.pad(self.places(digits), (1, 0))
             for k, query in enumerate(self.queries(features).float().chunk(len(self.heads), 1)):
-                means = self.codes.view(-1, self.codebook_sizes[k], count, code_dim).mean(0)
-                means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)[:, number]
+                sizes = self.codebook_sizes[k], math.prod(self.codebook_sizes[:k])
+                means = self.codes.view(-1, *sizes, code_dim).mean(0)
+                means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)[:, earlier[:, k]]
                 logits[k] = logits[k] + torch.einsum("md,smd->ms", query, means)
-                number, count = number + count * digits[:, k], count * self.codebook_sizes[k]
         return logits
 
     def forward(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:

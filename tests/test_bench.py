@@ -38,6 +38,7 @@ def test_bench_prints_its_tables(bench, folder, capsys):
                  "start to first step", "python train.py: not timed"):
         assert line in printed
     assert re.search(r"^ +64 +[\d.]+ s +\d+ microseconds", printed, re.MULTILINE)
+    assert not Path("outputs").exists() and not Path("checkpoints").exists()  # runs that are timed are not kept
 
 
 def test_an_unknown_benchmark_is_one_line(bench):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 from models import VQRAE, build_encoder
-from prior import build_prior
+from prior import build_prior, measure_bits
 from utils import draw_shapes, load_checkpoint, psnr, save_checkpoint, save_torch, to_float
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,10 +191,12 @@ def test_fewer_training_images_and_bad_constants(shipped, tmp_path, capsys):
         shipped(tmp_path / "0.0.pt", "BATCH_SIZE=True", "DEPTHS=None")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=20", "BATCH_SIZE=250")
+    with pytest.raises(SystemExit, match="evaluate.py: SHIP = True, allowed: .*PRIOR = None"):
+        shipped(tmp_path / "0.0.pt", "SHIP=True", "TRAIN_IMAGES=None", "CODECS=codecs.png", "PRIOR=prior.pt")
     with pytest.raises(SystemExit, match="evaluate.py: SHIP"):
         shipped(tmp_path / "0.0.pt", "SHIP=false")
     with pytest.raises(SystemExit, match="evaluate.py: TRAIN_IMAGES = 1"):  # a probe needs a standard deviation
-        shipped(tmp_path / "0.0.pt", "SHIP=False", "TRAIN_IMAGES=1")
+        shipped(tmp_path / "0.0.pt", "SHIP=False", "TRAIN_IMAGES=1", "CODECS=None", "PRIOR=None")
     with pytest.raises(SystemExit, match="evaluate.py: DATASET = 2024"):
         shipped(tmp_path / "0.0.pt", "DATASET=2024", "SHIP=False", "TRAIN_IMAGES=None")
     with pytest.raises(SystemExit, match="evaluate.py: checkpoints .*one of each quantizer"):
@@ -395,6 +397,9 @@ def test_a_priors_bits_stand_beside_codecs(shipped, folder, tmp_path, capsys):
     assert name.strip() == "cifar fsq, stage 1, with its prior" and plain == figures and int(nominal) == 506
     assert bits < 0.99 * 64 * np.log2(240)
     assert float(estimated.replace(",", "")) == pytest.approx(bits, rel=0.02)
+    shown = measure_bits(prior, indices[:36], torch.full((36,), 2))  # of the 38, those in the picture
+    assert float(estimated.replace(",", "")) == round(shown)
+    assert round(shown) != round(measure_bits(prior, indices, torch.full((38,), 2)))
     content["prior"] = {}
     save_torch(tmp_path / "broken.pt", content | {"constants": {"tokenizer": tokenizer}})
     with pytest.raises(SystemExit, match="evaluate.py: prior .*broken.pt does not fit"):  # before anything is measured

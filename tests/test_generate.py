@@ -165,12 +165,14 @@ def test_guidance_rises_to_its_mean_and_beyond(monkeypatch):
 @pytest.mark.parametrize("name, options, sizes", [
     ("fsq", {}, (8, 8, 8, 5, 5, 5)), ("ddcl", {}, (31,) * 4),
     ("ema_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3), ("ema_vq", {"codebook_size": 512}, (16, 16, 2)),
+    ("ema_vq", {"codebook_size": 64, "codebooks": 3}, (64,) * 3),
     ("simvq", {"codebook_size": 300, "code_dim": 4}, (16, 16, 2)),
     ("fsq", {"levels": [3, 2], "codebooks": 2}, (6, 6))], ids=str)
 def test_digits_of_each_quantizer(name, options, sizes):
     quantizer = build_quantizer(name, 8, **options).eval()
     prior = build_prior(quantizer, [2, 5], 0, 16, 1)
     assert prior.codebook_sizes == sizes
+    assert prior.config["knows_codes"] == (not hasattr(quantizer, "levels") and math.prod(sizes) <= 2**17)
     indices = torch.randint(quantizer.codebook_size, (40, 2, 5))
     digits = prior.to_digits(indices)
     assert digits.shape == (40, 10, len(sizes)) and (digits < torch.tensor(sizes)).all()
@@ -329,6 +331,11 @@ def test_a_run_and_one_that_was_stopped(generate, folder, tmp_path, monkeypatch,
     assert json.loads((outputs / "results.json").read_text()) == results
     assert load_prior(checkpoints / "prior.pt").config == prior.config
     assert load_torch(cached).keys() == {"train", "test"}
+    hash_file = utils.hash_file
+    with monkeypatch.context() as patch:  # a comment in models.py: tokens are made again, and the run is the same
+        patch.setattr(utils, "hash_file", lambda path: hash_file(path) + "edited" * str(path).endswith("models.py"))
+        generate(*arguments)
+    assert len(list(Path("data").glob("tokens_*.pt"))) == 2 and len(list(Path("checkpoints").iterdir())) == 1
 
     stopped = tmp_path / "stopped"
     stopped.mkdir()
