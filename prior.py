@@ -34,10 +34,10 @@ class Prior(nn.Module):
     took 0.1 bits a token more in one pair of short runs, near what chance can do.
 
     FSQ's digits are a code's coordinates; those of learned codes do not say which codes are alike. With knows_codes,
-    therefore, an unmasked token enters with a linear map of its code, too, and the blocks' output makes a query of
-    code_dim + 1 numbers for each digit: to the logit of each value is added the query's product with m, the mean of all
-    codes that begin with the digits before and this value, and with m's squared length. (A query of 2x and -1 adds
-    minus the squared distance from x to m, up to a constant.)
+    therefore, an unmasked token enters with a linear map of its code, too, and a digit's head gives a query of code_dim
+    + 1 numbers as well: to the logit of each value is added the query's product with m, the mean of all codes that
+    begin with the digits before and this value, and with m's squared length. (A query of 2x and -1 adds minus the
+    squared distance from x to m, up to a constant.)
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
@@ -62,14 +62,12 @@ class Prior(nn.Module):
         digit = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # that a row of from_digits is of
         earlier = digit[:, None] < torch.arange(len(sizes)).repeat_interleave(dim)
         self.register_buffer("earlier", earlier, persistent=False)
-        self.heads = nn.ModuleList(nn.Linear(dim, size) for size in sizes)
+        self.heads = nn.ModuleList(nn.Linear(dim, size + knows_codes * (code_dim + 1)) for size in sizes)
         for head in self.heads:  # at first all digits are equally likely
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         if knows_codes:
             self.register_buffer("codes", torch.zeros(math.prod(sizes), code_dim))  # by their digits
             self.embed_code = nn.Linear(code_dim, dim, bias=False)
-            self.queries = nn.Linear(dim, len(sizes) * (code_dim + 1))
-            nn.init.zeros_(self.queries.weight), nn.init.zeros_(self.queries.bias)
 
     split_indices, join_indices = Quantizer.split_indices, Quantizer.join_indices  # into and from codebook_sizes
 
@@ -113,11 +111,11 @@ class Prior(nn.Module):
         logits = [head(part).float() for head, part in zip(self.heads, hidden)]
         if self.config["knows_codes"]:
             earlier = F.pad(self.places(digits), (1, 0))
-            for k, query in enumerate(self.queries(features).float().chunk(len(self.heads), 1)):
-                sizes = self.codebook_sizes[k], math.prod(self.codebook_sizes[:k])
-                means = self.codes.view(-1, *sizes, code_dim).mean(0)
+            for k, size in enumerate(self.codebook_sizes):
+                means = self.codes.view(-1, size, math.prod(self.codebook_sizes[:k]), code_dim).mean(0)
                 means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)[:, earlier[:, k]]
-                logits[k] = logits[k] + torch.einsum("md,smd->ms", query, means)
+                of_digit, query = logits[k].split([size, code_dim + 1], 1)
+                logits[k] = of_digit + torch.einsum("md,smd->ms", query, means)
         return logits
 
     def forward(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ SMALL = ["EPOCHS=2", "BATCH_SIZE=32", "DIM=32", "DEPTH=1", "STEPS=3", "SAMPLES=2
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2, **options):
     """Small, and with predictions that are not uniform."""
     prior = Prior(list(sizes), list(grid), classes, 16, 1, knows_codes=True, **options).eval()
-    for weight in (prior.codes, prior.queries.weight, *[head.weight for head in prior.heads]):
+    for weight in (prior.codes, *[head.weight for head in prior.heads]):
         torch.nn.init.normal_(weight, std=1.0)
     return prior
 
@@ -189,7 +189,8 @@ def test_a_query_tells_codes_by_their_distance(name, options):
     codes = quantizer.get_codebook_entry(torch.arange(size)).detach()
     digits = prior.to_digits(torch.arange(size).view(1, 1, size))[0]
     query = prior.codes[prior.join_indices(digits[:1])[0]]  # of the first code
-    prior.queries.bias.data = torch.cat([2 * query, -torch.ones(1)]).repeat(len(prior.heads))
+    for head in prior.heads:
+        head.bias.data[-17:] = torch.cat([2 * query, -torch.ones(1)])
     scale = prior.codes.var(0).sum() / codes.var(0).sum()
     logits = prior.logits(torch.zeros(size, 16), digits)
     for token in (0, 7, size - 1):
