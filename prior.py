@@ -113,9 +113,11 @@ class Prior(nn.Module):
             earlier = F.pad(self.places(digits), (1, 0))
             for k, size in enumerate(self.codebook_sizes):
                 means = self.codes.view(-1, size, math.prod(self.codebook_sizes[:k]), code_dim).mean(0)
-                means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)[:, earlier[:, k]]
+                means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)
+                means = (means - means.mean(0))[:, earlier[:, k]]  # the same odds, by smaller numbers
                 of_digit, query = logits[k].split([size, code_dim + 1], 1)
-                logits[k] = of_digit + torch.einsum("md,smd->ms", query, means)
+                with torch.autocast(query.device.type, enabled=False):  # in bf16 codes would be rounded
+                    logits[k] = of_digit + torch.einsum("md,smd->ms", query, means)
         return logits
 
     def forward(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ def test_the_trained_bound_is_the_entropy():
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 600)
     for _ in range(600):
         indices, labels, _ = made_up_tokens(128)
-        loss = prior(prior.to_digits(indices), draw_masks(128, 4), labels).mean()
-        optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
+        masked = draw_masks(128, 4)
+        loss = prior(prior.to_digits(indices), masked, labels) * masked.float().mean(1)  # as generate.py does
+        optimizer.zero_grad(), loss.mean().backward(), optimizer.step(), schedule.step()
     indices, labels, entropy = made_up_tokens(20_000)
     with torch.no_grad():
         bits = prior(prior.to_digits(indices), draw_masks(20_000, 4), labels).mean().item()
@@ -200,6 +201,16 @@ def test_a_query_tells_codes_by_their_distance(name, options):
             expected = -scale * (means - codes[0]).square().sum(1)
             torch.testing.assert_close(logits[k][token].log_softmax(0), expected.log_softmax(0), atol=1e-3, rtol=1e-4)
             alike &= digits[:, k] == digit
+
+
+def test_bf16_does_not_round_codes():
+    prior = build_prior(build_quantizer("ema_vq", 8, codebook_size=256), [1, 256], 0, 16, 1)
+    for head in prior.heads:
+        head.bias.data = torch.randn_like(head.bias).bfloat16().float()
+    arguments = torch.zeros(256, 16), prior.to_digits(torch.arange(256).view(1, 1, 256))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = prior.logits(*arguments)
+    torch.testing.assert_close(logits, prior.logits(*arguments), atol=1e-4, rtol=0)
 
 
 def test_codes_of_one_cluster_are_alike():
