@@ -41,7 +41,7 @@ FLIP = True  # mirror half of the training images, at random
 DIM = 192  # width of the model
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
-EPOCHS = 200 if device == "cuda" else 6  # 80 minutes on one CPU core, 45 on two, measuring included
+EPOCHS = 200 if device == "cuda" else 6  # 80 minutes on one CPU core, some 45 on two, with measuring
 BATCH_SIZE = 128 if device == "cuda" else 32  # in few epochs more steps count for more than larger batches
 LEARNING_RATE = 1e-3 if device == "cuda" else 2e-3  # AdamW's; of Muon, for matrices, twice this; warm-up, cosine decay
 DROP_LABEL = 0.1  # share of images whose class the model is not told, for guidance
