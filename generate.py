@@ -27,7 +27,7 @@ import utils
 from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
 from models import PRETRAINED_DIR, VQRAE
 from optimization import BF16Weights, adamw_and_muon, load_states, prepare_cpu, take_step
-from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits
+from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits, training_loss
 from quantizers import check, fast_bf16
 from utils import Dataset, select_images, to_float
 
@@ -140,7 +140,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, 
             with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
                 digits = prior.to_digits(tokens["train"][index + copy])
                 each = objective(digits, masked, given.to(device)) / prior.tokens
-            (each * masked.float().mean(1)).mean().backward()  # all masked tokens count the same: see RESULTS.md
+            training_loss(each, masked).backward()
             take_step(optimizers, done, steps)
             prior.zero_grad()
             losses.append(each.detach().mean())

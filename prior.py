@@ -198,6 +198,12 @@ def batch_size(prior: Prior) -> int:
     return max(1, 2**14 // prior.tokens)
 
 
+def training_loss(bits: Tensor, masked: Tensor) -> Tensor:
+    """bits (B,), a prior's output; masked (B, N) -> the mean of bits, each times its image's masked share: all masked
+    tokens weigh alike, as MaskGIT's do. In the bound a single one weighs as much as all of another image."""
+    return (bits * masked.float().mean(1)).mean()
+
+
 def draw_masks(count: int, tokens: int) -> Tensor:
     """(count, tokens) bool: in each row a random number from 1 to `tokens` of them are masked. The numbers are spread
     evenly over the rows, so that a mean over rows varies less."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 import utils
 from models import VQRAE
-from prior import Prior, build_prior, draw_masks, load_prior
+from prior import Prior, build_prior, code_dim, draw_masks, load_prior, training_loss
 from quantizers import build_quantizer
 from utils import load_checkpoint, load_torch, save_checkpoint, save_torch
 
@@ -64,12 +64,21 @@ def test_the_trained_bound_is_the_entropy():
     for _ in range(600):
         indices, labels, _ = made_up_tokens(128)
         masked = draw_masks(128, 4)
-        loss = prior(prior.to_digits(indices), masked, labels) * masked.float().mean(1)  # as generate.py does
-        optimizer.zero_grad(), loss.mean().backward(), optimizer.step(), schedule.step()
+        loss = training_loss(prior(prior.to_digits(indices), masked, labels), masked)
+        optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
     indices, labels, entropy = made_up_tokens(20_000)
     with torch.no_grad():
         bits = prior(prior.to_digits(indices), draw_masks(20_000, 4), labels).mean().item()
     assert bits == pytest.approx(entropy, rel=0.02)
+
+
+def test_all_masked_tokens_weigh_alike_in_training():
+    prior, masked = random_prior(), torch.rand(9, 6) < torch.linspace(0.1, 1, 9)[:, None]
+    masked[:, 0] = True  # from one token or so to all
+    digits, labels = prior.to_digits(torch.randint(24, (9, 2, 3))), torch.randint(3, (9,))
+    logits = prior.logits(prior.features(digits, masked, labels), digits[masked])
+    nats = sum(F.cross_entropy(part, digits[masked][:, k], reduction="sum") for k, part in enumerate(logits))
+    torch.testing.assert_close(training_loss(prior(digits, masked, labels), masked), nats / math.log(2) / 9)
 
 
 def test_the_bound_is_the_mean_over_orders():
@@ -191,7 +200,7 @@ def test_a_query_tells_codes_by_their_distance(name, options):
     digits = prior.to_digits(torch.arange(size).view(1, 1, size))[0]
     query = prior.codes[prior.join_indices(digits[:1])[0]]  # of the first code
     for head in prior.heads:
-        head.bias.data[-17:] = torch.cat([2 * query, -torch.ones(1)])
+        head.bias.data[-code_dim - 1 :] = torch.cat([2 * query, -torch.ones(1)])
     scale = prior.codes.var(0).sum() / codes.var(0).sum()
     logits = prior.logits(torch.zeros(size, 16), digits)
     for token in (0, 7, size - 1):
