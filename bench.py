@@ -427,9 +427,12 @@ if __name__ == "__main__":
             valid = isinstance(constants[name], (tuple, list)) and all(type(n) in (int, float) for n in constants[name])
             check(valid and constants[name], name, constants[name], "numbers such as (5000,)")
         check(TOKENS % 32 == 0, "TOKENS", TOKENS, "a multiple of 32, the images of search")
-        valid = isinstance(BENCHMARKS, (tuple, list)) and all(name in [*benchmarks] for name in BENCHMARKS)
+        for name in ("DATASET", "SCALING_DATASET"):
+            check(isinstance(constants[name], str), name, constants[name], "a name or a folder, in quotes")
+        valid = isinstance(BENCHMARKS, (tuple, list)) and BENCHMARKS and all(n in [*benchmarks] for n in BENCHMARKS)
         check(valid, "BENCHMARKS", BENCHMARKS, f"some of {tuple(benchmarks)}, such as ('search',)")
     print(f"{machine()}, torch {torch.__version__}, medians of {ROUNDS} rounds")
+    failed = False
     for name in BENCHMARKS:
         try:
             with one_line_errors(ValueError, RuntimeError, OSError, full="try less BATCH_SIZE or TOKENS"):
@@ -437,4 +440,7 @@ if __name__ == "__main__":
         except subprocess.CalledProcessError as error:
             last_line = (error.stderr.strip().splitlines() or [str(error)])[-1]  # one that was killed says nothing
             print(f"\n{name}: {last_line}")
+            failed = True
         torch.cuda.empty_cache()  # for the processes that the next one starts
+    if failed:
+        sys.exit(1)

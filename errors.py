@@ -14,6 +14,8 @@ def print_error(kind: type, *error):
 
 sys.excepthook = print_error
 sys.stderr = sys.stderr or open(os.devnull, "w")
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without é is no reason to lose hours of measuring
 
 
 @contextlib.contextmanager

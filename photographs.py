@@ -63,6 +63,8 @@ def main():
         except (KeyboardInterrupt, MemoryError, RuntimeError, ValueError, OSError) as error:  # after hours, perhaps
             print(f"stopped before {str(file)!r}: {summarize(error)}", file=sys.stderr)
             stopped = True
+        if stopped and not rows:
+            sys.exit(1)
         check(rows, "PHOTOS", PHOTOS, "a folder with photographs that can be measured")
     count = min(map(len, rows.values()))
     means = {name: {key: sum(row[key] for row in each[:count]) / count for key in each[0]}

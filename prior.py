@@ -133,6 +133,12 @@ class Prior(nn.Module):
         each = torch.zeros(masked.shape, device=nats.device).masked_scatter(masked, nats)
         return each.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
 
+    def check_labels(self, labels: object, count: int) -> Tensor:
+        labels = as_labels(labels)
+        check(len(labels) == count and 0 <= labels.min() and labels.max() <= self.classes, "labels", labels.tolist(),
+              f"{count} whole numbers from 0 to {self.classes}, the last for no class")
+        return labels
+
     def generate(self, labels: Tensor, **options) -> Tensor:
         """labels (B,), `classes` for none -> indices (B, h, w) of new images; options: `steps` and so on of `fill`"""
         labels = as_labels(labels)
@@ -156,10 +162,7 @@ class Prior(nn.Module):
         valid = isinstance(mask, Tensor) and mask.shape == indices.shape and mask.dtype == torch.bool
         check(valid, "mask", getattr(mask, "shape", type(mask)), f"{tuple(indices.shape)} of True and False")
         none = torch.full((len(indices),), self.classes)
-        labels = none if labels is None else as_labels(labels)
-        valid = labels.shape == none.shape and 0 <= labels.min() and labels.max() <= self.classes
-        check(valid, "labels", labels.tolist(),
-              f"None, or {len(indices)} whole numbers from 0 to {self.classes}, the last for no class")
+        labels = none if labels is None else self.check_labels(labels, len(indices))
         check(type(steps) is int and steps >= 1, "steps", steps, "a whole number of 1 or more")
         for name, value, low, high in (("guidance", guidance, 1, 1000), ("temperature", temperature, 0.01, 100)):
             check(isinstance(value, int | float) and low <= value <= high, name, value, f"{low} to {high}")
@@ -216,6 +219,7 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (n, h, w) with labels (n,), each with one mask, always
     the same."""
     device, bits, size = prior.mask.device, [], batch_size(prior)
+    labels = prior.check_labels(labels, len(indices))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         for batch, given in zip(tqdm(indices.split(size), "measuring", leave=False), labels.split(size)):
@@ -275,6 +279,8 @@ def load_prior(path: str | Path, tokenizer: str | Path | None = None) -> Prior:
     try:
         prior = Prior(**content["config"])
         prior.load_state_dict(content["prior"])
-    except (TypeError, RuntimeError) as error:
+        for name, value in prior.state_dict().items():
+            check(value.isfinite().all(), name, "NaN or infinity", "finite numbers")
+    except Exception as error:  # a config of nonsense may lead anywhere
         raise ValueError(f"prior {path} does not fit this code: {summarize(error)}") from None
     return prior.eval()

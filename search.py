@@ -134,7 +134,8 @@ def search_dataset(vqrae: VQRAE, images: Tensor, sweeps: int = 16, feature_weigh
     device = next(vqrae.parameters()).device
     # the file's name is of all that tokens depend on, with the text of the modules that find them
     modules = [hash_file(Path(__file__).with_name(name)) for name in ("search.py", "models.py", "quantizers.py")]
-    options = vqrae.config, sweeps, float(feature_weight), float(image_weight), fast_bf16(device), modules
+    weights = float(feature_weight), float(image_weight)
+    options = vqrae.config, tuple(images.shape), sweeps, *weights, fast_bf16(device), modules
     content = hashlib.sha256(repr(options).encode())
     for value in (images, *vqrae.state_dict().values()):
         content.update(value.cpu().flatten().view(torch.uint8).numpy())  # numpy has no bf16

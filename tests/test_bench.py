@@ -58,6 +58,9 @@ def test_an_unknown_benchmark_is_one_line(bench):
         bench("GOALS=26", "BENCHMARKS=()")
     with pytest.raises(SystemExit, match=r"^bench.py: RACE_SEEDS = 0, allowed: 1 or more"):
         bench("RACE_SEEDS=0", "BENCHMARKS=()")
+    for wrong in ("BENCHMARKS=()", "DATASET=5", "SCALING_DATASET=None"):
+        with pytest.raises(SystemExit, match=f"^bench.py: {wrong.split('=')[0]} = "):
+            bench(wrong)
     with pytest.raises(SystemExit, match=r"^bench.py: BENCHMARKS = \(\[1\],\), allowed: some of"):
         bench("BENCHMARKS=([1],)")
     with pytest.raises(SystemExit, match=r"^bench.py: argument = 'ROUND=1', allowed: .*ROUNDS"):
@@ -65,7 +68,8 @@ def test_an_unknown_benchmark_is_one_line(bench):
 
 
 def test_a_run_that_fails_is_one_line(bench, folder, capsys):
-    bench("BENCHMARKS=('scaling',)", "SCALING=(1,)", f"SCALING_DATASET={folder}")
+    with pytest.raises(SystemExit, match="^1$"):
+        bench("BENCHMARKS=('scaling',)", "SCALING=(1,)", f"SCALING_DATASET={folder}")
     assert capsys.readouterr().out.endswith("\nscaling: train.py: EPOCH_IMAGES = 1, allowed: None, or at least "
                                             "BATCH_SIZE = 32\n")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import utils
 from models import VQRAE
-from prior import Prior, build_prior, code_dim, draw_masks, load_prior, training_loss
+from prior import Prior, build_prior, code_dim, draw_masks, load_prior, measure_bits, training_loss
 from quantizers import build_quantizer
 from utils import load_checkpoint, load_torch, save_checkpoint, save_torch
 
@@ -248,6 +248,8 @@ def test_codes_of_one_cluster_are_alike():
     (lambda p, i, m: p.generate(None), "labels"),
     (lambda p, i, m: p.generate(["cat"]), "labels"),
     (lambda p, i, m: p.fill(i, m, [None, None]), "labels"),
+    (lambda p, i, m: measure_bits(p, i, torch.tensor([0])), "labels"),
+    (lambda p, i, m: measure_bits(p, i, torch.tensor([0, 11])), "labels"),
     (lambda p, i, m: p.fill(i.to(torch.uint16), m), "indices"),
     (lambda p, i, m: p.half().fill(i, m), "torch.float16"),
     (lambda p, i, m: p.fill(i, m, None, 2, "4"), "guidance"),
@@ -421,13 +423,18 @@ def test_images_without_classes_and_of_another_grid(generate, folder, tmp_path, 
         generate("DATASET=flat", f"CHECKPOINT={tmp_path / 'model.pt'}", *SMALL)
 
 
-@pytest.mark.parametrize("config", [[1], "x", None, {"sizes": [4]}, random_prior(classes=3).config])
+@pytest.mark.parametrize("config", [[1], "x", None, {"sizes": [4]}, random_prior(classes=3).config,
+                                    random_prior().config | {"dim": 0}])
 def test_a_damaged_prior_is_named_in_one_line(config, tmp_path):
     prior = random_prior()
     save_torch(tmp_path / "prior.pt", {"config": config, "prior": prior.state_dict()})
     with pytest.raises(ValueError, match="^prior .*prior.pt does not fit this code: .") as error:
         load_prior(tmp_path / "prior.pt")
     assert "\n" not in str(error.value)
+    next(prior.parameters()).data.fill_(math.nan)
+    save_torch(tmp_path / "prior.pt", {"config": prior.config, "prior": prior.state_dict()})
+    with pytest.raises(ValueError, match="does not fit this code: .* = 'NaN or infinity', allowed: finite numbers"):
+        load_prior(tmp_path / "prior.pt")
 
 
 def test_the_prior_that_ships_is_of_the_checkpoint_that_ships():

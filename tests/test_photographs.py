@@ -89,6 +89,16 @@ def test_what_was_measured_before_it_was_stopped_is_printed(error, run, tmp_path
     assert "\n1 photographs of" in f"\n{printed.out}" and "| AVIF" in printed.out
 
 
+def test_stopped_before_the_first(run, tmp_path, monkeypatch, capsys):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(photographs, "load_image", stop)
+    with pytest.raises(SystemExit, match="^1$"):
+        run(f"PHOTOS={tmp_path / 'photos'}", tmp_path / "a.pt")
+    assert "stopped before" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["PHOTOS=nowhere", "COUNT=0", "SEARCH=-1", "PHOTOS=outputs"])
 def test_what_is_no_photographs(run, wrong, tmp_path):
     (tmp_path / "outputs").mkdir()

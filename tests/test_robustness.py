@@ -258,6 +258,13 @@ def test_progress_bars_without_a_stderr(tmp_path):
     assert ended.stdout == b"3\n"
 
 
+def test_a_terminal_that_cannot_show_a_letter():
+    command = [sys.executable, "-c", "import errors; print('Fr\u00e9chet')"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, cwd=Path(train.__file__).parent, env=environment, capture_output=True)
+    assert ended.stdout == b"Fr\\xe9chet\n"
+
+
 @pytest.mark.parametrize("name", ["outputs", "checkpoints"])
 def test_a_place_that_cannot_be_written_is_noticed_at_once(name):
     Path(name).write_text("no folder")

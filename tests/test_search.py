@@ -167,6 +167,8 @@ def test_a_search_of_many_images_goes_on_where_it_was_stopped(monkeypatch):
         assert len(list(Path("data").iterdir())) == count
     search_dataset(model, originals[:5], 2, 1e-3, 10)  # the same weight
     assert len(list(Path("data").iterdir())) == count
+    flat = originals[:4].reshape(1, 3, 64, 64)  # the same bytes are other images
+    assert search_dataset(model, flat, 2).shape == (1, *(2 * side for side in found.shape[1:]))
     with pytest.raises(ValueError, match="^images = torch.float32, allowed: uint8$"):
         search_dataset(model, to_float(originals), 1)
 
