@@ -301,8 +301,8 @@ def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, ca
         assert decibels == pytest.approx(expected[1], abs=0.006) and 0.5 < similarity < 1
 
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
-    assert lines["BMS hyperprior (1802.01436), on CIFAR-10's originals, as published"] == [[896, 27.8], [1024, 28.7]]
-    assert lines["RECOMBINER (2309.17182), on CIFAR-10's originals, as published"] == [[896, 28.1], [1024, 28.8]]
+    assert lines["CST (by 2201.12904), as published of originals"] == [[568, 24.53], [1352, 31.82]]
+    assert lines["RECOMBINER (2309.17182), as published of originals"] == [[896, 28.1], [1024, 28.8]]
     assert lines["cifar fsq, stage 1"][0][0] == pytest.approx(bits)
     for codec in evaluate.CODEC_OPTIONS:  # more bits, less error
         assert len(lines[codec]) == 5 and np.all(np.diff(lines[codec], axis=0) > 0)
@@ -335,7 +335,13 @@ def test_residual_codebooks_are_measured_and_drawn_one_by_one(shipped, folder, t
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["images"] + [f"{bits} bits\n{value:.2f} dB" for bits, value in zip((4, 8), decibels)]
 
-    shipped(tmp_path / "one.pt", "BATCH_SIZE=250")
+    (tmp_path / "file").touch()
+    for wrong in (f"CODECS={tmp_path}/file/a.png", f"CODECS={tmp_path}/a.png DEPTHS={tmp_path}/a.png"):
+        with pytest.raises(SystemExit, match="^evaluate.py: "):  # before anything is measured
+            shipped(tmp_path / "one.pt", "BATCH_SIZE=250", *wrong.split())
+    assert "PSNR" not in capsys.readouterr().out
+
+    shipped(tmp_path / "one.pt", "BATCH_SIZE=250", "CODECS=None", "DEPTHS=depths.png")
     assert "no depths: no checkpoint" in capsys.readouterr().out and len(drawn) == 1
 
 
@@ -400,6 +406,13 @@ def test_a_priors_bits_stand_beside_codecs(shipped, folder, tmp_path, capsys):
     shown = measure_bits(prior, indices[:36], torch.full((36,), 2))  # of the 38, those in the picture
     assert float(estimated.replace(",", "")) == round(shown)
     assert round(shown) != round(measure_bits(prior, indices, torch.full((38,), 2)))
+    shipped(tmp_path / "small.pt", "SEARCH=1")  # the encoder's tokens beside those that were searched for
+    rows = [[cell.strip() for cell in line.split("|")[1:5]]
+            for line in capsys.readouterr().out.splitlines() if "stage 1" in line]
+    (name, _, searched, _), own, (longer_name, with_prior, *_) = rows[-3:]
+    assert (name, longer_name) == ("cifar fsq, stage 1, searched", "cifar fsq, stage 1, searched, with its prior")
+    assert own == ["cifar fsq, stage 1", "506", *(figure.strip() for figure in plain)]
+    assert float(searched) > float(own[2]) and with_prior != estimated.strip()
     content["prior"] = {}
     save_torch(tmp_path / "broken.pt", content | {"constants": {"tokenizer": tokenizer}})
     with pytest.raises(SystemExit, match="evaluate.py: prior .*broken.pt does not fit"):  # before anything is measured
