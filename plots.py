@@ -66,7 +66,7 @@ def plot_curves(path: Path, history: list[dict], losses: list[str], metrics: lis
             panels[0].semilogy(epochs, [row[name] or math.nan for row in history], ".-", label=name)
     panels[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(-0.2, 1))
     panels[0].minorticks_off()
-    panels[0].set_title("losses", fontsize=10)
+    panels[0].set_title("losses, before their weights", fontsize=10)
     for axes, name in zip(panels[1:], metrics):
         axes.plot(epochs, [row[name] for row in history], ".-")
         axes.set_title(name, fontsize=10)

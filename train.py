@@ -272,13 +272,13 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, teacher_z: Tensor | None,
                 discriminator: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
-        """All losses, with their weighted sum as "loss", and the reconstructions (B, 3, H, W).
+        """All losses before their weights, their weighted sum as "loss", and the reconstructions (B, 3, H, W).
 
         images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): the frozen encoder's features of them, None where there
         is no such encoder, and then no loss in its features; discriminator: None as long as the GAN is off.
         """
         with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-            z = teacher_z if self.model.frozen else self.model.encoder(images)
+            z = teacher_z if self.model.frozen else self.model.encoder(images)  # the same as long as it is frozen
             z_q, quantizer_loss, _ = self.model.quantize(z)
             output = self.model.decode(z_q)
             l2_loss = F.mse_loss(output, images)
