@@ -1,5 +1,6 @@
 """How a script ends where something goes wrong: in one line, not in a traceback. Imported before torch, which takes
-seconds: from then on Ctrl-C does that, too, and a closed stderr, which progress bars would fail at, is replaced."""
+seconds: from then on Ctrl-C does that, too, a closed stderr, which progress bars would fail at, is replaced, and what
+stdout cannot encode is escaped."""
 import contextlib
 import os
 import sys

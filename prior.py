@@ -134,9 +134,10 @@ class Prior(nn.Module):
         return each.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
 
     def check_labels(self, labels: object, count: int) -> Tensor:
+        """as_labels, where they are `count` of this prior's; ValueError otherwise"""
         labels = as_labels(labels)
-        check(len(labels) == count and 0 <= labels.min() and labels.max() <= self.classes, "labels", labels.tolist(),
-              f"{count} whole numbers from 0 to {self.classes}, the last for no class")
+        check(len(labels) == count and 0 <= labels.min() and labels.max() <= self.classes, "labels",
+              reprlib.repr(labels.tolist()), f"{count} whole numbers from 0 to {self.classes}, the last for no class")
         return labels
 
     def generate(self, labels: Tensor, **options) -> Tensor:

@@ -278,7 +278,7 @@ class Objective(nn.Module):
         is no such encoder, and then no loss in its features; discriminator: None as long as the GAN is off.
         """
         with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-            z = teacher_z if self.model.frozen else self.model.encoder(images)  # the same as long as it is frozen
+            z = teacher_z if self.model.frozen else self.model.encoder(images)  # known, where it is frozen
             z_q, quantizer_loss, _ = self.model.quantize(z)
             output = self.model.decode(z_q)
             l2_loss = F.mse_loss(output, images)

@@ -301,6 +301,7 @@ def test_codecs_get_one_picture_at_the_tokens_bits(shipped, folder, tmp_path, ca
         assert decibels == pytest.approx(expected[1], abs=0.006) and 0.5 < similarity < 1
 
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines["BMS hyperprior (by 2201.12904), as published of originals"] == [[764, 26.83], [1139, 29.50]]
     assert lines["CST (by 2201.12904), as published of originals"] == [[568, 24.53], [1352, 31.82]]
     assert lines["RECOMBINER (2309.17182), as published of originals"] == [[896, 28.1], [1024, 28.8]]
     assert lines["cifar fsq, stage 1"][0][0] == pytest.approx(bits)
