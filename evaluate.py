@@ -67,7 +67,7 @@ BATCH_SIZE = 250
 CODECS = None  # a path: plot PSNR over bits an image there, of the checkpoints and of JPEG, WebP and AVIF
 PRIOR = None  # with CODECS, a path: a prior that generate.py made, with which its tokenizer's tokens take fewer bits
 DEPTHS = None  # a path: draw images there from the first of residual codebooks, the first two and so on
-SEARCH = 0  # sweeps of search.py over the test images' tokens; 0: the encoder's own, which probes learn from in any case
+SEARCH = 0  # sweeps of search.py over the test images' tokens; 0: the encoder's own, which probes always learn from
 IMAGE_WEIGHT = 0.0  # of search.py: 10 keeps what an image's mean features tell, for some PSNR
 SHIP = False  # True: put 8-bit copies into checkpoints/pretrained and record their figures there
 
