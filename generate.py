@@ -1,237 +1,330 @@
 """Generate images: train a masked diffusion model over a checkpoint's tokens, and measure what they cost in bits.
 
-    python generate.py                                  tokens of vqrae_fsq.pt, with the constants below
-    python generate.py CHECKPOINT=checkpoints/<run>/fsq_stage2_best.pt DATASET=shapes
+    python generate.py                                     the tokens of vqrae_fsq.pt
+    python generate.py CHECKPOINT=<path> DATASET=shapes    those of another checkpoint
 
-Some of an image's tokens are masked, any number of them, and predicted from the others and the class: absorbing-state
-discrete diffusion (MD4, 2406.04329), in prior.py. Grids of samples go to outputs/<run>/, the model to
-checkpoints/<run>/prior.pt. A run that was stopped resumes after its last epoch; a finished one is measured again, with
-the present constants of sampling.
+    prior = load_prior("checkpoints/pretrained/prior.pt")          ships, for vqrae_fsq.pt
+    vqrae.decode_from_indices(prior.generate(torch.arange(10)))    an image of each class
+    prior.fill(indices, mask, labels)                              new tokens where mask is True
+
+Masked tokens, any number of them, are predicted from the others and the class: absorbing-state discrete diffusion
+(MD4, 2406.04329). Samples go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes a run.
 """
-import contextlib
-import hashlib
 import json
 import math
 import sys
 import time
-from errors import one_line_errors
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import plots
 import utils
-from evaluate import frechet_distance, linear_probe, pooled_features, reference_encoder
-from models import PRETRAINED_DIR, VQRAE
-from optimization import BF16Weights, adamw_and_muon, load_states, prepare_cpu, take_step
-from prior import Prior, batch_size, build_prior, draw_masks, load_prior, measure_bits, training_loss
-from quantizers import check, fast_bf16
-from utils import Dataset, select_images, to_float
+from evaluate import frechet_distance, linear_probe, pooled_features
+from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, build_encoder, transformer
+from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
+from quantizers import Quantizer, check, join_indices, split_indices
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-
-# tokens
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py; prior.pt was made for this one
-DATASET = "auto"  # one of the names in train.py
-FLIP = True  # mirror half of the training images, at random
+gpu = device == "cuda"
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py
+DATASET = "auto"  # as in train.py
+FLIP = True  # mirror half of the training images
 # model
-DIM = 192  # width of the model
+DIM = 192  # width
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
-EPOCHS = 200 if device == "cuda" else 6  # 80 minutes on one CPU core, some 45 on two, with measuring
-BATCH_SIZE = 128 if device == "cuda" else 32  # in few epochs more steps count for more than larger batches
-LEARNING_RATE = 1e-3 if device == "cuda" else 2e-3  # AdamW's; of Muon, for matrices, twice this; warm-up, cosine decay
-DROP_LABEL = 0.1  # share of images whose class the model is not told, for guidance
-PRECISION = "bf16" if fast_bf16(device) else "fp32"
-EVAL_IMAGES = 1_000  # test images whose bits are measured after each epoch; at the end: all
+EPOCHS = 200 if gpu else 6
+BATCH_SIZE = 128 if gpu else 32  # in few epochs, steps matter more than large batches
+LEARNING_RATE = 1e-3 if gpu else 2e-3  # AdamW's; Muon's is twice this
+DROP_LABEL = 0.1  # fraction of images whose class is hidden, for guidance
+EVAL_IMAGES = 1_000  # test images measured after each epoch; at the end: all
 SEED = 0
-# sampling: not part of a run's name
-STEPS = 16  # in which an image's tokens are filled
-GUIDANCE = 4.0  # on average: it rises from step to step. 1: none; more makes samples more like their class
+# sampling
+STEPS = 16  # to fill an image's tokens
+GUIDANCE = 4.0  # 1: none. More makes samples more like their class
 TEMPERATURE = 1.0
-SAMPLES = 10_000  # for the Fréchet distance and the probe
+SAMPLES = 10_000  # for Fréchet distance and probe
+
+autocast = torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device))
+most_codes, code_dim = 2**17, 16  # up to so many codes are known, by 16 principal components
+
+
+class Prior(nn.Module):
+    """The distribution of a grid of tokens, given a class or not.
+
+    A token's sub-indices are FSQ's levels, indices in several codebooks, or a cluster of one codebook and an index in
+    it. An unmasked token enters as the sum of their embeddings, a masked one as a learned vector. Its sub-indices
+    depend on each other most: each is predicted from the blocks' output and those before it (NADE, 1605.02226).
+
+    FSQ's levels are coordinates, other indices are not: with knows_codes, a linear map of the code enters, too. Logits
+    then add a learned query's product with the mean of all codes that begin so, and with that mean's squared length.
+    """
+
+    def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
+                 codebook_size: int = 0, knows_codes: bool = False):
+        """sizes: of the sub-indices; grid: (h, w); codebook_size: that of a codebook in clusters, else 0."""
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config, self.sizes, self.grid, self.classes = config, tuple(sizes), tuple(grid), classes
+        self.tokens, number = math.prod(grid), len(sizes)
+        for name in ("to_sorted", "from_sorted"):  # the codebook's indices, sorted into clusters, and back
+            self.register_buffer(name, torch.arange(codebook_size))
+        self.embed = nn.Linear(sum(sizes), dim, bias=False)
+        self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class
+        self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
+        self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        pairs = [(ResidualBlock(dim, dim * 2 // 3), OnGrid(*transformer(dim, 1, -(-dim // 64)))) for _ in range(depth)]
+        self.blocks = nn.Sequential(*sum(pairs, ()))
+        self.norm, self.project = nn.LayerNorm(dim), nn.Linear(dim, number * dim)
+        self.from_earlier = nn.Parameter(torch.randn(sum(sizes), number * dim) * 0.1)
+        row, column = torch.arange(number).repeat_interleave(torch.tensor(sizes)), torch.arange(number * dim) // dim
+        self.register_buffer("earlier", row[:, None] < column, persistent=False)  # sub-indices act on later ones only
+        self.heads = nn.ModuleList(nn.Linear(dim, size + knows_codes * (code_dim + 1)) for size in sizes)
+        for p in self.heads.parameters():  # at first all sub-indices are equally likely
+            nn.init.zeros_(p)
+        if knows_codes:
+            self.register_buffer("codes", torch.zeros(math.prod(sizes), code_dim))
+            self.embed_code = nn.Linear(code_dim, dim, bias=False)
+
+    def split(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) -> sub-indices x (B, N, k)."""
+        indices = indices.flatten(1).to(self.mask.device, torch.int64)
+        return split_indices(self.to_sorted[indices] if len(self.to_sorted) else indices, self.sizes)
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        """sub-indices (..., k) -> (..., sum of sizes), k of them 1."""
+        starts = x.new_tensor([0, *self.sizes[:-1]]).cumsum(0)
+        return self.mask.new_zeros(*x.shape[:-1], sum(self.sizes)).scatter_(-1, x + starts, 1)
+
+    def features(self, x: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
+        """sub-indices (B, N, k), masked (B, N) bool, labels (B,) -> features of masked tokens (M, dim)."""
+        z = self.embed(self.one_hot(x))
+        if self.config["knows_codes"]:
+            z = z + self.embed_code(self.codes[join_indices(x, self.sizes)])
+        z = torch.where(masked[..., None], self.mask, z) + self.position + self.embed_label(labels)[:, None]
+        return self.norm(self.blocks(z.mT.unflatten(2, self.grid)).flatten(2).mT[masked])
+
+    def logits(self, features: Tensor, x: Tensor) -> list[Tensor]:
+        """features (M, dim), sub-indices (M, k) -> logits (M, size) of each, given the earlier ones."""
+        hidden = F.gelu(self.project(features) + self.one_hot(x) @ (self.from_earlier * self.earlier))
+        logits = [head(z).float() for head, z in zip(self.heads, hidden.chunk(len(self.heads), 1))]
+        for k, size in enumerate(self.sizes if self.config["knows_codes"] else ()):
+            before = math.prod(self.sizes[:k])
+            means = self.codes.view(-1, size, before, code_dim).mean(0)  # of the codes that begin so
+            means = torch.cat([means, means.square().sum(2, keepdim=True)], 2)
+            means = (means - means.mean(0))[:, join_indices(x, self.sizes) % before]
+            plain, query = logits[k].split([size, code_dim + 1], 1)
+            with torch.autocast(query.device.type, enabled=False):  # bf16 would round where codes lie
+                logits[k] = plain + torch.einsum("md,smd->ms", query, means)
+        return logits
+
+    def forward(self, x: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
+        """As `features`, with a masked token or more in each image -> N times the mean bits of masked tokens (B,).
+
+        Its mean over draw_masks is MD4's continuous-time bound on -log2 p(tokens | label), with a mask ratio t uniform
+        in [0, 1] and weight 1/t, in the form of any-order models (2110.02037).
+        """
+        targets = x[masked]
+        logits = self.logits(self.features(x, masked, labels), targets)
+        nats = sum(F.cross_entropy(z, target, reduction="none") for z, target in zip(logits, targets.mT))
+        each = torch.zeros(masked.shape, device=nats.device).masked_scatter(masked, nats)
+        return each.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
+
+    def generate(self, labels: Tensor, **options) -> Tensor:
+        """labels (B,) -> indices (B, h, w) of new images; options: as in `fill`."""
+        mask = torch.ones(len(labels), *self.grid, dtype=torch.bool)
+        return self.fill(mask.long(), mask, labels, **options)
+
+    @torch.no_grad()
+    def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 16,
+             guidance: float = 4.0, temperature: float = 1.0) -> Tensor:
+        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
+
+        The order is random. Later steps fill more tokens, as these depend less on each other then (MaskGIT's square
+        schedule, 2202.04200). labels: `classes` is no class, None that for all. guidance: the mean classifier-free
+        scale (2207.12598); it rises from about 1 (Muse, 2301.00704). ValueError for other shapes or ranges.
+        """
+        none, size = torch.full((len(indices),), self.classes), math.prod(self.sizes)
+        labels = none if labels is None else labels.cpu()
+        valid = indices.shape[1:] == self.grid and 0 <= indices.min() <= indices.max() < size
+        check(valid, "indices", tuple(indices.shape), f"(B, *{self.grid}), whole numbers below {size}")
+        valid = labels.shape == none.shape and 0 <= labels.min() <= labels.max() <= self.classes
+        check(valid, "labels", labels.tolist(), f"{len(none)} whole numbers from 0 to {self.classes}")
+        check(mask.shape == indices.shape and mask.dtype == torch.bool, "mask", tuple(mask.shape), "bool, as indices")
+        check(steps >= 1 and guidance >= 1 and temperature > 0, "steps, guidance, temperature",
+              (steps, guidance, temperature), "1 or more, 1 or more, above 0")
+
+        x, masked = self.split(indices), mask.flatten(1).to(self.mask.device)
+        count = masked.sum(1, keepdim=True)
+        order = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
+        steps = count.clamp(max=steps)  # of each image
+        conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
+        for step in range(1, int(steps.max()) + 1):
+            chosen = masked & (order < (count * (step / steps) ** 2).clamp(min=step))
+            scale = (1 + (guidance - 1) * (2 * step - 1) / steps).expand_as(chosen)[chosen][:, None]
+            features = [self.features(x, masked, given.to(masked.device))[chosen[masked]] for given in conditions]
+            drawn = torch.zeros_like(x[chosen])
+            for k in range(len(self.sizes)):
+                logits = [self.logits(z, drawn)[k] for z in features]
+                logits = logits[-1] + scale * (logits[0] - logits[-1])
+                drawn[:, k] = torch.multinomial((logits / temperature).softmax(1), 1)[:, 0]
+            x[chosen] = drawn
+            masked = masked & ~chosen
+        filled = join_indices(x, self.sizes)
+        return (self.from_sorted[filled] if len(self.from_sorted) else filled).view(indices.shape)
+
+
+def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 192, depth: int = 3) -> Prior:
+    """A prior of this quantizer's tokens. A single codebook of K codes is sorted into about sqrt(K) clusters."""
+    size, sizes = quantizer.codebook_size, list(getattr(quantizer, "levels", quantizer.codebook_sizes))
+    check(size > 0, "quantizer", type(quantizer).__name__, "one that has codes")
+    single, knows_codes = len(sizes) == 1, not hasattr(quantizer, "levels") and size <= most_codes
+    if single:
+        clusters = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+        sizes = [clusters, size // clusters]
+    prior = Prior(sizes, grid, classes, dim, depth, size * single, knows_codes)
+    if knows_codes:
+        codes = quantizer.get_codebook_entry(torch.arange(size)).detach().cpu()
+        codes = codes - codes.mean(0)
+        codes = codes @ torch.linalg.eigh(codes.T.cov()).eigenvectors[:, -code_dim:]  # PCA
+        if single:  # the cluster is the first sub-index
+            prior.from_sorted.copy_(sort_codes(codes, torch.arange(size)).view(sizes).T.flatten())
+            prior.to_sorted.copy_(prior.from_sorted.argsort())
+            codes = codes[prior.from_sorted]
+        prior.codes[:, : codes.shape[1]] = codes / codes.square().mean().sqrt()
+    return prior
+
+
+def sort_codes(codes: Tensor, order: Tensor) -> Tensor:
+    """Sort `order`, indices of codes (K, D), along the axis on which they vary most, then each half by itself."""
+    if len(order) < 2:
+        return order
+    order = order[codes[order][:, codes[order].var(0).argmax()].argsort()]
+    return torch.cat([sort_codes(codes, half) for half in order.tensor_split(2)])
+
+
+def load_prior(path: str | Path) -> Prior:
+    """The prior in a file of this script, in eval mode. ValueError for any other file."""
+    return utils.load_model(path, Prior)[0]
+
+
+def draw_masks(count: int, tokens: int) -> Tensor:
+    """(count, tokens) bool: 1 to `tokens` a row, in numbers that are spread evenly, for less variance."""
+    ratio = (torch.randperm(count) + torch.rand(1)) / count % 1
+    return torch.rand(count, tokens).argsort(1) < (ratio * tokens).long()[:, None] + 1
+
+
+@torch.no_grad()
+def measure_bits(prior: Prior, indices: Tensor, labels: Tensor, masks: int = 8) -> float:
+    """The bound in bits an image, in fp32: a mean over indices (N, h, w) with labels (N,), `masks` masks each."""
+    bits, device = [], prior.mask.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for batch, given in tqdm([*zip(indices.split(250), labels.split(250))] * masks, "measuring", leave=False):
+            bits.append(prior(prior.split(batch), draw_masks(len(batch), prior.tokens).to(device), given.to(device)))
+    return torch.cat(bits).mean().item()
 
 
 def main():
-    if device == "cpu":
+    if not gpu:
         prepare_cpu()
-    with one_line_errors(ValueError, RuntimeError, OSError):
-        constants = utils.read_constants(globals())
-        check_constants()
-        vqrae = utils.load_checkpoint(CHECKPOINT).to(device)
-        data = utils.load_dataset(DATASET, vqrae.config["image_size"])
-        check(BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"at most {len(data.train_images)}")
-        check(len(data.test_images) > 1, "DATASET", DATASET, "two test images or more: a distance needs a variance")
-        if data.train_labels is None:  # the one label there is: no class
-            data = data._replace(train_labels=torch.zeros(len(data.train_images), dtype=torch.int64),
-                                 test_labels=torch.zeros(len(data.test_images), dtype=torch.int64))
-        utils.seed_everything(SEED)
-        grid = [data.size // vqrae.token_size] * 2
-        prior = build_prior(vqrae.quantizer, grid, len(data.classes), DIM, DEPTH).to(device)
-        tokens = load_tokens(vqrae, data)
-        content = hashlib.sha256(b"".join(part.numpy().tobytes() for part in tokens.values()))
-        constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": data.name, "content": content.hexdigest()[:12],
-                      "labels": utils.digest((data.classes, data.train_labels.tolist(), data.test_labels.tolist())),
-                      "tokenizer": utils.hash_file(CHECKPOINT)}
-        drawn_with = {name: constants.pop(name) for name in ("STEPS", "GUIDANCE", "TEMPERATURE", "SAMPLES")}
-        name = f"prior_{data.name}_{vqrae.config['quantizer']}_{utils.digest(constants)}"
-        outputs, last = Path("outputs", name), Path("checkpoints", name, "last.pt")
-        lock = utils.lock_run(outputs, last.parent)  # what must not be written fails here, not after an epoch
-        saved = utils.load_torch(last, "epoch", "history") if last.exists() else {"epoch": 0, "history": []}
-    print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, {prior.tokens} "
-          f"tokens, {vqrae.quantizer.codebook_size:,} codes, {sum(p.numel() for p in prior.parameters()) / 1e6:.1f} M "
-          f"parameters, {device}", flush=True)
-    if saved["epoch"]:
-        print(f"resuming after epoch {saved['epoch']}")
-    try:
-        with lock:
-            train(prior, vqrae, tokens, data, saved, last, constants)
-            measure(load_prior(last.with_name("prior.pt")).to(device), vqrae, tokens, data, outputs, drawn_with)
-    except KeyboardInterrupt:
-        sys.exit(f"\ngenerate.py: stopped; the same command goes on after epoch {saved['epoch']}")
-    except ValueError as error:
-        sys.exit(f"generate.py: {error}; {last.parent}/ keeps what was trained")
+    constants = utils.read_constants(globals(), sys.argv[1:])
+    check(0 < DROP_LABEL < 1, "DROP_LABEL", DROP_LABEL, "between 0 and 1")
+    vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
+    dataset, files = utils.find_dataset(DATASET)
+    name = utils.digest((constants, dataset, files, stat.st_size, stat.st_mtime_ns))
+    run = utils.Run(f"prior_{Path(dataset).resolve().name}_{vqrae.config['quantizer']}_{name}")
+    data = utils.load_dataset(dataset, vqrae.config["image_size"])
+    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{utils.DECODE_GB} GB of images at most")
+    check(0 < BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}")
+    if data.train_labels is None:  # the one label there is: no class
+        labels = [torch.zeros(len(images)).long() for images in (data.train_images, data.test_images)]
+        data = data._replace(train_labels=labels[0], test_labels=labels[1])
+    utils.seed_everything(SEED)
+    prior = build_prior(vqrae.quantizer, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH).to(device)
+    tokens = load_tokens(vqrae.to(device), data, run.checkpoints / "tokens.pt")
+    print(f"{run.name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
+          f"{sum(p.numel() for p in prior.parameters()) / 1e6:.1f} M parameters, {device}", flush=True)
+    train(prior, vqrae, tokens, data, run, constants)
+    measure(load_prior(run.checkpoints / "prior.pt").to(device), vqrae, tokens, data, run)
 
 
-def load_tokens(vqrae: VQRAE, data: Dataset) -> dict[str, Tensor]:
-    """The indices (N, h, w) of training images, "train" (with FLIP mirrored ones after them), and "test" images, made
-    once and kept in data/, with a hash of checkpoint, images and code in their name."""
-    code = [utils.hash_file(Path(__file__).with_name(name)) for name in ("models.py", "quantizers.py")]
-    content = hashlib.sha256(Path(CHECKPOINT).read_bytes() + bytes([FLIP]) + "".join(code).encode())
-    for images in (data.train_images, data.test_images):
-        content.update(images.numpy())
-    path = Path("data", f"tokens_{content.hexdigest()[:12]}.pt")
-    with contextlib.suppress(ValueError):  # there is no such file, or a broken one
-        return utils.load_torch(path, "train", "test")
-    tokens, dtype = {}, torch.int32 if vqrae.quantizer.codebook_size <= 2**31 else torch.int64
-    for split, images, copies in (("train", data.train_images, 1 + FLIP), ("test", data.test_images, 1)):
-        batches = torch.arange(copies * len(images)).split(max(1, 2**18 // data.size**2))
-        batches = tqdm(batches, f"tokenizing {split} images", leave=False)
-        tokens[split] = torch.cat([vqrae.encode_to_indices(to_float(select_images(images, index).to(device)))
-                                   .to("cpu", dtype) for index in batches])
-    with contextlib.suppress(OSError):  # another user's data/ may be read-only, or the disk full
-        utils.save_torch(path, tokens)
-    return tokens
+def load_tokens(vqrae: VQRAE, data: utils.Dataset, path: Path) -> dict[str, Tensor]:
+    """Indices (N, h, w) of "test" and "train" images. With FLIP, mirrored training images follow."""
+    def tokenize(images: Tensor, mirrored: bool = False) -> Tensor:
+        batches = (utils.to_float(batch.to(device)) for batch in tqdm(images.split(250), "tokenizing", leave=False))
+        return torch.cat([vqrae.encode_to_indices(x.flip(3) if mirrored else x).cpu() for x in batches])
+
+    if not path.exists():
+        train = torch.cat([tokenize(data.train_images, mirrored) for mirrored in range(1 + FLIP)])
+        utils.save_torch(path, {"train": train, "test": tokenize(data.test_images)})
+    return utils.load_torch(path, "train", "test")
 
 
-def train(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, saved: dict, last: Path, constants: dict):
-    """Train from the epoch after saved["epoch"], and leave a grid of samples, a table and checkpoints after each."""
-    outputs, labels, history = Path("outputs", last.parent.name), data.train_labels, saved["history"]
-    steps_per_epoch = len(labels) // BATCH_SIZE
-    steps = EPOCHS * steps_per_epoch
-    optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
+def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: utils.Dataset, run: utils.Run, constants: dict):
+    """Train from the first epoch or where the run was stopped. Each epoch writes samples and a checkpoint."""
+    labels, optimizers = data.train_labels, adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     state = {"prior": prior} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    objective = BF16Weights(prior) if PRECISION == "bf16" else prior
-    if saved["epoch"]:
-        load_states(state, saved, last)
-        save_prior(prior, last.with_name("prior.pt"), history[-1], constants)  # should it have been lost
     print(" epoch   bits a token: training    test  images/s  seconds")
-    for epoch in range(saved["epoch"] + 1, EPOCHS + 1):
-        utils.seed_everything(SEED, epoch)  # an epoch is the same in a run that was resumed before it
-        start, losses = time.time(), []
-        order = torch.randperm(len(labels))[: steps_per_epoch * BATCH_SIZE].view(-1, BATCH_SIZE)
-        for done, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
-            copy = len(labels) * torch.randint(1 + FLIP, (BATCH_SIZE,))
+    for epoch in range(run.resume(state), EPOCHS + 1):
+        utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
+        start, log = time.time(), []
+        order = torch.randperm(len(labels)).split(BATCH_SIZE)[: len(labels) // BATCH_SIZE]
+        for step, index in enumerate(tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False), (epoch - 1) * len(order)):
+            copy = len(labels) * torch.randint(1 + FLIP, (BATCH_SIZE,))  # the image, or its mirror image
             given = labels[index].masked_fill(torch.rand(BATCH_SIZE) < DROP_LABEL, prior.classes)
             masked = draw_masks(BATCH_SIZE, prior.tokens).to(device)
-            with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-                digits = prior.to_digits(tokens["train"][index + copy])
-                each = objective(digits, masked, given.to(device)) / prior.tokens
-            training_loss(each, masked).backward()
-            take_step(optimizers, done, steps)
+            with autocast:
+                bits = prior(prior.split(tokens["train"][index + copy]), masked, given.to(device)) / prior.tokens
+            (bits * masked.float().mean(1)).mean().backward()  # without the bound's 1/t: MaskGIT's mean cross-entropy
+            take_step(optimizers, step, EPOCHS * len(order))
             prior.zero_grad()
-            losses.append(each.detach().mean())
-        bits, seconds = torch.stack(losses).mean().item(), time.time() - start
-        test_bits = measure_bits(prior, tokens["test"][:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES]) / prior.tokens
-        if not math.isfinite(bits + test_bits):
-            sys.exit(f"generate.py: the loss is not finite in epoch {epoch}; checkpoints of earlier epochs are kept")
-        row = {"epoch": epoch, "bits": bits, "test_bits": test_bits, "images_per_second": order.numel() / seconds,
-               "seconds": seconds}
-        print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
-        history.append(row)
-        utils.write_csv(outputs / "metrics.csv", history)
-        classes = torch.arange(min(max(prior.classes, 1), 10))  # a column for each
-        images = sample(prior, vqrae, classes.repeat(8))
-        plots.save_grid(outputs / f"epoch_{epoch:03}.png", *images.chunk(2), columns=len(classes))
-        save_prior(prior, last.with_name("prior.pt"), row, constants)
-        parts = {name: part.state_dict() for name, part in state.items()}
-        utils.save_torch(last, {"epoch": epoch, "history": history, **parts})
-        saved["epoch"] = epoch
+            log.append(bits.detach().mean())
+        took, bits = time.time() - start, torch.stack(log).mean().item()
+        test_bits = measure_bits(prior, tokens["test"][:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES], 1) / prior.tokens
+        row = {"epoch": epoch, "bits": bits, "test_bits": test_bits, "seconds": took}
+        print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {len(order) * BATCH_SIZE / took:9,.0f} {took:8.0f}", flush=True)
+        classes = torch.arange(min(max(prior.classes, 1), 10))
+        utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
+        weights = {name: w.half() if w.is_floating_point() else w for name, w in prior.state_dict().items()}
+        content = {"config": prior.config, "model": weights, "metrics": row, "constants": constants}
+        utils.save_torch(run.checkpoints / "prior.pt", content)
+        run.save(row, state)
 
-
-def save_prior(prior: Prior, path: Path, metrics: dict, constants: dict):
-    """In 16-bit numbers, 6 MB by default; load_prior reads it."""
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in prior.state_dict().items()}
-    utils.save_torch(path, {"config": prior.config, "prior": weights, "metrics": metrics, "constants": constants})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
 
 @torch.no_grad()
-def sample(prior: Prior, vqrae: VQRAE, labels: Tensor, indices: Tensor | None = None,
-           mask: Tensor | None = None) -> Tensor:
-    """uint8 images (B, 3, H, W) of classes (B,), from indices (B, h, w) with those drawn anew where mask is True, or
-    all of them."""
-    images, options = [], {"steps": STEPS, "guidance": GUIDANCE, "temperature": TEMPERATURE}
-    for i in tqdm(torch.arange(len(labels)).split(batch_size(prior)), "sampling", leave=False):
-        with torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16"):
-            filled = (prior.generate(labels[i], **options) if mask is None
-                      else prior.fill(indices[i], mask[i], labels[i], **options))
-        images.append((vqrae.decode_from_indices(filled) * 255).round().byte().cpu())
+def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
+    """uint8 images (B, 3, H, W) of classes (B,)."""
+    images = []
+    for some in tqdm(labels.split(250), "sampling", leave=False):
+        with autocast:
+            indices = prior.generate(some, steps=STEPS, guidance=GUIDANCE, temperature=TEMPERATURE)
+        images.append((vqrae.decode_from_indices(indices) * 255).round().byte().cpu())
     return torch.cat(images)
 
 
-def measure(prior: Prior, vqrae: VQRAE, tokens: dict, data: Dataset, outputs: Path, drawn_with: dict):
-    """Bits, samples and their distance from test images, in the features of the shipped encoder; results.json."""
+def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: utils.Dataset, run: utils.Run):
+    """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. These are
+    in features of the shipped encoder, which learned CIFAR-10's labels."""
     labels, test = data.test_labels, tokens["test"]
-    results = {**drawn_with, "tokens": prior.tokens,
-               "nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
+    results = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
                "bits_given_class": measure_bits(prior, test, labels)}
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
-    samples = sample(prior, vqrae, classes)
-    encoder = reference_encoder(samples.shape[-1])
-    features = [pooled_features(encoder, images) for images in (data.train_images, data.test_images, samples)]
-    results["frechet"] = frechet_distance(features[1], features[2])
-    probes = ""
-    if prior.classes:
-        for name, x, y in (("probe_test", features[1], labels), ("probe_samples", features[2], classes)):
-            results[name] = linear_probe(features[0], data.train_labels.to(device), x, y.to(device))
-        probes = f", probe {results['probe_samples']:.1%} (test images {results['probe_test']:.1%})"
-    nearest = torch.cdist(features[2][:20], features[0]).argmin(1).cpu()
-    plots.save_grid(outputs / "nearest.png", samples[:20], data.train_images[nearest], columns=20)
-
-    originals, mask = data.test_images[:8], torch.zeros(len(test[:8]), *prior.grid, dtype=torch.bool)
-    top, left = (side // 4 for side in prior.grid)
-    mask[:, top : prior.grid[0] - top, left : prior.grid[1] - left] = True  # a hole of half the height and width
-    pixels = F.interpolate(mask[:, None].float(), originals.shape[-2:]).bool()
-    fillings = [sample(prior, vqrae, labels[:8], test[:8], mask) for _ in range(4)]
-    rows = torch.cat([originals, originals.masked_fill(pixels, 128), *fillings])  # in all, six
-    plots.save_grid(outputs / "inpainting.png", *rows.chunk(2), columns=len(originals))
-    utils.write_file(outputs / "results.json", json.dumps(results, indent=2).encode())
-    print(f"bits an image {results['bits']:.1f} ({results['bits'] / prior.tokens:.3f} a token), given its class "
-          f"{results['bits_given_class']:.1f} ({results['bits_given_class'] / prior.tokens:.3f}), nominal "
-          f"{results['nominal_bits']:.1f}\n{SAMPLES:,} samples: Fréchet distance in the shipped encoder's features "
-          f"{results['frechet']:.3f}{probes}\nsee {outputs}/")
-
-
-def check_constants():
-    """ValueError, naming the constant, its value and what is allowed, before anything is read."""
-    utils.check_ranges(
-        globals(), DIM=(2, 4096), DEPTH=(1, 100), EPOCHS=(1, 10**6), BATCH_SIZE=(1, 10**6), STEPS=(1, 10**5),
-        EVAL_IMAGES=(1, 10**9), SAMPLES=(20, 10**6), SEED=(0, 2**31 - 1), LEARNING_RATE=(1e-12, 1e3),
-        TEMPERATURE=(0.01, 100.0), GUIDANCE=(1.0, 1e3), DROP_LABEL=(0.01, 0.99))
-    check(DIM < 64 or DIM % 64 == 0, "DIM", DIM, "a multiple of 64, or less")
-    check(type(FLIP) is bool, "FLIP", FLIP, "True or False")
-    check(PRECISION in ("bf16", "fp32"), "PRECISION", PRECISION, '"bf16", "fp32"')
+    samples, encoder = sample(prior, vqrae, classes), build_encoder("cifar", vqrae.token_size).eval().to(device)
+    real, tested, drawn = (pooled_features(encoder, x) for x in (data.train_images, data.test_images, samples))
+    results["frechet"], results["frechet_of_training"] = (frechet_distance(tested, x) for x in (drawn, real[:SAMPLES]))
+    for name, x, y in (("probe_test", tested, labels), ("probe_samples", drawn, classes)) if prior.classes else ():
+        results[name] = linear_probe(real, data.train_labels.to(device), x, y.to(device))
+    with utils.replace_file(run.outputs / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2))
+    print(*(f"{name:20} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
 
 
 if __name__ == "__main__":
-    with one_line_errors(OSError, note="; files written before are whole, and the same command goes on from them",
-                         full="try less BATCH_SIZE, or end other programs there"):
+    with utils.one_line_errors("stopped; the same command goes on after the last epoch above"):
         main()

@@ -1,14 +1,27 @@
+"""What all tests share: an empty folder each, a small folder of images, and one small run of train.py."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = dict(os.environ)  # what test_gpu.py starts its processes with
 # results are compared bit for bit and between processes: on a CPU; set before any test imports torch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["PYTHONPATH"] = str(ROOT)
+sys.path.insert(0, str(ROOT))
+
+SMALL = ["CODEBOOK_SIZE=64", "DECODER_WIDTH=32", "DECODER_DEPTH=1", "EPOCH_IMAGES=0", "EVAL_IMAGES=0", "BATCH_SIZE=10"]
+
+
+def run_script(folder, script, *arguments, environment=os.environ):
+    """Run a script of the repository, "train.py" or "extras.search", in `folder`: its exit code, stdout and stderr."""
+    name = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    return subprocess.run([sys.executable, *name, *map(str, arguments)], cwd=folder, env=environment,
+                          capture_output=True, text=True)
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +38,23 @@ def reproducible(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A small folder of drawn images: 2 classes, 90 training and 38 test images."""
-    from utils import draw_shapes
+    """A small folder of drawn images, 32 pixels a side: 2 classes, 90 training and 38 test images."""
+    from extras.shapes import SHAPES, draw
 
     path = tmp_path_factory.mktemp("images") / "tiny"
-    data = draw_shapes(32, train=480, test=160)
-    splits = {"train": (data.train_images, data.train_labels), "test": (data.test_images, data.test_labels)}
-    for split, (images, labels) in splits.items():
-        for label in (3, 6):
-            (path / split / data.classes[label]).mkdir(parents=True)
-            for i in (labels == label).nonzero()[:, 0].tolist():
-                image = Image.fromarray(images[i].permute(1, 2, 0).numpy())
-                image.save(path / split / data.classes[label] / f"{i}.png")
+    images, labels = draw(640, 32)
+    for label in (3, 6):
+        for number, i in enumerate((labels == label).nonzero()[:, 0].tolist()):
+            file = path / ("train" if number < 45 else "test") / SHAPES[label] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(file)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory):
+    """The folder in which train.py has finished a small run of both stages, with EMA-VQ."""
+    path = tmp_path_factory.mktemp("trained")
+    done = run_script(path, "train.py", f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)")
+    assert done.returncode == 0, done.stderr
     return path

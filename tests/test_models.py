@@ -1,540 +1,399 @@
-import copy
+"""Encoders, decoders and VQRAE: features, shapes, images of any size, stages, losses; ViTs with random weights."""
+import itertools
 import json
 import math
 
-import numpy as np
+import huggingface_hub
+import matplotlib.cbook
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
-from torch import nn
+from safetensors.torch import load_file, save_file
 
-import downloads
 import models
-from models import ENCODERS, PRETRAINED_DIR, VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
-from pretrain import augment, initialize
-from utils import load_checkpoint, load_torch, save_checkpoint, save_torch
+from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips
+from utils import load_checkpoint, load_image
 
-OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 256, "code_dim": 8},
-           "ema_vq": {"codebook_size": 64, "code_dim": 8}, "ddcl": {}}
-SEVERAL = {"codebook_size": 16, "code_dim": 8, "codebooks": 2}
+TINY = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+QUANTIZERS = {"fsq": ("fsq", {"levels": [8, 6, 5]}), "simvq": ("simvq", {"codebook_size": 64}),
+              "ema_vq": ("ema_vq", {"codebook_size": 64, "code_dim": 8}), "ddcl": ("ddcl", {}),
+              "residual": ("ema_vq", {"codebook_size": 16, "code_dim": 8, "codebooks": 2})}
+SIZES = {"dinov2_s": (384, 12, 6, 14), "dinov2_b": (768, 12, 12, 14), "siglip_l": (1024, 24, 16, 16),
+         "siglip2_b": (768, 12, 12, 16), "mae_b": (768, 12, 12, 16)}  # width, depth, heads, patch
 
 
-SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
+def build(encoder="cifar", quantizer="fsq", **options):
+    """A small VQRAE in eval mode, whose blocks do something: they start as the identity."""
+    name, quantizer_options = QUANTIZERS[quantizer]
+    options = {"grid": 4 if encoder == "cnn" else 8, "decoder_width": 32, "decoder_depth": 1} | options
+    model = VQRAE(encoder, name, quantizer_options, **options)
+    model(torch.rand(3, 3, 32, 32))  # a training step, so that EMA-VQ has a codebook
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("conv2.weight"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
 
 
-def build(quantizer="fsq", quantizer_options=None, **options):
-    arguments = {"encoder": "cifar"} | SMALL | options
-    return VQRAE(quantizer=quantizer, quantizer_options=quantizer_options or OPTIONS.get(quantizer), **arguments)
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """The name of a ViT of timm's as its users save it: config.json and model.safetensors, all its weights random."""
+    path = tmp_path_factory.mktemp("vit")
+    save_vit("vit_small_patch14_reg4_dinov2", path, img_size=32, patch_size=8)
+    return f"local-dir:{path}"
+
+
+@pytest.fixture(params=["cifar", "cnn", "vit"])
+def encoder(request, vit):
+    return vit if request.param == "vit" else request.param
+
+
+def save_vit(architecture, path, **options):
+    model = timm.create_model(architecture, **TINY, **options).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    timm.models.save_for_hf(model, path, model_args=TINY | options, safe_serialization=True)
+
+
+def normalized(z, channels):
+    return (z - z.mean(channels, keepdim=True)) / (z.var(channels, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders
 
-
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:1000], lambda data: b"version https://git-lfs",
-                                    lambda data: data[:50_000] + bytes([data[50_000] ^ 1]) + data[50_001:]],
-                         ids=["empty", "cut", "a pointer of git-lfs", "one bit"])
-def test_a_damaged_encoder_is_named(damage, tmp_path, monkeypatch):
-    (tmp_path / "cifar_encoder.pt").write_bytes(damage((PRETRAINED_DIR / "cifar_encoder.pt").read_bytes()))
-    monkeypatch.setattr("models.PRETRAINED_DIR", tmp_path)
-    with pytest.raises(ValueError, match=r"^checkpoint .*cifar_encoder.pt cannot be read: [^\n]*$"):
-        build_encoder("cifar", 4)
-
-
 def test_shipped_encoder():
-    file = PRETRAINED_DIR / "cifar_encoder.pt"
-    assert file.stat().st_size < 12e6
-    torch.load(file, weights_only=True)
-    recipe = json.loads(file.with_suffix(".json").read_text())
-    assert recipe["DATASET"] and recipe["linear_probe_accuracy"] > 0.85
-    z = build_encoder("cifar", 4)(torch.rand(2, 3, 32, 32))
-    assert z.shape == (2, 256, 8, 8)
-    assert z.mean(1).abs().max() < 1e-5 and (z.var(1, correction=0) - 1).abs().max() < 1e-3
-    assert build_encoder("cifar", 4)(torch.rand(2, 3, 64, 50)).shape == (2, 256, 16, 13)  # padded to whole tokens
-    assert build_encoder("cifar", 8)(torch.rand(2, 3, 64, 50)).shape == (2, 256, 8, 7)  # and resized to its input
+    file, images = PRETRAINED_DIR / "cifar_encoder.pt", torch.rand(2, 3, 64, 50)
+    assert file.stat().st_size < 12e6 and json.loads(file.with_suffix(".json").read_text())["parameters"] == 3_078_944
+    encoder, weights = build_encoder("cifar", 4), torch.load(file, weights_only=True)
+    assert all(torch.equal(w, weights[name]) for name, w in encoder.state_dict().items())
+    assert not torch.equal(build_encoder("cifar", 4, pretrained=False).whiten.weight, encoder.whiten.weight)
+    z = encoder(images)
+    assert z.shape == (2, 256, 16, 13) and torch.allclose(normalized(z, 1), z, atol=1e-3)
+    resized = F.interpolate(F.pad(images, (0, 6, 0, 0), "reflect"), (32, 28), mode="bicubic", antialias=True)
+    assert torch.equal(build_encoder("cifar", 8)(images), encoder(resized.clamp(0, 1)))
 
 
-def test_folding_the_norms_changes_nothing():
-    encoder = AirbenchEncoder(fused=False)
-    encoder(torch.rand(16, 3, 32, 32))  # sets running statistics
-    encoder.eval()
-    images = torch.rand(4, 3, 32, 32)
-    expected = encoder(images)
-    fused = models.fuse(copy.deepcopy(encoder))
-    assert torch.allclose(fused(images), expected, atol=1e-4)
-    assert AirbenchEncoder().state_dict().keys() == fused.state_dict().keys()
-
-
-def test_whitening():
-    """The filters' responses to the patches that they were computed from are uncorrelated and of variance 1."""
-    images = F.interpolate(torch.rand(200, 3, 16, 16), 32, mode="bicubic").clamp(0, 1)
-    encoder = AirbenchEncoder(fused=False)
-    initialize(encoder, images)
+@pytest.mark.parametrize("name, least", [("ema_vq", 30.4), ("fsq", 29.8), ("simvq", 29.7)])
+def test_shipped_models_know_a_photograph(name, least):
+    """Its pixels and, through the predictor, its features: any change of a shipped layer's meaning shows here."""
+    model = load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt")
+    images = load_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[..., 100:228, 200:328]
     with torch.no_grad():
-        responses = F.conv2d((images - 0.5) / 0.25, encoder.whiten.weight).transpose(0, 1).flatten(1)
-    half = len(responses) // 2
-    assert torch.equal(responses[:half], -responses[half:])
-    second_moments = responses[:half] @ responses[:half].T / responses.shape[1]
-    assert torch.allclose(second_moments, torch.eye(half), atol=0.1)
+        indices, z = model.encode_to_indices(images), model.encoder(images)
+        assert -10 * F.mse_loss(model.decode_from_indices(indices), images).log10() > least
+        assert F.mse_loss(model.features_from_indices(indices), z) < 0.35 * z.var()
 
 
-def test_images_are_shifted_and_mirrored():
-    image = torch.arange(3 * 32 * 32.0).view(1, 3, 32, 32)
-    mirror = torch.arange(100) % 2 == 0
-    shifted = augment(image.expand(100, 3, 32, 32), mirror, pad=2)
-    crops = F.pad(image, (2, 2, 2, 2), mode="reflect").unfold(2, 32, 1).unfold(3, 32, 1)[0].permute(1, 2, 0, 3, 4)
-    seen = set()
-    for result, mirrored in zip(shifted, mirror):
-        same = (crops == (result.flip(2) if mirrored else result)).all((2, 3, 4)).nonzero()
-        assert len(same) == 1
-        seen.add(tuple(same[0].tolist()))
-    assert len(seen) == 25
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Stand-ins for timm's encoders: two blocks of 64 channels, all else (patches, tokens, norms) as it is."""
-    create, size = timm.create_model, {"depth": 2, "embed_dim": 64, "num_heads": 4}
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, **size))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """cache(name, state) writes weights where the hub's client keeps them; the network is not used."""
-    monkeypatch.setattr(downloads, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(downloads, "reachable", lambda url: False)
-
-    def write(name, state):
-        hub_id = timm.get_pretrained_cfg(ENCODERS[name]).hf_hub_id
-        repository = tmp_path / "hub" / ("models--" + hub_id.replace("/", "--"))
-        for folder in ("refs", "blobs", "snapshots/0123abc"):
-            (repository / folder).mkdir(parents=True, exist_ok=True)
-        (repository / "refs/main").write_text("0123abc")
-        save_file(state, repository / "blobs/f00")
-        (repository / "snapshots/0123abc/model.safetensors").unlink(missing_ok=True)
-        (repository / "snapshots/0123abc/model.safetensors").symlink_to("../../blobs/f00")
-
-    return write
-
-
-def timm_model(name):
-    """The stand-in at its native image size, with every parameter random, those of norms and scales too."""
-    model = timm.create_model(ENCODERS[name], pretrained=False).eval()
+@pytest.mark.parametrize("layers", [1, 2, 0])
+def test_vit_features_are_the_normalised_sum_of_normalised_layers(layers, vit):
+    """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""
+    encoder, images = build_encoder(vit, 4, layers).eval(), torch.rand(2, 3, 32, 32)
+    source, outputs = timm.create_model(vit, pretrained=True, img_size=64).eval(), []
+    for block in source.blocks:
+        block.register_forward_hook(lambda module, arguments, output: outputs.append(output[:, 5:]))
+    pixels = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)  # patches of 8 for tokens of 4
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # DINOv2's
+        source((pixels - mean) / std), (z := encoder(images))
+    expected = normalized(sum(normalized(z, -1) for z in outputs[-layers:]), -1)
+    assert z.shape == (2, 32, 8, 8) and torch.allclose(z.flatten(2).mT, expected, atol=1e-4)
+    if layers == 1:
+        assert torch.equal(encoder(images, 3), build_encoder(vit, 4, 0).eval()(images))
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no file", "removed", "renamed", "reshaped", "cut"])
+@pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
+def test_unfitting_weights_are_an_error_of_one_line(name, damage, tmp_path):
+    path, key = tmp_path / "vit", "blocks.1.mlp.fc1.weight"
+    save_vit(ENCODERS[name].split(".")[0], path, img_size=32, patch_size=8)
+    file = path / "model.safetensors"
+    weight = (state := load_file(file)).pop(key)
+    save_file(state | {"renamed": {"fc3": weight}, "reshaped": {key: weight[1:].clone()}}.get(damage, {}), file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "no file":
+        file.unlink()
+    with pytest.raises(OSError, match=r"^the weights of local-dir:[^\n]*$"):
+        build_encoder(f"local-dir:{path / damage if damage == 'no folder' else path}", 4)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "empty")
+    with pytest.raises(OSError, match=r"^the weights of vit_small_patch14_dinov2[^\n]*ENCODER=cifar[^\n]*$"):
+        build_encoder("dinov2_s", 4)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_pretrained_features_are_the_last_blocks_patch_tokens(name, small, cache):
-    source = timm_model(name)
-    cache(name, source.state_dict())
-    size, patch = source.patch_embed.img_size[0], source.patch_embed.patch_size[0]
-    images = torch.rand(1, 3, size, size)
-    with torch.no_grad():
-        z = build_encoder(name, patch).eval()(images)
-        mean, std = (torch.tensor(source.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        tokens = source.norm_pre(source.patch_drop(source._pos_embed(source.patch_embed((images - mean) / std))))
-        for block in source.blocks:
-            tokens = block(tokens)
-        tokens = tokens[:, source.num_prefix_tokens :]
-        expected = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    assert z.shape == (1, source.embed_dim, size // patch, size // patch)
-    assert torch.allclose(z.flatten(2).transpose(1, 2), expected, atol=1e-3)
+def test_each_vit_by_its_name(name):
+    """Its shapes, on the meta device, as train.py first looks at a model. The decoder is as large as the encoder."""
+    with torch.device("meta"):
+        model = VQRAE(name, "simvq", {"codebook_size": 64, "code_dim": None}, 256, 16, 0, pretrained=False)
+        z = model.encoder(torch.empty(2, 3, 32, 48))
+        assert z.shape == (2, SIZES[name][0], 2, 3) and model.decoder(model.adapter(z)).shape == (2, 3, 32, 48)
+    encoder = model.encoder
+    assert (encoder.dim, encoder.depth, encoder.heads, encoder.patch) == SIZES[name] and encoder.layers == encoder.depth
+    parts = {name.split(".")[0] for name, _ in encoder.vit.named_parameters()}
+    assert parts <= {"cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks"}  # no head, no pooling
+    assert model.quantizer.code_dim == encoder.dim and model.adapter is not model.predictor
+    assert [model.config[f"decoder_{name}"] for name in ("width", "depth", "heads")] == list(SIZES[name][:3])
 
 
-@pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b", "mae_b", "internvit_300m"])
-def test_position_embeddings_are_resampled_as_timm_does(name, small, cache):
-    source = timm_model(name)
-    cache(name, source.state_dict())
-    encoder = build_encoder(name, 4).eval()
-    prefix = 0 if source.no_embed_class else source.num_prefix_tokens
-    for height, width in ((32, 32), (20, 44)):
-        h, w = height // 4, width // 4
-        patch = encoder.patch
-        fixed = timm.create_model(ENCODERS[name], img_size=(h * patch, w * patch)).eval()
-        positions = resample_abs_pos_embed(source.pos_embed, (h, w), num_prefix_tokens=prefix)
-        fixed.load_state_dict(source.state_dict() | {"pos_embed": positions})
-        fixed.norm = torch.nn.LayerNorm(64, elementwise_affine=False)
-        images = torch.rand(1, 3, height, width)
-        resized = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True).clamp(0, 1)
-        with torch.no_grad():
-            tokens = fixed.forward_features((resized - encoder.mean) / encoder.std)[:, fixed.num_prefix_tokens :]
-            assert torch.allclose(encoder(images), tokens.transpose(1, 2).unflatten(2, (h, w)), atol=1e-4)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_vit_learns_at_its_true_size(name):
+    """With a decoder as large as itself; 6 GB of memory at most."""
+    learn_both_stages(VQRAE(name, "simvq", {"codebook_size": 16384, "code_dim": None}, 256, 16, pretrained=False))
 
 
-@pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
-@pytest.mark.parametrize("damage", ["removed", "renamed", "reshaped", "cut"])
-def test_unfitting_weights_are_an_error(name, damage, small, cache, tmp_path):
-    state = timm_model(name).state_dict()
-    key = "blocks.1.mlp.fc1.weight"
-    weight = state.pop(key)
-    cache(name, state | {"removed": {}, "renamed": {"blocks.1.mlp.fc3.weight": weight},
-                         "reshaped": {key: weight[:-1].clone()}, "cut": {key: weight}}[damage])
-    if damage == "cut":
-        blob, = (tmp_path / "hub").glob("*/blobs/f00")
-        blob.write_bytes(blob.read_bytes()[:-1000])
-    with pytest.raises(RuntimeError, match=r"siglip|dinov2") as error:
-        build_encoder(name, 4)
-    assert "\n" not in str(error.value) and (key in str(error.value) or damage == "cut")
-
-
-def one_step_of_each_stage(model, images):
-    """Encode, decode from indices, and take a training step of each stage."""
-    with torch.no_grad():
-        indices = model.eval().encode_to_indices(images)
-        assert indices.shape == (len(images), *(size // model.token_size for size in images.shape[2:]))
-        assert model.decode_from_indices(indices).shape == images.shape
-        teacher_z = model.encoder(images)
+def learn_both_stages(model):
+    """A step of each stage moves the decoder, and the encoder in stage 2 alone, unless it is from scratch."""
+    images = torch.rand(2, 3, 32, 32)
     for stage in (1, 2):
         model.set_stage(stage).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        z = teacher_z if stage == 1 else model.encoder(images)
-        z_q, quantizer_loss, _ = model.quantize(z)
-        loss = F.mse_loss(model.decode(z_q), images) + quantizer_loss
-        loss = loss + F.mse_loss(z, teacher_z) + model.compute_prediction_loss(z_q, teacher_z)
-        loss.backward()
-        weights = [next(module.parameters()) for module in (model.encoder, model.decoder)]
-        before = [weight.detach().clone() for weight in weights]
-        optimizer.step()
-        assert [not torch.equal(a, b) for a, b in zip(before, weights)] == [stage == 2, True] and loss.isfinite()
-        del optimizer
-        model.zero_grad(set_to_none=True)
+        z_q, loss, indices = model.quantize(z := model.encoder(images))
+        reconstructions = model.decode(z_q, (32, 32))
+        assert reconstructions.shape == images.shape and indices.shape == (2, *z.shape[2:])
+        (F.mse_loss(reconstructions, images) + loss).backward()
+        decoder, encoder = (next(module.parameters()).grad for module in (model.decoder, model.encoder))
+        assert decoder.any() and bool(encoder is not None and encoder.any()) == (stage == 2 or model.from_scratch)
+        model.zero_grad()
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_stand_in_of_each_encoder_learns(name, small):
-    model = VQRAE(name, "fsq", OPTIONS["fsq"], grid=4, pretrained=False, **SMALL)
-    one_step_of_each_stage(model, torch.rand(2, 3, 32, 32))
+@pytest.mark.parametrize("options", [
+    {"encoder": "dinov2s"}, {"encoder": "resnet50"}, {"encoder": "vit_small_patch16_18x2_224"},
+    {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13}, {"quantizer": "vq"}, {"grid": 5}, {"grid": 0},
+    {"post_quant_kernel": 2}, {"image_size": 48}, {"encoder": "vit_tiny_patch16_224", "decoder_width": 100},
+], ids=str)
+def test_refused_options(options):
+    with pytest.raises(ValueError, match=r"^[^\n]+ = [^\n]+, allowed: [^\n]+$"):
+        VQRAE(**options, pretrained=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENCODERS)
-def test_each_encoder_learns_at_its_true_size(name):
-    """With a decoder as wide and deep as itself; up to 14 GB (siglip2_so400m)."""
-    model = VQRAE(name, "fsq", image_size=32, grid=8, pretrained=False)
-    assert len(model.decoder.blocks) == model.encoder.depth >= 12
-    one_step_of_each_stage(model, torch.rand(2, 3, 32, 32))
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders, discriminator
+
+def test_vit_decoder_adds_up_patches_twice_as_wide_as_tokens():
+    decoder, z = models.ViTDecoder(8, 4, 16, 0, 2), torch.randn(1, 8, 2, 3)
+    canvas = torch.zeros(3, 8 + 4, 12 + 4)  # 2 pixels more on each side
+    for i, j in itertools.product(range(2), range(3)):
+        patch = decoder.head(decoder.norm(decoder.project_in(z[0, :, i, j]))).view(3, 8, 8)
+        canvas[:, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] += patch
+    assert torch.allclose(decoder(z)[0], 0.5 + 0.25 * canvas[:, 2:-2, 2:-2], atol=1e-5)
 
 
-def test_decoder_follows_a_vit_encoder(small):
-    model = VQRAE("vit_tiny_patch16_224", "fsq", OPTIONS["fsq"], image_size=32, grid=4, pretrained=False)
-    assert model.decoder.project_in.out_features == 64 and len(model.decoder.blocks) == 2
-    assert model.decoder.blocks[0].attn.num_heads == 4
-    assert model(torch.rand(1, 3, 32, 32))[0].shape == (1, 3, 32, 32)
+def test_vit_decoder_sees_the_relative_positions_of_tokens():
+    decoder, z, order = models.ViTDecoder(16, 1, 32, 2, 2).eval(), torch.randn(1, 16, 4, 5), torch.randperm(20)
+
+    def moves_with_its_tokens():
+        shuffled = decoder(z.flatten(2)[..., order].view(z.shape)).flatten(2)
+        return torch.allclose(decoder(z).flatten(2)[..., order], shuffled, atol=1e-5)
+
+    assert not moves_with_its_tokens() and decoder(z[..., :3, :1]).shape == (1, 3, 3, 1)
+    for block in decoder.blocks:  # through attention alone
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    assert moves_with_its_tokens()
+    seen = []
+    decoder.blocks[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    decoder(z), decoder(torch.randn(1, 16, 8, 8))
+    assert torch.equal(seen[0].view(4, 5, -1), seen[1].view(8, 8, -1)[:4, :5])  # the same in grids of all sizes
+    assert torch.equal(models.OnGrid(torch.nn.Identity())(z), z)
 
 
-@pytest.mark.slow
-def test_a_step_in_the_papers_setting():
-    """SigLIP-L at 256 pixels, SimVQ 16,384 x 1,536 behind an adapter, a decoder as large as the encoder: 12 GB for a
-    step of two images, nearly all of it weights, gradients and AdamW's averages."""
-    options = {"codebook_size": 16384, "code_dim": 1536}
-    model = VQRAE("siglip_l", "simvq", options, image_size=256, grid=16, pretrained=False)
-    one_step_of_each_stage(model, torch.rand(2, 3, 256, 256))
+@pytest.mark.parametrize("encoder, image_size, grid", [("cifar", 32, 8), ("cifar", 32, 32), ("cifar", 64, 8),
+                                                       ("cnn", 32, 4), ("cnn", 32, 8)])
+def test_conv_decoder_for_each_size_of_tokens(encoder, image_size, grid):
+    model, images = build(encoder, image_size=image_size, grid=grid), torch.rand(2, 3, image_size, image_size)
+    reconstructions, _, indices = model(images)
+    assert reconstructions.shape == images.shape and indices.shape == (2, grid, grid)
 
 
-def test_unknown_encoder_names_the_nearest():
-    with pytest.raises(ValueError, match="nearest: dinov2_s"):
-        build_encoder("dinov2s", 8)
-    for name in ("resnet50", "levit_128", "samvit_base_patch16", "vit_small_patch16_18x2_224"):
-        with pytest.raises(ValueError, match="ENCODER"):
-            build_encoder(name, 8, pretrained=False)
+def test_residual_block_begins_as_the_identity_and_no_drift_silences_it():
+    x, block = torch.randn(2, 16, 6, 6), models.ResidualBlock(16, 24)
+    assert torch.equal(block(x), x)
+    torch.nn.init.normal_(block.conv2.weight)
+    torch.nn.init.constant_(block.conv1.bias, -100)
+    assert (block(x) - x).std() > 0.1
 
 
-def test_weights_out_of_reach(monkeypatch, tmp_path):
-    monkeypatch.setattr(downloads, "reachable", lambda url: False)
-    monkeypatch.setattr(downloads, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RuntimeError, match='vit_small_patch14_dinov2.*ENCODER = "cifar"'):
-        build_encoder("dinov2_s", 8)
+@pytest.mark.parametrize("size, logits", [(16, 3), (32, 7), (64, 7), (256, 7)])
+def test_discriminator_has_a_logit_for_each_patch(size, logits):
+    discriminator, images = PatchDiscriminator(size), torch.rand(1, 3, size, size)
+    assert discriminator(images).shape == (1, 1, logits, logits)
+    assert torch.equal(discriminator(images), discriminator.layers(2 * images - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # VQRAE
 
-
-@pytest.mark.parametrize("quantizer, options", [*OPTIONS.items(), ("fsq", {"codebooks": 2}), ("simvq", SEVERAL),
-                                                ("ema_vq", SEVERAL | {"combine": "product"})], ids=str)
-def test_decoding_indices_is_the_forward_pass(quantizer, options):
-    model = build(quantizer, options)
-    images = torch.rand(3, 3, 32, 32)
-    model(images)  # a training step, so that EMA-VQ has a codebook
-    model.eval()
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_decoding_indices_is_the_forward_pass(quantizer):
+    model, images = build(quantizer=quantizer), torch.rand(3, 3, 32, 32)
     with torch.no_grad():
-        output, loss, indices = model(images)
-        z_q, _, _ = model.encode(images)
-        assert indices.shape == (3, 8, 8) and indices.unique().numel() > 1
+        (reconstructions, loss, indices), z_q = model(images), model.encode(images)[0]
+        assert indices.shape == (3, 8, 8) and len(indices.unique()) > 1 and loss.shape == ()
         assert torch.equal(model.encode_to_indices(images), indices)
-        assert torch.equal(model.decode_from_indices(indices), output)
+        assert torch.equal(model.decode_from_indices(indices), reconstructions)
         assert torch.equal(model.features_from_indices(indices), model.predict_features(z_q))
-    assert output.shape == images.shape and 0 <= output.min() and output.max() <= 1 and loss.shape == ()
+        assert torch.equal(z_q, model.quantizer(model.adapter(model.encoder(images)))[0])
 
 
 def test_decoding_from_the_first_codebooks():
-    model = build("ema_vq", SEVERAL)
-    model(torch.rand(3, 3, 32, 32))
-    indices = model.eval().encode_to_indices(torch.rand(2, 3, 32, 32))
+    model, indices = build(quantizer="residual"), torch.randint(256, (2, 8, 8))
     with torch.no_grad():
         for decode in (model.decode_from_indices, model.features_from_indices):
             assert torch.equal(decode(indices, codebooks=2), decode(indices))
             first = decode(indices, codebooks=1)
             assert torch.equal(first, decode(indices % 16, codebooks=1)) and not torch.equal(first, decode(indices))
-    with pytest.raises(ValueError, match="codebooks = 3"):
-        model.decode_from_indices(indices, codebooks=3)
-    with pytest.raises(ValueError, match="codebooks = 1"):
-        build().decode_from_indices(indices % 240, codebooks=1)
 
 
-def test_without_quantizer_and_adapter_the_features_are_decoded():
-    model = build("none", adapter_depth=0).eval()
-    images = torch.rand(2, 3, 32, 32)
-    z_q, loss, indices = model.encode(images)
-    assert torch.equal(z_q, model.encoder(images)) and loss == 0 and indices.shape == (2, 8, 8)
-    with pytest.raises(ValueError, match="none"):
-        model.decode_from_indices(indices)
-
-
-@pytest.mark.parametrize("encoder, grid", [("scratch", 8), ("cnn", 4)])
-def test_baselines_from_scratch_learn_in_both_stages(encoder, grid):
-    images = torch.rand(2, 3, 32, 32)
-    for name in ("fsq", "ddcl", "none"):
-        model = VQRAE(encoder, name, OPTIONS.get(name), grid=grid, **SMALL | {"adapter_depth": 0})
-        for stage in (1, 2):
-            model.set_stage(stage).train()
-            output, loss, indices = model(images)
-            (F.mse_loss(output, images) + loss).backward()
-            assert output.shape == images.shape and indices.shape == (2, grid, grid)
-            weights = [next(module.parameters()) for module in (model.encoder, model.decoder)]
-            assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights)
-        with pytest.raises(ValueError, match="ENCODER"):
-            model.predict_features(torch.rand(1, 256, grid, grid))
-    with pytest.raises(ValueError, match="GRID"):
-        VQRAE("cnn", grid=8)
-
-
-@pytest.mark.parametrize("kernel", [0, 1, 3])
-def test_post_quant_conv(kernel):
-    model = build(post_quant_kernel=kernel).eval()
+@pytest.mark.parametrize("kernel, norm", [(0, False), (1, False), (3, False), (0, True), (3, True)])
+def test_post_quant_conv_and_norm(kernel, norm):
+    model, z_q = build(post_quant_kernel=kernel, post_quant_norm=norm), torch.randn(1, 256, 3, 4)
     assert sum(p.numel() for p in model.post_quant_conv.parameters()) == (kernel**2 * 256 * 256 + 256 if kernel else 0)
-    z_q = torch.randn(1, 256, 8, 8)
-    expected = model.decoder(model.post_quant_conv(z_q)).clamp(0, 1)
-    assert torch.equal(model.decode(z_q), expected)
-    with pytest.raises(ValueError, match="POST_QUANT_KERNEL"):
-        build(post_quant_kernel=2)
+    z = model.post_quant_conv(z_q)
+    expected = model.decoder(normalized(z, 1) if norm else z).clamp(0, 1)
+    assert torch.allclose(model.decode(z_q), expected, atol=1e-3 * norm + 1e-6)
 
 
-def test_convolution_with_a_matrix_of_weights():
-    conv = models.Conv(5, 7)
-    x = torch.randn(2, 5, 6, 6)
-    patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3)
-    patches = patches.unflatten(1, (5, 9)).transpose(1, 2).flatten(1, 2)  # channels by pixel
-    expected = (conv.weight @ patches + conv.bias[:, None]).unflatten(2, (6, 6))
-    assert conv.weight.ndim == 2 and torch.allclose(conv(x), expected, atol=1e-5)
+def test_decode_clamps_in_eval_mode_alone():
+    model, z_q = build(), torch.randn(1, 256, 8, 8)
+    model.decoder.head.weight.data *= 20  # far out of range
+    images = model.train().decode(z_q)
+    assert images.min() < 0 and images.max() > 1 and torch.equal(model.eval().decode(z_q), images.clamp(0, 1))
 
 
-def test_no_drift_silences_a_block():
-    """What a block adds still depends on its input when all its hidden channels have drifted far below zero."""
-    x, block = torch.randn(2, 16, 6, 6), models.ResidualBlock(16, 24)
-    assert torch.equal(block(x), x) and len(block.norm.weight) == 24
-    nn.init.normal_(block.conv2.weight)
-    nn.init.constant_(block.conv1.bias, -100)
-    assert (block(x) - x).std() > 0.1
+def test_config_builds_the_model_again(encoder):
+    model = build(encoder, post_quant_norm=True, encoder_layers=2, decoder_width=0, decoder_depth=0)
+    again = VQRAE(**json.loads(json.dumps(model.config)), pretrained=False).eval()
+    again.load_state_dict(model.state_dict())
+    images = torch.rand(1, 3, 32, 32)
+    assert again.config == model.config and torch.equal(again(images)[0], model(images)[0])
+    assert model.config["decoder_width"] == (192 if model.encoder_reach else 32)
 
 
-@pytest.mark.parametrize("written, loads", [
-    ({"version": 2}, True), ({"version": 3}, False), ({"version": 2, "norm_first": True}, False), ({}, False),
-    ({"local": True}, False), ({"local": False}, False),
-    ({"local": True, "norm_first": True}, False), ({"local": False, "norm_first": False}, False),
-    ({"local": True, "norm_first": False}, True),  # the first with today's blocks, before there were versions
-])
-def test_checkpoints_of_other_blocks_are_refused(written, loads, tmp_path):
-    model = build().eval()
-    nn.init.normal_(model.adapter[0].conv2.weight)
-    save_checkpoint(tmp_path / "model.pt", model)
-    content, images = load_torch(tmp_path / "model.pt"), torch.rand(1, 3, 32, 32)
-    content["config"] |= {name: value for name, value in written.items() if name != "version"}
-    del content["version"]
-    save_torch(tmp_path / "model.pt", content | {k: v for k, v in written.items() if k == "version"})
-    if loads:
-        assert torch.equal(load_checkpoint(tmp_path / "model.pt").encode(images)[0], model.encode(images)[0])
-    else:
-        with pytest.raises(ValueError, match="model.pt does not fit this code: (version = [13]|.*norm_first)"):
-            load_checkpoint(tmp_path / "model.pt")
+def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
+    model = build(encoder).train()
+    for stage in (1, 2, 1):
+        model.set_stage(stage)
+        learns = stage == 2 or encoder == "cnn"
+        assert model.stage == stage and model.encoder.training == learns and model.decoder.training
+        assert {p.requires_grad for p in model.encoder.parameters()} == {learns}
+        assert not model.eval().encoder.training and model.train().encoder.training == learns
+        assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("encoder."))
+    learn_both_stages(model)
+    with pytest.raises(ValueError, match="stage = 3"):
+        model.set_stage(3)
 
 
-@pytest.mark.parametrize("image_size, grid", [(32, 8), (32, 4), (32, 32), (64, 8)])
-def test_conv_decoder(image_size, grid):
-    model = build(image_size=image_size, grid=grid, adapter_depth=0)
-    images = torch.rand(2, 3, image_size, image_size)
-    output = model(images)[0]
-    assert output.shape == images.shape
-    output.square().mean().backward()
-    assert all(p.grad is not None for p in model.decoder.parameters())
+def test_distillation_loss():
+    model, teacher_z = build(), torch.randn(2, 256, 4, 4)
+    z, z_q = torch.randn(2, 2, 256, 4, 4).requires_grad_()
+    distill, predict = model.compute_distillation_loss(z, z_q, teacher_z)
+    error = model.predictor(z_q) - teacher_z
+    assert torch.allclose(distill, (z - teacher_z).square().mean())
+    assert torch.allclose(predict, error.square().mean() + 10 * error.mean((2, 3)).square().mean())
+    gradients = [torch.autograd.grad(loss, (z, z_q), allow_unused=True) for loss in (distill, predict)]
+    assert torch.allclose(gradients[0][0], 2 * (z - teacher_z) / z.numel()) and gradients[0][1] is None
+    assert gradients[1][0] is None and (gradients[1][1].abs().amax(1) > 0).all()
+    with pytest.raises(ValueError, match="encoder = 'cnn'"):  # from scratch, without features to predict
+        build("cnn").compute_distillation_loss(z, z_q, teacher_z)
 
 
-def test_decoder_and_adapter_kinds(small):
-    assert len(build(adapter_depth=None).adapter) == 3 and isinstance(build().adapter[0], models.ResidualBlock)
-    assert isinstance(build().decoder, models.ConvDecoder)
-    assert isinstance(build(decoder="vit").decoder, models.ViTDecoder)
-    model = VQRAE("dinov2_s", decoder="conv", decoder_depth=1, pretrained=False)
-    assert isinstance(model.decoder, models.ConvDecoder) and isinstance(model.adapter, models.OnGrid)
-    for options in ({"decoder": "cnn"}, {"encoder": "cnn", "grid": 4, "decoder": "vit"},
-                    {"image_size": 48, "grid": 8, "decoder": "conv"}):
-        with pytest.raises(ValueError, match="DECODER"):
-            VQRAE(**options)
+def test_codebook_usage_by_hand():
+    counts, usage, perplexity = build().get_codebook_usage(torch.tensor([[[0, 0], [3, 3]], [[7, 7], [239, 0]]]))
+    assert counts.shape == (240,) and counts[[0, 3, 7, 239]].tolist() == [3, 2, 2, 1] and counts.sum() == 8
+    assert usage == 4 / 240 and perplexity == pytest.approx(math.prod((8 / n) ** (n / 8) for n in (3, 2, 2, 1)))
+
+
+def test_codebook_usage_of_several_codebooks():
+    """Of their combinations, of which there may be too many to count each, and of each codebook."""
+    model = VQRAE("cifar", "ema_vq", {"codebook_size": 4096, "codebooks": 5}, pretrained=False)
+    digits = torch.tensor([[0, 4095, 0, 0, 9], [0, 1, 0, 0, 9], [0, 4095, 0, 0, 9], [5, 1, 0, 0, 9]])
+    indices = (digits * 4096 ** torch.arange(5)).sum(1)
+    counts, usage, perplexity = model.get_codebook_usage(indices)
+    assert sorted(counts.tolist()) == [1, 1, 2] and usage == 3 / 2**60 and perplexity == pytest.approx(8**0.5)
+    for codebook, (used, expected) in enumerate(((2, 4 / 27**0.25), (2, 2), (1, 1), (1, 1), (1, 1))):
+        counts, usage, perplexity = model.get_codebook_usage(indices, codebook)
+        assert counts.tolist() == digits[:, codebook].bincount(minlength=4096).tolist()
+        assert usage == used / 4096 and perplexity == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images of any size
 
-
-@pytest.mark.parametrize("size", [(4, 4), (5, 7), (33, 30), (32, 128)])
-@pytest.mark.parametrize("options", [{}, {"decoder": "vit", "decoder_heads": 2}, {"encoder": "cnn", "grid": 4}])
-def test_any_size(size, options):
-    model = build(**options).eval()
-    images = torch.rand(2, 3, *(max(n, model.token_size) for n in size))
-    grid = tuple(math.ceil(n / model.token_size) for n in images.shape[2:])
+@pytest.mark.parametrize("size", [(8, 8), (9, 15), (33, 30), (32, 128)])
+def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
+    model, images = build(encoder), torch.rand(2, 3, *size)
+    n = model.token_size
+    h, w = (math.ceil(side / n) for side in size)
+    whole = F.pad(images, (0, w * n - size[1], 0, h * n - size[0]), mode="reflect")
     with torch.no_grad():
         reconstructions, _, indices = model(images)
-        assert reconstructions.shape == images.shape and indices.shape == (2, *grid)
+        assert reconstructions.shape == images.shape and indices.shape == (2, h, w)
         assert torch.equal(model.encode_to_indices(images), indices)
-        assert torch.equal(model.decode_from_indices(indices, size=images.shape[2:]), reconstructions)
-        assert model.decode_from_indices(indices).shape[2:] == tuple(n * model.token_size for n in grid)
-        if not model.from_scratch:
-            assert model.features_from_indices(indices).shape == (2, 256, *grid)
-    padded = F.pad(images, (0, -images.shape[3] % model.token_size, 0, -images.shape[2] % model.token_size), "reflect")
-    assert torch.equal(model.encode_to_indices(padded), indices)
+        assert torch.equal(model.encode_to_indices(whole), indices)
+        assert torch.equal(model.decode_from_indices(indices, size=size), reconstructions)
+        assert torch.equal(model.decode_from_indices(indices)[..., : size[0], : size[1]], reconstructions)
+        assert model.decode_from_indices(indices).shape == whole.shape
+    for wrong in ((h * n + 1, w * n), (h * n, w * n - n)):
+        with pytest.raises(ValueError, match=f"^size = .* allowed: that of {h} x {w} tokens of {n} pixels"):
+            model.decode_from_indices(indices, size=wrong)
 
 
-def test_any_size_with_a_vit(small):
-    model = VQRAE("dinov2_s", "fsq", OPTIONS["fsq"], image_size=32, grid=8, pretrained=False).eval()
-    images = torch.rand(1, 3, 18, 49)
+@pytest.mark.parametrize("images", [torch.rand(1, 3, 3, 32), torch.rand(1, 1, 32, 32), torch.rand(3, 32, 32),
+                                    torch.rand(1, 3, 32, 32) + 0.5, torch.rand(1, 3, 32, 32) - 0.5,
+                                    torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+def test_refused_images(images):
+    for function in (build(), build().encode_to_indices):
+        with pytest.raises(ValueError, match=r"^[^\n]*images = [^\n]+, allowed: [^\n]+$"):
+            function(images)
+
+
+@pytest.mark.parametrize("rows_in, rows_out", [(4, 1), (1, 4), (1, 1)])
+def test_strips_are_bounded_and_equal_the_whole(rows_in, rows_out):
+    """With maxima of pairs of rows of tokens, and of all within reach: exact, and wrong with a row less."""
+    seen = []
+
+    def function(x):
+        seen.append(x.shape[2])
+        rows = F.max_pool2d(x, rows_in, ceil_mode=True)
+        pairs = F.max_pool2d(rows, (2, 1), ceil_mode=True).repeat_interleave(2, 2)[:, :, : rows.shape[2]]
+        return (pairs + F.max_pool2d(rows, (7, 1), 1, (3, 0))).repeat_interleave(rows_out, 2)
+
+    for tokens, (strip_tokens, rows) in itertools.product((15, 16, 99, 100), ((40, 12), (92, 22))):
+        x = torch.rand(2, 1, rows_in * tokens - (rows_in > 1), 2 * rows_in)
+        whole = function(x)
+        seen.clear()
+        assert torch.equal(in_strips(function, x, rows_in, rows_out, 3, strip_tokens), whole)
+        large = tokens > 15 and 4 * tokens > strip_tokens
+        assert (len(seen) > 1) == large and (not large or max(seen) <= rows_in * (rows + 1 + 2 * 3))
+        assert torch.equal(in_strips(function, x, rows_in, rows_out, None, strip_tokens), whole)
+
+
+def test_large_images_in_strips_equal_the_whole(encoder, monkeypatch):
+    """Except with a ViT, in which each token sees all."""
+    model = build(encoder, decoder_depth=2, post_quant_kernel=3)
+    images, calls = torch.rand(1, 3, 171 * model.token_size - 2, 3 * model.token_size), []
     with torch.no_grad():
-        indices = model.encode_to_indices(images)
-        assert indices.shape == (1, 5, 13)
-        assert model.decode_from_indices(indices, size=(18, 49)).shape == images.shape
-
-
-@pytest.mark.parametrize("encoder, grid", [("cifar", 8), ("cnn", 4), ("dinov2_s", 8)])
-def test_strips_equal_the_whole(encoder, grid, monkeypatch, small):
-    """With blocks that do something (they start as the identity), and borders of strips where they may be."""
-    vit = encoder == "dinov2_s"  # of its images no strips are made
-    model = build(encoder=encoder, grid=grid, decoder_depth=2, adapter_depth=1 if vit else 3, post_quant_kernel=3,
-                  decoder="conv" if vit else None, decoder_width=32, pretrained=not vit).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("conv2.weight"):
-                parameter.normal_(std=0.02)
-        images = torch.rand(1, 3, 171 * model.token_size - 2, 3 * model.token_size)
         indices = model.encode(images)[2]
         whole = model.decode(model.quantizer.indices_to_codes(indices), images.shape[2:])
-        strips = []
-        monkeypatch.setattr(models, "tqdm", lambda tops, *args, **kwargs: strips.append(tops) or tops)
-        monkeypatch.setattr(models.in_strips, "__defaults__", (100,))
+        model.decoder.register_forward_hook(lambda module, x, y: calls.append("decoder"))
+        model.encoder.register_forward_hook(lambda module, x, y: calls.append("encoder"))
+        monkeypatch.setattr(in_strips, "__defaults__", (100,))
         assert (model.encode_to_indices(images) == indices).float().mean() > 0.99  # rounding may decide between codes
         assert torch.allclose(model.decode_from_indices(indices, size=images.shape[2:]), whole, atol=1e-5)
-    assert len(strips) == 2 - vit and min(map(len, strips)) > 1
+    assert all((calls.count(part) > 1) == (encoder in ("cifar", "cnn")) for part in ("encoder", "decoder"))
 
 
 def test_a_token_sees_no_further_than_its_reach():
-    model = build(decoder_depth=2, adapter_depth=3, post_quant_kernel=3).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("conv2.weight"):
-                parameter.normal_(std=0.02)
+    model = build(decoder_depth=2, post_quant_kernel=3)
     for function, x, reach, rows in (
             (lambda x: model.adapter(model.encoder(x)), torch.rand(1, 3, 240, 16), model.encoder_reach, 4),
             (model.decode, torch.randn(1, 256, 60, 4), model.decoder_reach, 1)):
         x.requires_grad_()
-        y = function(x)
         token = slice(30, 31) if rows == 4 else slice(120, 124)
-        gradient, = torch.autograd.grad(y[:, :, token].sum(), x)
+        gradient, = torch.autograd.grad(function(x)[:, :, token].sum(), x)
         seen = (gradient.abs().sum((0, 1, 3)) > 0).nonzero() // rows - 30
-        assert seen.abs().max() <= reach and seen.abs().max() > reach / 2
-
-
-@pytest.mark.parametrize("size", [(31, 32), (37, 32), (32, 33)])
-def test_a_size_that_does_not_fit_the_indices(size):
-    model = build().eval()
-    decode = model.decode_from_indices
-    indices = torch.zeros(1, 9, 8, dtype=torch.int64)
-    assert decode(indices, size=(33, 29)).shape == decode(indices, size=[np.int64(33), 29]).shape == (1, 3, 33, 29)
-    with pytest.raises(ValueError, match="size"):
-        decode(indices, size=size)
-
-
-def modules_that_learn(model, images):
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    teacher_z = torch.randn(len(images), 256, 8, 8)
-    z = model.encoder(images)
-    z_q, loss, _ = model.quantize(z)
-    (model.decode(z_q).sum() + loss + model.compute_prediction_loss(z_q, teacher_z)).backward()
-    optimizer.step()
-    return {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-
-
-def test_set_stage():
-    model = build("simvq", post_quant_kernel=1).train()
-    images = torch.rand(2, 3, 32, 32)
-    learned = {"adapter", "quantizer", "post_quant_conv", "decoder", "predictor"}
-    model.set_stage(1)
-    assert not model.encoder.training and model.decoder.training
-    model.eval().train()
-    assert not model.encoder.training  # train() leaves the frozen encoder in eval mode
-    assert modules_that_learn(model, images) == learned
-    model.set_stage(2)
-    assert model.encoder.training
-    assert modules_that_learn(model, images) == learned | {"encoder"}
-    with pytest.raises(ValueError, match="stage"):
-        model.set_stage(3)
-
-
-def test_prediction_loss():
-    model = build().eval()
-    z_q, teacher_z = torch.randn(2, 256, 8, 8, requires_grad=True), torch.randn(2, 256, 8, 8)
-    loss = model.compute_prediction_loss(z_q, teacher_z)
-    assert torch.allclose(loss, (model.predict_features(z_q) - teacher_z).square().mean())
-    means = (model.predict_features(z_q) - teacher_z).mean((2, 3)).square().mean()
-    assert torch.allclose(model.compute_prediction_loss(z_q, teacher_z, 10.0), loss + 10 * means)
-    loss.backward()
-    assert z_q.grad.abs().sum() > 0
-
-
-def test_codebook_usage_counted_by_hand():
-    counts, usage, perplexity = build().get_codebook_usage(torch.tensor([[[0, 0], [3, 3]], [[7, 7], [239, 239]]]))
-    assert counts.shape == (240,) and counts[[0, 3, 7, 239]].tolist() == [2, 2, 2, 2] and counts.sum() == 8
-    assert usage == pytest.approx(4 / 240) and perplexity == pytest.approx(4)
-    assert build().get_codebook_usage(torch.zeros(5, dtype=torch.long))[2] == pytest.approx(1)
-
-
-def test_usage_of_several_codebooks_and_without_a_table_of_all_codes():
-    model = build("ema_vq", SEVERAL | {"codebook_size": 4096, "codebooks": 5})
-    digits = torch.tensor([[0, 4095, 0, 0, 9], [0, 1, 0, 0, 9], [0, 4095, 0, 0, 9], [5, 1, 0, 0, 9]])
-    indices = model.quantizer.join_indices(digits)
-    assert model.quantizer.codebook_size == 2**60 and indices.max() > 2**48
-    counts, usage, perplexity = model.get_codebook_usage(indices)
-    assert sorted(counts.tolist()) == [1, 1, 2] and usage == 3 / 2**60 and perplexity == pytest.approx(8**0.5)
-    for codebook, (used, expected) in enumerate(((2, 4 / 27**0.25), (2, 2), (1, 1), (1, 1), (1, 1))):
-        counts, usage, perplexity = model.get_codebook_usage(indices, codebook)
-        assert counts.shape == (4096,) and usage == used / 4096 and perplexity == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("size", [32, 64, 256])
-def test_discriminator_has_a_logit_per_patch(size):
-    logits = PatchDiscriminator(size)(torch.rand(1, 3, size, size))
-    assert logits.shape == (1, 1, 7, 7)
-
-
-def test_a_vit_decoder_knows_where_its_tokens_are():
-    torch.manual_seed(0)
-    decoder, z, order = models.ViTDecoder(16, 1, 32, 2, 2).eval(), torch.randn(1, 16, 4, 4), torch.randperm(16)
-    pixels, shuffled = decoder(z).flatten(2), decoder(z.flatten(2)[..., order].view(z.shape)).flatten(2)
-    assert not torch.allclose(pixels[..., order], shuffled, atol=1e-3)  # a token for a pixel: nothing else tells
-    for block in decoder.blocks:  # and only relative to each other: without attention, nowhere
-        torch.nn.init.zeros_(block.attn.proj.weight)
-    pixels, shuffled = decoder(z).flatten(2), decoder(z.flatten(2)[..., order].view(z.shape)).flatten(2)
-    assert torch.allclose(pixels[..., order], shuffled, atol=1e-5)
+        assert reach / 2 < seen.abs().max() <= reach

@@ -1,269 +1,218 @@
-"""Runs that are killed, and what is left of them: each in a process of its own, that SIGKILL ends."""
+"""Runs of train.py that are killed, run twice at a time, or shared by two processes: what they leave in the end."""
 import csv
-import ctypes
-import gc
-import json
 import multiprocessing
 import os
-import platform
-import random
-import resource
 import runpy
 import shutil
 import signal
+import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, SMALL, run_script
+from torch import nn
 
-from utils import load_torch
+from utils import Run, load_torch, save_torch
 
-ROOT = Path(__file__).resolve().parents[1]
-processes = multiprocessing.get_context("forkserver")  # imports torch and the rest once for all of them
-processes.set_forkserver_preload(["models", "utils", "runpy", "torchmetrics.image.lpip"])
-
-ARGUMENTS = ["PRECISION=fp32", "EPOCHS=(2, 2)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "EMA_CODEBOOK_SIZE=64",
-             "SIMVQ_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=0", "DECODER_WIDTH=64", "DECODER_DEPTH=1", "DECODER_HEADS=2",
-             "GAN_WEIGHT=0.1", "FLIP=True", "EPOCH_IMAGES=None"]
+processes = multiprocessing.get_context("forkserver")  # imports torch once for all of them
+processes.set_forkserver_preload(["evaluate", "torchmetrics.image.lpip"])
+TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=8", "EPOCH_IMAGES=16", "EVAL_IMAGES=4"]
 
 
-def count_down(function, calls, then):
-    """The function, with `then` called first at its calls-th call (from 1)."""
-    left = [calls]
-
-    def counted(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            then(*args)
-        return function(*args, **kwargs)
-
-    return counted
-
-
-def kill(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half_write_and_kill(file):
-    os.ftruncate(file, os.fstat(file).st_size // 2)
-    kill()
-
-
-def child(folder, arguments, where, calls, script="train.py"):
-    """The script, killed at the calls-th time that it comes to the place `where`."""
+def child(folder, arguments, place, count, environment):
+    """train.py in `folder`, killed before its count-th step, or before the count-th file whose name ends in `place`."""
     import models
+    import optimization
     import utils
 
+    utils.plot_curves = utils.plot_usage = lambda path, *_: path.touch()  # they take longer than training does here
     os.chdir(folder)
+    os.environ |= environment
     with open("log", "a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    if where == "step":
-        torch.nn.utils.clip_grad_norm_ = count_down(torch.nn.utils.clip_grad_norm_, calls, kill)
-    if where == "evaluation":
-        utils.ssim = count_down(utils.ssim, calls, kill)
-    if where == "write":
-        os.fsync = count_down(os.fsync, calls, half_write_and_kill)
-    if where == "rename":
-        os.replace = count_down(os.replace, calls, kill)
-    if where == "stage 2":
-        models.VQRAE.set_stage = count_down(models.VQRAE.set_stage, calls, kill)
-    sys.argv = [script, *arguments]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    left, seen, step, replace = [place] * count, {"norms": []}, optimization.take_step, os.replace
+
+    def reach(where):
+        if left and str(where).endswith(place):
+            left.pop()
+            left or os.kill(os.getpid(), signal.SIGKILL)
+
+    optimization.take_step = lambda *arguments: (reach("step"), step(*arguments))
+    os.replace = lambda old, new: (reach(new), replace(old, new))
+    if environment:  # of several processes: what they end with is kept
+        quantize, judge, clip = models.VQRAE.quantize, models.PatchDiscriminator.forward, nn.utils.clip_grad_norm_
+        optimization.fast_bf16 = lambda device: False
+        models.VQRAE.quantize = lambda self, z: (seen.setdefault("model", self), quantize(self, z))[1]
+        models.PatchDiscriminator.forward = lambda self, x: (seen.setdefault("discriminator", self), judge(self, x))[1]
+        nn.utils.clip_grad_norm_ = lambda *args: seen["norms"].append(clip(*args)) or seen["norms"][-1]
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    if "model" in seen:
+        states = {name: x.state_dict() if isinstance(x, nn.Module) else torch.stack(x) for name, x in seen.items()}
+        torch.save(states, f"rank{environment['RANK']}.pt")
 
 
-def start(folder, arguments, where=None, calls=0, script="train.py"):
+def start(folder, arguments, place="", count=0, environment={}):
     folder.mkdir(exist_ok=True)
-    process = processes.Process(target=child, args=(folder, arguments, where, calls, script))
+    process = processes.Process(target=child, args=(folder, arguments, place, count, environment))
     process.start()
     return process
 
 
 def exit_code(process):
     process.join(300)
-    assert process.exitcode is not None, "hangs"
     return process.exitcode
 
 
-def same(a, b):
-    """Equal bit for bit, through all dictionaries and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def outcome(folder):
-    """What a run leaves: last.pt without its timings, metrics.csv without them, results.json."""
+    """What a run leaves, without its times: metrics.csv, results.json, names of files; and last.pt's numbers."""
     outputs, = (folder / "outputs").iterdir()
+    rows = csv.DictReader((outputs / "metrics.csv").read_text().splitlines())
+    rows = [{**row, "seconds": 0, "images_per_second": 0} for row in rows]
     last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
-    table = list(csv.DictReader(open(outputs / "metrics.csv")))
-    for row in [*table, *last["history"]]:
-        del row["seconds"], row["images_per_second"]
-    return last, table, json.loads((outputs / "results.json").read_text())
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.name not in ("log", "lock")}
+    state = {name: part.get("state", part) for name, part in last.items() if isinstance(part, dict)}
+    return rows, (outputs / "results.json").read_text(), files, (last["stage"], last["epoch"]), state
 
 
-@pytest.fixture(scope="module")
-def reference(request, tmp_path_factory, folder):
-    """The arguments of a run with this quantizer, what it leaves when nothing stops it, and how long it takes."""
-    path = tmp_path_factory.mktemp("reference")
-    two = f"DATASET=('{folder}','{shutil.copytree(folder, path / 'other')}')"
-    options = [two if option == "DATASETS=2" else option for option in request.param.split()]
-    arguments = [f"DATASET={folder}", *ARGUMENTS, f"QUANTIZER={options[0]}", *options[1:]]
-    begin = time.time()
-    assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
-    return arguments, outcome(path), time.time() - begin
+KILLS = [  # each is of the run that the one before left, and after it the epoch at which the next goes on
+    ("stage1_best.pt", 1, None), ("last.pt", 1, None), ("step", 4, (1, 1)), ("step", 4, (1, 2)),
+    ("metrics.csv", 2, (2, 1)), ("results.json", 1, (2, 2))]
 
 
-def finish_and_compare(path, reference):
-    arguments, expected, _ = reference
-    assert exit_code(start(path, arguments)) == 0, (path / "log").read_text()
-    assert same(outcome(path), expected)
-    names = {f.name for f in [*(path / "outputs").rglob("*.*"), *(path / "checkpoints").rglob("*.*")]}
-    assert len([name for name in names if name.endswith(".pt")]) == 7
-    assert not any(name.endswith(".tmp") for name in names)
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(folder, tmp_path):
+    """Bit for bit, with all that draws random numbers."""
+    arguments = [f"DATASET={folder}", *TINY, "EPOCHS=(2, 2)", "CODEBOOKS=2", "RANDOM_DEPTH=0.5", "GAN_WEIGHT=0.5",
+                 "FLIP=True"]
+    assert exit_code(start(tmp_path / "whole", arguments)) == 0, (tmp_path / "whole" / "log").read_text()
+    for place, count, saved in KILLS:
+        code = exit_code(start(tmp_path / "killed", arguments, place, count))
+        assert code == -signal.SIGKILL, (tmp_path / "killed" / "log").read_text()
+        last = [load_torch(path) for path in tmp_path.glob("killed/checkpoints/*/last.pt")]
+        assert [(file["stage"], file["epoch"]) for file in last] == ([saved] if saved else [])
+    assert exit_code(start(tmp_path / "killed", arguments)) == 0
+    (*expected, whole), (*found, killed) = (outcome(tmp_path / name) for name in ("whole", "killed"))
+    assert found == expected and len(whole) == 5  # model, two optimizers, discriminator and its optimizer
+    torch.testing.assert_close(killed, whole, rtol=0, atol=0)
 
 
-# 2 steps an epoch, and files: two of decoded images, then each epoch grid, table, plot, best, epoch_k, last.pt
-@pytest.mark.parametrize("reference", ["ddcl"], indirect=True)  # its dither draws random numbers
-@pytest.mark.parametrize("where, calls, epoch", [
-    ("write", 1, 0), ("step", 4, 1), ("evaluation", 2, 1), ("write", 12, 1), ("write", 14, 1), ("rename", 14, 1),
-    ("stage 2", 4, 2)])
-def test_a_killed_run_ends_as_if_nothing_had_been(where, calls, epoch, reference, tmp_path):
-    assert exit_code(start(tmp_path, reference[0], where, calls)) == -signal.SIGKILL, (tmp_path / "log").read_text()
-    assert not list(tmp_path.rglob("results.json"))
-    finish_and_compare(tmp_path, reference)
-    assert (f"resuming after stage 1, epoch {epoch}" in (tmp_path / "log").read_text()) == (epoch > 0)
+def test_ctrl_c_says_that_the_run_can_go_on(folder, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimization.take_step", interrupt)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *TINY])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert exit.value.code == "train.py: stopped; the same command goes on after the last epoch above"
 
 
-# its random depths, too, and so does the revival of EMA-VQ's codes
-@pytest.mark.parametrize("reference", ["ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5", "fsq IMAGE_SIZE=(16,32) GRID=4"],
-                         indirect=True)
-def test_a_killed_run_with_what_is_rare_ends_as_if_nothing_had_been(reference, tmp_path):
-    assert exit_code(start(tmp_path, reference[0], "step", 4)) == -signal.SIGKILL, (tmp_path / "log").read_text()
-    finish_and_compare(tmp_path, reference)
+def test_resume_gives_the_stage_that_was_stopped_its_state_and_no_other():
+    run, model, other = Run("a"), nn.Linear(2, 2), nn.Linear(2, 2)
+    assert (run.stage, run.epoch, run.history, run.resume({"model": model}, 1)) == (0, 0, [], 1)
+    for epoch in (3, 4):
+        run.save({"stage": 2, "epoch": epoch}, {"model": model})
+    again, before = Run("a", first_process=False), other.weight.clone()
+    assert (again.stage, again.epoch, [row["epoch"] for row in again.history]) == (2, 4, [3, 4])
+    assert again.resume({"model": other}, 1) == 1 and torch.equal(other.weight, before)
+    assert again.resume({"model": other}, 2) == 5 and torch.equal(other.weight, model.weight)
+    assert Path("outputs/a/metrics.csv").read_text() == "stage,epoch\n2,3\n2,4\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reference", [
-    "ddcl", "ema_vq", "simvq", "simvq CODEBOOKS=2 COMBINE=product", "ema_vq CODEBOOKS=2 RANDOM_DEPTH=0.5",
-    "fsq DATASETS=2 IMAGE_SIZE=(16,32) GRID=4 BATCH_SIZE=16"], indirect=True)
-@pytest.mark.parametrize("number", range(4))
-def test_killed_at_any_moment(number, reference, tmp_path):
-    arguments, _, seconds = reference
-    process = start(tmp_path, arguments)
-    time.sleep(random.Random(number).uniform(0, seconds))
-    process.kill()
-    assert exit_code(process) in (0, -signal.SIGKILL)
-    finish_and_compare(tmp_path, reference)
+def test_a_run_goes_on_in_one_process_alone():
+    run = Run("a")
+    with pytest.raises(ValueError, match="going on in another process: checkpoints/a$"):
+        Run("a")
+    Run("a", first_process=False), Run("b")  # the other processes of torchrun, and other runs
+    Path("checkpoints/a/last.pt.1.tmp").touch()
+    run.lock.release()
+    Run("a")
+    assert not Path("checkpoints/a/last.pt.1.tmp").exists()  # what a killed process was writing
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory, folder):
-    """As `reference`, of generate.py."""
-    arguments = [f"DATASET={folder}", "PRECISION=fp32", "EPOCHS=3", "BATCH_SIZE=32", "DIM=32", "DEPTH=1", "STEPS=2",
-                 "SAMPLES=20", "EVAL_IMAGES=32"]
-    path = tmp_path_factory.mktemp("generated")
-    begin = time.time()
-    assert exit_code(start(path, arguments, script="generate.py")) == 0, (path / "log").read_text()
-    return arguments, (outcome(path), prior_of(path)), time.time() - begin
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_folder_is_removed_stops(again):
+    """Also where another process has begun it again."""
+    run = Run("a")
+    shutil.rmtree("checkpoints")
+    other = Run("a") if again else None
+    with pytest.raises(ValueError, match="checkpoints/a.*folder that nobody removes"):
+        run.save({"epoch": 1}, {})
+    assert not Path("checkpoints/a/last.pt").exists() and (other is None or other.epoch == 0)
 
 
-def prior_of(path):
-    return load_torch(*path.glob("checkpoints/*/prior.pt"))["prior"]
+def test_a_last_pt_that_is_damaged_or_of_another_run_is_refused():
+    for name in ("a", "b"):
+        Run(name).save({"epoch": 1}, {"model": nn.Linear(2, 2)})
+    last = Path("checkpoints/a/last.pt")
+    content, middle = last.read_bytes(), last.stat().st_size // 2
+    for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        last.write_bytes(damaged)
+        with pytest.raises(ValueError, match="^checkpoint checkpoints/a/last.pt cannot be read: "):
+            Run("a", first_process=False)
+    shutil.copy("checkpoints/b/last.pt", last)
+    with pytest.raises(ValueError, match="^run = 'checkpoints/a/last.pt', allowed: "):
+        Run("a", first_process=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(4))
-def test_generate_killed_at_any_moment(number, generated, tmp_path):
-    arguments, expected, seconds = generated
-    process = start(tmp_path, arguments, script="generate.py")
-    time.sleep(random.Random(number).uniform(0, seconds))
-    process.kill()
-    assert exit_code(process) in (0, -signal.SIGKILL)
-    assert exit_code(start(tmp_path, arguments, script="generate.py")) == 0, (tmp_path / "log").read_text()
-    assert same((outcome(tmp_path), prior_of(tmp_path)), expected)
-    assert not [*tmp_path.glob("outputs/**/*.tmp"), *tmp_path.glob("checkpoints/**/*.tmp")]
+def test_the_best_checkpoint_of_another_run_is_refused(trained, folder, monkeypatch):
+    [shutil.copytree(trained / name, name) for name in ("outputs", "checkpoints")]
+    results, = Path("outputs").glob("*/results.json")
+    results.unlink()
+    best, = Path("checkpoints").glob("*/ema_vq_stage2_best.pt")
+    save_torch(best, load_torch(best) | {"run": "b"})
+    monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)"])
+    with pytest.raises(SystemExit, match=f"^train.py: run = '{best}', allowed: "):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def test_ctrl_c_says_what_is_saved(tmp_path, folder):
-    process = start(tmp_path, [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(1000, 1)"])
-    while not list(tmp_path.glob("checkpoints/*/last.pt")):
-        assert process.is_alive(), (tmp_path / "log").read_text()
-        time.sleep(0.05)
-    for _ in range(5):  # Python drops an interrupt that arrives in a destructor, such as a plot's: press again
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
-            process.join(60)
-    assert exit_code(process) == 1
-    log = (tmp_path / "log").read_text()
-    assert "stopped" in log and "last.pt" in log and "goes on" in log and "Traceback" not in log
+def environments(ranks):
+    """What torchrun sets for each of its processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def limited(folder, arguments, size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # as a disk that is full: a write fails midway
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    child(folder, arguments, None, 0)
+def launch(folder, arguments, ranks):
+    """What the processes of a run printed, and what each of them kept."""
+    started = [start(folder, arguments, environment=environment) for environment in environments(ranks)]
+    codes, log = [exit_code(process) for process in started], (folder / "log").read_text()
+    assert codes == [0] * ranks, log
+    return log, [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
-def test_a_full_disk_leaves_the_checkpoint_that_was(tmp_path, folder):
-    arguments = [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(3, 1)", "STAGES=(1,)"]
-    assert exit_code(start(tmp_path, arguments, "step", 5)) == -signal.SIGKILL
-    last, = tmp_path.glob("checkpoints/*/last.pt")
-    before, best = last.read_bytes(), last.with_name("ema_vq_stage1_best.pt").stat().st_size
-    assert len(before) > best + 2**20  # so that last.pt is the one that does not fit
-    process = processes.Process(target=limited, args=(tmp_path, arguments, best + 2**20))
-    process.start()
-    assert exit_code(process) == 1
-    line = (tmp_path / "log").read_text().splitlines()[-1]
-    assert line.startswith("train.py: ") and "File too large" in line and "last.pt" in line
-    assert last.read_bytes() == before
-    assert exit_code(start(tmp_path, arguments)) == 0
+def test_two_processes_learn_what_one_learns(folder, tmp_path):
+    arguments = [f"DATASET={folder}", *TINY, "QUANTIZER=fsq", "OPTIMIZER=adamw", "LEARNING_RATE=1e-4",
+                 "EPOCHS=(1, 1)", "ACCUMULATE=2"]
+    _, (one,) = launch(tmp_path / "one", arguments, 1)
+    log, two = launch(tmp_path / "two", arguments, 2)
+    assert log.count("2 x cpu") == 1  # one process speaks
+    torch.testing.assert_close(two[0], two[1], rtol=0, atol=0)
+    torch.testing.assert_close(two[0], one, rtol=2e-3, atol=2e-4)
+    for a, b in zip(*(outcome(tmp_path / name)[0] for name in ("one", "two"))):
+        assert [*map(float, a.values())] == pytest.approx([*map(float, b.values())], rel=1e-2)
 
 
-class MallInfo2(ctypes.Structure):
-    """What glibc's mallinfo2 returns"""
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-                                                     "fsmblks", "uordblks", "fordblks", "keepcost")]
+@pytest.mark.parametrize("random_depth", [0.0, 0.5])
+def test_two_processes_share_codebooks_and_discriminator(random_depth, folder, tmp_path):
+    arguments = [f"DATASET={folder}", *TINY, "CODEBOOKS=2", f"RANDOM_DEPTH={random_depth}", "GAN_WEIGHT=0.5",
+                 "FLIP=True", "EPOCHS=(1, 1)"]
+    _, (first, second) = launch(tmp_path, arguments, 2)  # model, discriminator, gradients' norms
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def watched(folder, arguments):
-    import utils
-
-    write_csv = utils.write_csv
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = MallInfo2
-
-    def watch(path, rows):
-        gc.collect()
-        memory = mallinfo2()
-        megabytes = (memory.uordblks + memory.hblkhd) / 1e6  # small pieces in use, and large ones
-        with open("memory", "a") as file:
-            print(megabytes, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), file=file)
-        write_csv(path, rows)
-
-    os.chdir(folder)
-    utils.write_csv = watch
-    child(folder, arguments, None, 0)
+def test_both_processes_of_a_finished_run_end(trained, folder, tmp_path):
+    shutil.copytree(trained / "outputs", "outputs")
+    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)"]
+    assert [exit_code(p) for p in [start(tmp_path, arguments, environment=e) for e in environments(2)]] == [0, 0]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.33"), reason="asks glibc 2.33 or later how much is in use")
-def test_memory_stays_as_it_is_over_100_epochs(tmp_path, folder):
-    arguments = [f"DATASET={folder}", *ARGUMENTS, "EPOCHS=(100, 1)", "STAGES=(1,)"]
-    process = processes.Process(target=watched, args=(tmp_path, arguments))
-    process.start()
-    process.join(1200)
-    assert process.exitcode == 0, (tmp_path / "log").read_text()[-1000:]
-    lines = (tmp_path / "memory").read_text().splitlines()
-    memory, handles, threads = zip(*(map(float, line.split()) for line in lines))
-    assert len(memory) == 100
-    # of what is in use, not of what the allocator keeps: that swings by 5 %, with the sizes of plots
-    growth = max(memory[80:]) - min(memory[20:40])
-    assert growth < 6, f"{growth:.1f} MB more after 60 epochs"  # 2.8 MB measured, of 260: 2.4 of them at once
-    assert len(set(handles[20:])) == 1 and len(set(threads[20:])) == 1
-    assert len(list(tmp_path.glob("checkpoints/*/*.pt"))) == 4  # best, two epochs, last: the others are pruned
+def test_torchrun(folder):
+    command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py", f"DATASET={folder}"]
+    done = run_script(".", *command, *TINY, "EPOCHS=(1, 1)")
+    assert done.returncode == 0 and done.stdout.count("2 x cpu") == 1, done.stderr
+    assert [*Path("outputs").glob("*/results.json")]

@@ -1,543 +1,430 @@
-"""train.py itself, on a few images."""
+"""train.py and optimization.py: losses, optimizers, batches, start checkpoints, constants, and the files of a run."""
+import copy
 import csv
 import json
-import re
-import runpy
-import subprocess
+import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from conftest import SMALL
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
-from models import VQRAE, AirbenchEncoder, PatchDiscriminator, build_encoder
-from utils import FeatureCache, draw_shapes, load_checkpoint, load_torch, save_torch, seed_everything
+import optimization
+import train
+import utils
+from evaluate import evaluate
+from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder
+from utils import load_checkpoint, load_torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["EPOCHS=(2, 1)", "BATCH_SIZE=32", "EVAL_IMAGES=32", "GAN_WEIGHT=0", "SIMVQ_CODEBOOK_SIZE=256",
-         "EMA_CODEBOOK_SIZE=256", "ADAPTER_DEPTH=1", "DECODER_WIDTH=64", "DECODER_DEPTH=1",
-         "DECODER_HEADS=2", "EPOCH_IMAGES=None"]
+TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=(1, 1)"]
+CONSTANTS = {name: value for name, value in vars(train).items()
+             if name.isupper() and isinstance(value, (int, float, str, tuple))}
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    """train(...) runs train.py with these constants in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+def main(folder, monkeypatch):
+    """main("NAME=value", ...) runs train.py in this process, with a TINY model. Returns its folder in outputs/."""
+    monkeypatch.setattr(utils, "plot_curves", lambda path, *_: path.touch())  # `trained` has real ones
 
     def run(*arguments):
+        vars(train).update(CONSTANTS)
+        utils.read_constants(vars(train), [f"DATASET={folder}", *TINY])  # as if the file said so
+        before = {*Path("outputs").glob("*")}
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        torch.manual_seed(123)  # what happened before makes no difference
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        with utils.one_line_errors():
+            train.main()
+        return next(iter({*Path("outputs").glob("*")} - before), None)
 
-    return run
-
-
-def rows(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+    yield run
+    vars(train).update(CONSTANTS)
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "simvq", "ema_vq", "ddcl"])
-def test_two_stages(quantizer, train, folder, capsys):
-    arguments = [f"DATASET={folder}", f"QUANTIZER={quantizer}", *SMALL]
-    train(*arguments)
-    outputs, = Path("outputs").iterdir()
-    checkpoints = Path("checkpoints", outputs.name)
-    assert outputs.name.startswith(f"folder-tiny_cifar_{quantizer}_")
-    for name in ("stage1_epoch_001.png", "stage1_epoch_002.png", "stage2_epoch_001.png", "final.png", "usage.png",
-                 "curves.png"):
-        assert min(Image.open(outputs / name).size) > 100
-    table = rows(outputs / "metrics.csv")
-    assert [(row["dataset"], row["stage"], row["epoch"]) for row in table] == [
-        ("folder-tiny", "1", "1"), ("folder-tiny", "1", "2"), ("folder-tiny", "2", "1")]
-    weights = {"l2": 16, "perceptual": 0.02, "quantizer": 1, "predict": 0.005, "distill": 0.3}
-    for row in table:
-        weighted = sum(weight * float(row[f"{name}_loss"]) for name, weight in weights.items())
-        assert float(row["loss"]) == pytest.approx(weighted, rel=1e-3)
-        assert 5 < float(row["psnr"]) < 40 and -1 < float(row["ssim"]) < 1 and float(row["images_per_second"]) > 0
-        assert 0 < float(row["usage"]) <= 1 and float(row["perplexity"]) >= 1 and float(row["predict_loss"]) > 0
-        assert (float(row["distill_loss"]) > 0) == (row["stage"] == "2")
-    assert float(table[1]["loss"]) < float(table[0]["loss"])
-    assert {f.name for f in checkpoints.iterdir()} == {
-        f"{quantizer}_stage1_best.pt", f"{quantizer}_stage1_epoch_1.pt", f"{quantizer}_stage1_epoch_2.pt",
-        f"{quantizer}_stage2_best.pt", f"{quantizer}_stage2_epoch_1.pt", "last.pt", "lock"}
-    original = build_encoder("cifar", 4).state_dict()
-    for stage, changed in ((1, False), (2, True)):
-        model = load_checkpoint(checkpoints / f"{quantizer}_stage{stage}_best.pt")
-        assert model.stage == stage and not model.training
-        assert any(not torch.equal(v, original[k]) for k, v in model.encoder.state_dict().items()) == changed
-        output = model.decode_from_indices(model.encode_to_indices(torch.rand(1, 3, 32, 32)))
-        assert output.shape == (1, 3, 32, 32)
-
-    capsys.readouterr()
-    train(*arguments)  # the same constants: nothing is trained again
-    assert "finished" in capsys.readouterr().out and rows(outputs / "metrics.csv") == table
-    train(*arguments, "SEED=1", "STAGES=(1,)")  # others: another run, and this one's files stay
-    assert len(list(Path("outputs").iterdir())) == 2 and rows(outputs / "metrics.csv") == table
+def table(outputs):
+    """The rows of metrics.csv, as numbers."""
+    rows = csv.DictReader((outputs / "metrics.csv").read_text().splitlines())
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
-def test_several_sizes_and_datasets(train, folder, tmp_path, capsys):
-    for split in ("train", "test"):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        pixels = draw_shapes(60, train=40, test=1).train_images
-        for i, image in enumerate(pixels):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
-    train(f"DATASET={(str(folder), str(tmp_path / 'photos'))}", "IMAGE_SIZE=(32, 48)", *SMALL)
-    outputs, = Path("outputs").iterdir()
-    assert outputs.name.startswith("folder-tiny+folder-photos_cifar_ema_vq_")
-    labels = ["folder-tiny 32x32", "folder-photos 32x32", "folder-photos 48x48"]  # images are not enlarged
-    for row in rows(outputs / "metrics.csv"):
-        psnr = [float(row[f"psnr, {label}"]) for label in labels]
-        assert float(row["psnr"]) == pytest.approx(sum(psnr) / 3) and len(set(psnr)) == 3
-    grids = [Image.open(outputs / f"final_{label}.png").size for label in labels]
-    assert grids[0] == grids[1] != grids[2]
-    model = load_checkpoint(next(Path("checkpoints", outputs.name).glob("*stage2_best.pt")))
-    assert model.token_size == 4
-    assert all(f"{label}, all " in capsys.readouterr().out for label in labels[:1])
+def checkpoint(outputs, name):
+    """The path of a run's checkpoint such as "stage1_best"."""
+    return next(Path("checkpoints", outputs.name).glob(f"*_{name}.pt"))
 
 
-def test_each_size_has_its_turn_though_an_epoch_has_one_step(train, tmp_path, monkeypatch):
-    for split, count in (("train", 33), ("test", 2)):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        for i, image in enumerate(draw_shapes(60, train=count, test=1).train_images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
-    sizes, select = [], FeatureCache.select
-    monkeypatch.setattr(FeatureCache, "select", lambda self, i: sizes.append(x := select(self, i)) or x)
-    train(f"DATASET={tmp_path / 'photos'}", "IMAGE_SIZE=(32, 48)", *SMALL, "EPOCHS=(3, 1)")
-    assert [batch.shape[-1] for batch in sizes] == [32, 48, 32, 32]
-    table = rows(next(Path("outputs").glob("*/metrics.csv")))
-    trained_on = [float(row["images_per_second"]) * float(row["seconds"]) for row in table]
-    assert trained_on == pytest.approx([len(batch) for batch in sizes])  # not what was drawn for sizes without a turn
+@pytest.fixture
+def parts(monkeypatch):
+    """parts(stage) -> a model, what objective takes, and what it returns; with weights that no two losses share."""
+    for name, value in (("PERCEPTUAL", (0.7, 0.4)), ("PREDICT", 0.3), ("DISTILL", 0.9), ("GAN", 0.5)):
+        monkeypatch.setattr(train, f"{name}_WEIGHT", value)
+
+    def build(stage, lpips=None, gan=False):
+        model = VQRAE("cifar", "simvq", {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
+        with torch.no_grad():  # weights that begin as zeros would stop gradients, and the encoder equals its teacher
+            for p in [*model.parameters()][:: 1 if stage == 2 else 2]:
+                p += 0.02 * torch.randn_like(p)
+            model.decoder.head.weight *= 4  # some pixels are out of range
+        teacher = build_encoder("cifar", 4).eval().requires_grad_(False)
+        images = torch.rand(5, 3, 16, 16)
+        critic = PatchDiscriminator(16).requires_grad_(False) if gan else None
+        model.set_stage(stage).train()
+        return model, images, teacher, critic, *train.objective(model, images, teacher, teacher(images), lpips, critic)
+
+    return build
 
 
-def test_several_codebooks(train, folder, capsys):
-    arguments = [f"DATASET={folder}", *SMALL, "QUANTIZER=ema_vq", "EMA_CODEBOOK_SIZE=16", "CODEBOOKS=2",
-                 "EPOCHS=(1, 1)"]
-    train(*arguments, "STAGES=(1,)")
-    first, = Path("checkpoints").iterdir()
-    checkpoint, = first.glob("*_stage1_best.pt")
-    row, = rows(Path("outputs", first.name, "metrics.csv"))
-    model = load_checkpoint(checkpoint)
-    assert model.quantizer.codebook_sizes == (16, 16) and model.quantizer.random_depth == 0
-    assert 1 <= float(row["perplexity_1"]) <= 16 and 1 <= float(row["perplexity_2"]) <= 16
-    assert 0 < float(row["usage_2"]) <= 1 and float(row["perplexity"]) <= 256
-    results = json.loads(Path("outputs", first.name, "results.json").read_text())
-    assert {"perplexity_1", "perplexity_2", "usage_1", "usage_2"} <= results.keys()
-    train(*arguments, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "RANDOM_DEPTH=0.5")  # the model is the same
-    capsys.readouterr()
-    train(*arguments, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "CODEBOOKS=1")
-    assert capsys.readouterr().out.count("the quantizer starts anew") == 1
+@pytest.mark.parametrize("stage, perceptual, distilled", [(1, 0.7, False), (2, 0.4, True)])
+def test_the_loss_is_the_weighted_sum_of_all_losses(stage, perceptual, distilled, parts):
+    model, images, teacher, discriminator, losses, output = parts(stage, gan=True)
+    of_l2, of_gan = (torch.autograd.grad(losses[name], model.decoder.head.weight, retain_graph=True)[0].norm()
+                     for name in ("l2_loss", "gan_loss"))  # the GAN's gradient there gets the norm of the L2 loss's
+    weights = {"l2": 16, "perceptual": perceptual, "quantizer": 1, "predict": 0.3, "distill": 0.9,
+               "gan": 0.5 * 16 * of_l2 / of_gan}
+    weighted = {name: (weight * losses[f"{name}_loss"]).item() for name, weight in weights.items()}
+    assert losses["loss"].item() == pytest.approx(sum(weighted.values()), rel=1e-4) and len(losses) == 7
+    assert {name for name in weights if abs(weighted[name]) < 1e-3} == (set() if distilled else {"distill"})
+    expected = {"l2_loss": F.mse_loss(output, images), "gan_loss": -discriminator(output).mean(),
+                "perceptual_loss": F.mse_loss(teacher(output)[[0, 2, 4]], teacher(images)[[0, 2, 4]]),
+                "distill_loss": F.mse_loss(model.encoder(images), teacher(images)) * distilled}
+    torch.testing.assert_close({name: losses[name] for name in expected}, expected)
+    losses["loss"].backward()
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert ("encoder" in learning) == distilled and len(learning) == 5 + distilled
 
 
-@pytest.mark.parametrize("arguments", [["QUANTIZER=none"], ["ENCODER=scratch", "GAN_WEIGHT=0.1"],
-                                       ["ENCODER=cnn", "GRID=4", "ADAPTER_DEPTH=0", "QUANTIZER=fsq"]], ids=str)
-def test_baselines(arguments, train, folder):
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(8, 1)", *arguments)
-    outputs, = Path("outputs").iterdir()
-    table = rows(outputs / "metrics.csv")
-    losses = [float(row["loss"]) for row in table]
-    assert losses[7] < losses[0] and (float(table[0]["predict_loss"]) > 0) == (arguments == ["QUANTIZER=none"])
-    assert (outputs / "final.png").exists() and (outputs / "usage.png").exists() == (arguments != ["QUANTIZER=none"])
+def test_each_loss_teaches_the_parts_that_it_should(parts):
+    model, *_, losses, _ = parts(2, gan=True)
+    reached = {}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True)
+        reached[name] = {parameter.split(".")[0] for (parameter, _), g in zip(model.named_parameters(), gradients)
+                         if g is not None and g.abs().max() > 0}
+    tokens = {"encoder", "adapter", "quantizer"}
+    image = {*tokens, "post_quant_conv", "decoder"}
+    assert reached == {"loss": {*image, "predictor"}, "l2_loss": image, "perceptual_loss": image, "gan_loss": image,
+                       "quantizer_loss": tokens, "predict_loss": {*tokens, "predictor"}, "distill_loss": {"encoder"}}
 
 
-@pytest.mark.parametrize("size, grid", [(64, 16), (256, 16)])
-def test_larger_images(size, grid, train, tmp_path):
-    data = draw_shapes(size, train=8, test=4)
-    for split, images in (("train", data.train_images), ("test", data.test_images)):
-        (tmp_path / "large" / split).mkdir(parents=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "large" / split / f"{i}.png")
-    train("DATASET=large", *SMALL, f"IMAGE_SIZE={size}", f"GRID={grid}", "BATCH_SIZE=4", "GAN_WEIGHT=0.1")
-    outputs, = Path("outputs").iterdir()
-    assert len(rows(outputs / "metrics.csv")) == 3
-    model = load_checkpoint(Path("checkpoints", outputs.name, "ema_vq_stage2_best.pt"))
-    assert model.encode_to_indices(torch.rand(1, 3, size, size)).shape == (1, grid, grid)
+def test_lpips_sees_all_images_clamped(parts, main, monkeypatch):
+    class LPIPS:
+        def __init__(self, kind):
+            self.net = nn.Module()
+            self.net.forward = lambda output, images, normalize: 2 * normalize + (output - images).abs().mean((1, 2, 3))
+
+    _, images, _, _, losses, output = parts(1, LPIPS("vgg").net)
+    assert output.min() < 0
+    assert losses["perceptual_loss"].item() == pytest.approx(2 + (output.clamp(0, 1) - images).abs().mean().item())
+    monkeypatch.setattr(train, "LearnedPerceptualImagePatchSimilarity", LPIPS)
+    first, second = table(main("PERCEPTUAL=lpips", "PERCEPTUAL_WEIGHT=(0.1, 0)", "EPOCH_IMAGES=4"))
+    assert 2 < first["perceptual_loss"] < 3 and second["perceptual_loss"] == 0  # of weight 0, it is not computed
 
 
-def test_features_that_are_not_kept_make_no_difference(train, folder):
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "FEATURE_CACHE_GB=0", "FLIP=True")
-    first, = Path("outputs").iterdir()
-    for folder_of_runs in ("outputs", "checkpoints"):  # or the second is the same run: memory is no part of its name
-        Path(folder_of_runs).rename(f"first_{folder_of_runs}")
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "FLIP=True")
-    second, = Path("outputs").iterdir()
-    assert first.name == second.name
-    psnr = [[float(row["psnr"]) for row in rows(Path(path, first.name, "metrics.csv"))]
-            for path in ("first_outputs", "outputs")]
-    assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
+def test_discriminator_loss_is_the_hinge_loss():
+    """Logits of images above 1 and of reconstructions below -1 are good enough."""
+    loss = train.discriminator_loss(nn.Identity(), torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [0.25]]))
+    assert loss == ((0 + 0.5) / 2 + (0 + 1.25) / 2) / 2
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_pass_shows_each_image_once(flip, monkeypatch):
-    import train as script
-
-    monkeypatch.setattr(script, "FLIP", flip)
-    epochs = [script.shuffled(1000, 250, epoch) for epoch in range(8)]
-    for order in (torch.cat(epochs[:4]), torch.cat(epochs[4:])):
-        assert sorted((order % 1000).tolist()) == list(range(1000))
-        assert 400 < (order >= 1000).sum() < 600 if flip else (order < 1000).all()
-    assert len(torch.cat(epochs).unique()) == (2000 if flip else 1000)  # and two passes each way round
-    assert torch.equal(script.shuffled(1000, 2000, 0), torch.cat(epochs))  # an epoch of more images than there are
-    assert torch.equal(script.shuffled(1000, 1000, 1), torch.cat(epochs[4:]))
-    assert not torch.equal(torch.cat(epochs[4:]), torch.cat(epochs[:4]))
+def test_the_learning_rate_rises_and_falls_as_a_cosine():
+    weight, rates = nn.Parameter(torch.zeros(1)), []
+    optimizers = [torch.optim.SGD([weight], lr=8.0), torch.optim.SGD([weight], lr=2.0)]
+    weight.grad = torch.ones(1)
+    for step in range(100):
+        optimization.take_step(optimizers, step, 100)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+    scale = [0.2, 0.4, 0.6, 0.8, *(0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(4, 100))]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(scale)[:, None] * torch.tensor([8.0, 2.0]))
+    assert weight.item() == pytest.approx(-10 * sum(scale), rel=1e-4)
 
 
-def test_a_small_dataset_has_as_many_steps_as_a_large_one(train, folder):
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "EPOCH_IMAGES=192", "STAGES=(1,)")  # of 96 images
-    last, = Path("checkpoints").glob("*/last.pt")
-    state = load_torch(last)["optimizer_0"]["state"]
-    assert {int(values["step"]) for values in state.values()} == {6}
+@pytest.fixture(scope="module")
+def small_vit(tmp_path_factory):
+    """A ViT in a folder, as ENCODER takes it: 3 blocks of 32, patches of 4 x 4 pixels."""
+    path, name = tmp_path_factory.mktemp("vit"), "vit_tiny_patch16_224"
+    shape = {"img_size": 32, "patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
+    save_file({n: 5 * w for n, w in timm.create_model(name, **shape).state_dict().items()}, path / "model.safetensors")
+    images = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 32, 32], "num_classes": 0}
+    config = {"architecture": name, "num_classes": 0, "model_args": shape, "pretrained_cfg": images}
+    (path / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{path}"
 
 
-def test_each_of_several_sizes_and_datasets_shows_its_images_equally_often(train, folder, tmp_path, monkeypatch):
-    for split in ("train", "test"):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        for i, image in enumerate(draw_shapes(48, train=40, test=1).train_images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / split / f"{i}.png")
-    shown, get = {}, FeatureCache.__getitem__
-
-    def count(cache, index):
-        n = len(cache.images)
-        shown.setdefault(n, []).append(torch.bincount(index % n, minlength=n))
-        return get(cache, index)
-
-    monkeypatch.setattr(FeatureCache, "__getitem__", count)
-    train(f"DATASET={(str(folder), str(tmp_path / 'photos'))}", "IMAGE_SIZE=32", *SMALL, "BATCH_SIZE=16",
-          "EPOCHS=(3, 1)", "EPOCH_IMAGES=96")  # four epochs of six steps of 16 images: 192 of each dataset
-    counts = {number: set(sum(counts).tolist()) for number, counts in shown.items()}
-    assert counts == {90: {2, 3}, 40: {4, 5}}
-
-
-def test_mirrored_images_have_features_of_their_own(train, folder):
-    tables = {}
-    for flip in (False, True):
-        train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "LEARNING_RATE=(1e-9, 1e-9)", f"FLIP={flip}")
-        outputs, = set(Path("outputs").iterdir()) - {path for path, _ in tables.values()}
-        tables[flip] = outputs, rows(outputs / "metrics.csv")[-1]
-    l2, distill = ([float(tables[flip][1][name]) for flip in (False, True)] for name in ("l2_loss", "distill_loss"))
-    assert l2[0] != l2[1] and max(distill) < 1e-3  # features of the other way round would be 0.1 or more away
+@pytest.mark.parametrize("encoder, count", [("cifar", 20), ("vit", 13)])
+def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, count, small_vit, monkeypatch):
+    model = VQRAE(small_vit if encoder == "vit" else encoder, post_quant_kernel=3, decoder_depth=1, pretrained=False)
+    name_of, others = {p: name for name, p in model.named_parameters()}, ("quantizer", "decoder.head", "decoder.proj")
+    matrices = {name for p, name in name_of.items() if p.ndim > 1 and not name.startswith(("encoder", *others))}
+    assert len(matrices) == count
+    monkeypatch.setattr(train, "LEARNING_RATE", (0.5, 0.25))
+    for stage, rate in ((1, 0.5), (2, 0.25)):
+        learning = {name for name, p in model.set_stage(stage).named_parameters() if p.requires_grad}
+        for kind, expected in (("muon", matrices), ("adamw", set())):
+            monkeypatch.setattr(train, "OPTIMIZER", kind)
+            adamw, *muon = train.build_optimizers(model, stage)
+            names = [{name_of[p] for p in optimizer.param_groups[0]["params"]} for optimizer in (adamw, *muon)]
+            assert isinstance(adamw, torch.optim.AdamW) and len(muon) == (kind == "muon")
+            assert names == [learning - expected, expected][: 1 + len(muon)]
+            assert [optimizer.defaults["lr"] for optimizer in (adamw, *muon)] == [rate, 2 * rate][: 1 + len(muon)]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("encoder", ["cifar", "dinov2_s"])
-def test_each_weight_has_one_optimizer(encoder, optimizer, monkeypatch):
-    import train as script
+def test_muon_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(optimization, "fast_bf16", lambda device: True)  # torch's Muon is in bf16 everywhere
+    theirs = [nn.Parameter(torch.randn(shape)) for shape in ((8, 72), (8, 40), (72, 8), (10, 30), (16, 16))]
+    ours = copy.deepcopy([theirs[0].detach().view(8, 8, 3, 3).requires_grad_(), *theirs[1:]])  # one of a convolution
+    unused, options = nn.Parameter(torch.ones(3, 3)), {"lr": 0.1, "weight_decay": 0.5}
+    optimizer = optimization.Muon([*ours, unused], **options)
+    torchs = torch.optim.Muon(theirs, **options, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        before = [p.detach().clone() for p in theirs]
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(b)
+            a.data, a.grad = b.detach().view_as(a).clone(), b.grad.view_as(a).clone()
+        optimizer.step(), torchs.step()
+        for a, b, start in zip(ours, theirs, before):
+            assert (a.view_as(b) - b).norm() < 0.03 * (b - start).norm()  # bf16, with sums in another order
+    assert torch.equal(unused, torch.ones(3, 3))  # a matrix without a gradient stays
 
-    monkeypatch.setattr(script, "OPTIMIZER", optimizer)
-    model = VQRAE(encoder, post_quant_kernel=3, decoder_width=64, decoder_depth=1, decoder_heads=2, pretrained=False)
-    names = {p: name for name, p in model.named_parameters()}
+
+def test_orthogonalize_keeps_singular_vectors_and_takes_values_to_1(monkeypatch):
+    monkeypatch.setattr(optimization, "fast_bf16", lambda device: False)
+    matrices = [torch.randn(6, 40), torch.randn(6, 9), torch.randn(25, 6), torch.randn(12, 12)]
+    for x, y in zip(matrices, optimization.orthogonalize([x.clone() for x in matrices])):
+        u, values, vt = torch.linalg.svd(x, full_matrices=False)
+        new = u.mT @ y @ vt.mT
+        assert y.shape == x.shape and torch.allclose(new, new.diagonal().diag(), atol=1e-3)
+        assert new.diagonal()[values > 0.1 * values[0]].sub(1).abs().max() < 0.35
+
+
+def test_training_is_what_the_table_of_stages_says(main, folder, monkeypatch):
+    """Both stages as a plain loop: AdamW at the stage's rate, clipped gradients, the GAN after half of stage 1."""
+    monkeypatch.setattr(train, "bf16", False)
+    outputs = main("QUANTIZER=fsq", "OPTIMIZER=adamw", "EPOCHS=(2, 1)", "GAN_WEIGHT=0.5", "EPOCH_IMAGES=12",
+                   "LEARNING_RATE=(2e-3, 5e-4)")
+    images, rows, norms = utils.load_dataset(str(folder), 16).train_images, table(outputs), []
+    utils.seed_everything(0)
+    model, teacher = train.build_model(), build_encoder("cifar", 4).eval().requires_grad_(False)
+    for stage, rate, epochs in ((1, 2e-3, 2), (2, 5e-4, 1)):
+        model.set_stage(stage).train()
+        utils.seed_everything(0, stage)
+        critic, names, log = PatchDiscriminator(16), ("loss", "gan_loss", "discriminator_loss"), []
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, (0.9, 0.95), fused=True)
+        gan_adamw = torch.optim.AdamW(critic.parameters(), 2e-4, (0.5, 0.9), fused=True)
+        batches = [x for epoch in range(epochs) for x in train.epoch_batches(images, stage, epoch + 1, 3)]
+        for step, x in enumerate(batches):
+            gan_on = stage == 1 and step >= 3
+            losses, output = train.objective(model, x, teacher, teacher(x), None, critic if gan_on else None)
+            model.zero_grad()
+            losses["loss"].backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            adamw.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+            adamw.step()
+            losses["discriminator_loss"] = train.discriminator_loss(critic, x, output.detach()) * gan_on
+            critic.zero_grad()
+            losses["discriminator_loss"].backward()
+            if gan_on:
+                gan_adamw.step()
+            log.append([losses[name].item() for name in names])
+        weights = load_torch(checkpoint(outputs, f"stage{stage}_epoch_{epochs}"))["model"]
+        torch.testing.assert_close(model.state_dict(), weights, rtol=1e-4, atol=1e-5)
+        logged = torch.tensor([[row[name] for name in names] for row in rows if row["stage"] == stage])
+        torch.testing.assert_close(logged, torch.tensor(log).view(-1, 3, 3).mean(1), rtol=1e-4, atol=1e-5)
+    assert max(norms) > 1  # some were clipped
+
+
+def test_accumulated_micro_batches_have_the_gradient_of_one_batch(main, monkeypatch):
+    monkeypatch.setattr(train, "bf16", False)
+    norms, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
+    main("QUANTIZER=fsq", "STAGES=(1,)"), main("QUANTIZER=fsq", "STAGES=(1,)", "ACCUMULATE=2")
+    assert len(norms) == 4 and norms[:2] == pytest.approx(norms[2:], rel=1e-3)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """shown(...) -> the batches of an epoch; pixels of image i are i on its left, and 200 on its right."""
+    images = torch.full((20, 3, 16, 16), 200, dtype=torch.uint8)
+    images[..., :8] = torch.arange(20)[:, None, None, None]
+
+    def batches(stage=1, epoch=1, steps=5, **constants):
+        defaults = {"BATCH_SIZE": 4, "ACCUMULATE": 1, "FLIP": False, "SEED": 0, "IMAGE_SIZE": 16, "rank": 0, "ranks": 1}
+        [monkeypatch.setattr(train, name, value) for name, value in (defaults | constants).items()]
+        return [(x[:, 0, 0, [0, -1]] * 255).round().int() for x in train.epoch_batches(images, stage, epoch, steps)]
+
+    return batches
+
+
+def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(shown):
+    changes = ({}, {"epoch": 2}, {"stage": 2}, {"SEED": 1}, {}, {"steps": 3}, {"steps": 10})
+    *orders, again, part, twice = (torch.cat(shown(**change))[:, 0].tolist() for change in changes)
+    for order in (*orders, twice[:20], twice[20:]):  # a small dataset is shown again, of a large one a part
+        assert sorted(order) == [*range(20)]
+    assert again == orders[0] and part == orders[0][:12] and len({*map(tuple, orders)}) == 4
+
+
+def test_half_of_the_images_are_mirrored(shown):
+    pixels = torch.cat(shown(steps=100, FLIP=True))
+    assert 150 < (pixels[:, 0] == 200).sum() < 250 and ((pixels == 200).sum(1) == 1).all()
+
+
+def test_processes_and_micro_batches_share_the_images_of_a_step(shown):
+    parts = [shown(rank=rank, ranks=2, ACCUMULATE=2) for rank in (0, 1)]
+    assert all(len(x) == 1 for part in parts for x in part)
+    for step, batch in enumerate(shown()):
+        assert torch.equal(torch.cat([x for part in parts for x in part[2 * step : 2 * step + 2]]), batch)
+
+
+def test_several_sizes_take_turns(monkeypatch):
+    monkeypatch.setattr(train, "IMAGE_SIZE", (32, 16))
+    monkeypatch.setattr(utils, "load_batches", lambda images, batches, *_: batches)
+    assert [size for _, size in train.epoch_batches(torch.zeros(1), 1, 1, 3)] == [16, 32, 16]
+
+
+def test_what_a_run_leaves(trained):
+    outputs, = (trained / "outputs").iterdir()
+    rows = table(outputs)
+    assert " ".join(rows[0]) == (
+        "stage epoch loss l2_loss perceptual_loss quantizer_loss predict_loss distill_loss gan_loss discriminator_loss "
+        "psnr psnr_of_mse ssim usage perplexity images_per_second seconds")
+    assert [(row["stage"], row["epoch"], row["distill_loss"] > 0) for row in rows] == [(1, 1, 0), (1, 2, 0), (2, 1, 1)]
+    assert rows[1]["loss"] < rows[0]["loss"] and rows[0]["images_per_second"] * rows[0]["seconds"] == pytest.approx(90)
+    images = {"curves", "usage", "final", "stage1_epoch_001", "stage1_epoch_002", "stage2_epoch_001"}
+    assert {path.stem for path in outputs.glob("*.png") if min(Image.open(path).size) > 100} == images
+    assert {path.stem for path in trained.glob("checkpoints/*/*.pt")} == {
+        "last", *(f"ema_vq_stage{x}" for x in ("1_best", "1_epoch_1", "1_epoch_2", "2_best", "2_epoch_1"))}
+    assert json.loads((outputs / "results.json").read_text())["constants"]["EPOCHS"] == [2, 1]
+
+
+def test_the_encoder_learns_in_stage_2_alone(trained):
+    pretrained = build_encoder("cifar", 4).state_dict()
+    for stage, equal in ((1, True), (2, False)):
+        encoder = load_checkpoint(*trained.glob(f"checkpoints/*/*stage{stage}_best.pt")).encoder.state_dict()
+        assert {torch.equal(encoder[name], pretrained[name]) for name in pretrained} == {equal}
+
+
+@pytest.mark.parametrize("options", [
+    "fsq", "simvq", "ddcl", "none", "ema_vq CODEBOOKS=2 CODEBOOK_SIZE=8 RANDOM_DEPTH=0.5"])
+def test_results_are_those_of_the_best_checkpoint(options, main, folder):
+    quantizer = options.split()[0]
+    outputs = main(*f"QUANTIZER={options}".split())
+    images, rows = utils.load_dataset(str(folder), 16).test_images, table(outputs)
+    results = json.loads((outputs / "results.json").read_text())
+    assert outputs.name.startswith(f"tiny_cifar_{quantizer}_") and results["run"] == outputs.name
+    expected, *_ = evaluate(load_checkpoint(checkpoint(outputs, "stage2_best")), images, 4)
+    assert expected == pytest.approx({name: results[name] for name in expected}, rel=1e-5)
     for stage in (1, 2):
-        optimizers = script.build_optimizers(model.set_stage(stage), 1e-3)
-        groups = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-        assert sorted(names[p] for group in groups for p in group) == sorted(names[p] for p in names if p.requires_grad)
-        assert len(groups) == (2 if optimizer == "muon" else 1)
-        if optimizer == "muon":
-            if encoder == "cifar":  # residual blocks, and in the decoder the convolution before each size's block
-                blocks = ["adapter.0", "adapter.1", "adapter.2", "predictor.0", "predictor.1",
-                          "decoder.layers.1", "decoder.layers.4", "decoder.layers.7"]
-                expected = {f"{block}.{conv}.weight" for block in blocks for conv in ("conv1", "conv2")}
-                expected |= {f"decoder.layers.{i}.weight" for i in (0, 2, 5)}
-            else:
-                expected = {f"{block}.{matrix}.weight" for block in ("adapter.0", "predictor.0", "decoder.blocks.0")
-                            for matrix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-            assert {names[p] for p in groups[1]} == expected | {"post_quant_conv.weight"}
+        model = load_checkpoint(checkpoint(outputs, f"stage{stage}_epoch_1"))
+        expected, *_ = evaluate(model, images[:4], 4)  # EVAL_IMAGES
+        assert {name: rows[stage - 1][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert model.stage == stage and model.config["quantizer"] == quantizer
+    assert (outputs / "usage.png").exists() == (quantizer != "none")
+    assert (rows[0]["quantizer_loss"] > 0) == (quantizer in ("simvq", "ddcl", "ema_vq"))
 
 
-def test_gan_begins_where_it_should(train, folder):
-    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "GAN_START=0.75", "GAN_WEIGHT=0.1")  # at the last of four steps
-    first, second = rows(next(Path("outputs").iterdir()) / "metrics.csv")
-    assert float(first["discriminator_loss"]) == 0
-    assert 0.8 < float(second["discriminator_loss"]) < 1.2  # a hinge loss at its start; not averaged with other steps
-    last, = Path("checkpoints").glob("*/last.pt")
-    seed_everything(0, 1)
-    untrained, learned = PatchDiscriminator(32).state_dict(), load_torch(last)["discriminator"]
-    assert not any(torch.equal(untrained[name], learned[name]) for name in untrained)
+def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, capsys):
+    """And the last two epochs of each stage are kept."""
+    psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
+    monkeypatch.setattr("evaluate.psnr", lambda images, _, psnrs=psnrs: torch.full((len(images),), next(psnrs, 0.0)))
+    outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")
+    assert [row["psnr"] for row in table(outputs)] == [3, 5, 4, 2, 1]
+    for stage, epoch, kept in ((1, 2, "23"), (2, 1, "12")):
+        best, same = (load_torch(checkpoint(outputs, f"stage{stage}_{x}")) for x in ("best", f"epoch_{epoch}"))
+        assert (best["stage"], best["metrics"]["epoch"], best["run"]) == (stage, epoch, outputs.name)
+        torch.testing.assert_close(best["model"], same["model"], rtol=0, atol=0)
+        files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
+        assert sorted(path.stem[-1] for path in files) == [*kept]
+    monkeypatch.setattr(utils, "load_dataset", lambda *args: pytest.fail("loaded data for a finished run"))
+    assert main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4") is None and "this run is finished" in capsys.readouterr().out
 
 
-def test_gan_and_images_weigh_the_same_at_the_last_layer(monkeypatch):
-    import train
-
-    monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
-    monkeypatch.setattr(train, "PRECISION", "fp32")
-    torch.manual_seed(0)
-    model = VQRAE(decoder_width=64, decoder_depth=1).train()
-    images = torch.rand(4, 3, 32, 32)
-    discriminator = PatchDiscriminator(32).requires_grad_(False)
-    losses, output = train.Objective(1, model, None, None)(images, model.encoder(images).detach(), discriminator)
-    of_images, of_gan, of_both = (torch.autograd.grad(loss, model.decoder.head.weight, retain_graph=True)[0]
-                                  for loss in (16 * torch.nn.functional.mse_loss(output, images),
-                                               -discriminator(output).mean(), losses["loss"]))
-    expected = of_images + 0.5 * of_gan * of_images.norm() / of_gan.norm()
-    assert of_gan.norm() > 0 and torch.allclose(of_both, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
+def test_a_cnn_learns_from_the_beginning(main):
+    outputs = main("ENCODER=cnn", "IMAGE_SIZE=32", "GRID=4", "EPOCHS=(3, 1)", "EPOCH_IMAGES=16")
+    first, _, third, _ = table(outputs)
+    assert third["loss"] < first["loss"] and first["perceptual_loss"] == first["predict_loss"] == 0  # it has no teacher
+    weights = [load_torch(checkpoint(outputs, f"stage1_epoch_{epoch}"))["model"] for epoch in (2, 3)]
+    assert not any(torch.equal(x, weights[1][name]) for name, x in weights[0].items() if name.startswith("encoder."))
 
 
-def test_a_loss_of_weight_0_is_not_computed(train, folder):
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "PERCEPTUAL_WEIGHT=(0, 0.1)")
-    outputs, = Path("outputs").iterdir()
-    first, second = rows(outputs / "metrics.csv")
-    assert float(first["perceptual_loss"]) == 0 < float(second["perceptual_loss"])
+def test_a_vit_is_held_to_the_sum_of_its_layers(main, small_vit):
+    outputs = main(f"ENCODER={small_vit}", "ENCODER_LAYERS=2", "LEARNING_RATE=(1e-3, 0)")
+    encoder, image = load_checkpoint(checkpoint(outputs, "stage1_best")).encoder, torch.rand(1, 3, 32, 32)
+    assert encoder.layers == 2 and torch.equal(encoder(image), build_encoder(small_vit, 4, 2).eval()(image))
+    first, second = table(outputs)
+    assert first["predict_loss"] > 0 and second["distill_loss"] < 1e-3  # at rate 0, nothing is to distill
 
 
-def test_starting_from_a_checkpoint(train, folder):
-    first_run = [f"DATASET={folder}", *SMALL, "KEEP_CHECKPOINTS=1", "QUANTIZER=fsq"]
-    train(*first_run, "STAGES=(1,)")
-    first, = Path("checkpoints").iterdir()
-    names = {f.name for f in first.iterdir()}
-    assert names == {"fsq_stage1_best.pt", "fsq_stage1_epoch_2.pt", "last.pt", "lock"}  # epoch_1 is pruned
-    checkpoint = first / "fsq_stage1_best.pt"
-    train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "LEARNING_RATE=(1e-3, 1e-9)")
-    second, = set(Path("checkpoints").iterdir()) - {first}
-    stage1, stage2 = load_checkpoint(checkpoint), load_checkpoint(second / "fsq_stage2_best.pt")
-    assert stage2.stage == 2
-    for weight, start in zip(stage2.parameters(), stage1.parameters()):
-        assert torch.allclose(weight, start, atol=1e-4)
-    with pytest.raises(SystemExit, match="START_CHECKPOINT.*there and.*here"):
-        train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "POST_QUANT_KERNEL=3")
-    train(*first_run, "STAGES=(1,)", f"START_CHECKPOINT={checkpoint}", "LEARNING_RATE=(1e-9, 1)", "SEED=1")
-    third, = set(Path("checkpoints").iterdir()) - {first, second}
-    kept, same = (load_checkpoint(path / "fsq_stage1_best.pt").state_dict() for path in (first, third))
-    assert all(torch.allclose(kept[name], same[name], atol=1e-6) for name in kept)
-    checkpoint.write_bytes((second / "fsq_stage2_best.pt").read_bytes())  # another file of the same name is another run
-    train(*first_run, "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}")
-    assert len(list(Path("checkpoints").iterdir())) == 4
-    larger = "STAGES=(2,)", f"START_CHECKPOINT={checkpoint}", "IMAGE_SIZE=64"
-    with pytest.raises(SystemExit, match="START_CHECKPOINT.*image_size is 32 there and 64 here"):  # 8 pixels a token
-        train(*first_run, *larger)
-    train(*first_run, *larger, "GRID=16", "LEARNING_RATE=(1e-3, 1e-9)", "SEED=2")
-    *_, path = sorted(Path("checkpoints").glob("*/fsq_stage2_best.pt"), key=lambda path: path.stat().st_mtime)
-    before, after = load_checkpoint(checkpoint), load_checkpoint(path)
-    assert (after.config["image_size"], after.config["grid"]) == (64, 16)
-    for weight, start in zip(after.parameters(), before.parameters()):
-        assert torch.allclose(weight, start, atol=1e-4)
+def test_a_start_checkpoint_keeps_its_quantizer_unless_another_is_an_argument(main, trained, monkeypatch):
+    start, = trained.glob("checkpoints/*/ema_vq_stage1_best.pt")
+    before = load_torch(start)["model"]
+    monkeypatch.setitem(CONSTANTS, "QUANTIZER", "simvq")  # as if the file said so
+    with pytest.raises(SystemExit, match="argument = 'CODEBOOK_SIZE=32', allowed: "):  # it would be ignored
+        main("STAGES=(2,)", f"START_CHECKPOINT={start}", "CODEBOOK_SIZE=32")
+    for arguments, quantizer in (([], "ema_vq"), (["QUANTIZER=fsq"], "fsq")):
+        outputs = main("STAGES=(2,)", f"START_CHECKPOINT={start}", "LEARNING_RATE=0.0", "EPOCH_IMAGES=4", *arguments)
+        model = load_checkpoint(checkpoint(outputs, "stage2_best"))
+        assert f"_{quantizer}_" in outputs.name and model.config["quantizer"] == quantizer
+        assert quantizer == "fsq" or (model.quantizer.codebook != before["quantizer.codebook"]).any()  # its EMA goes on
+        new = {name for name, p in model.named_parameters() if not torch.equal(p, before.get(name, p + 1))}
+        parts = [f"quantizer.project_{way}.{part}" for way in ("in", "out") for part in ("weight", "bias")]
+        assert new == (set() if quantizer == "ema_vq" else {*parts})
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_checkpoint_with_another_quantizer(stage, train, folder, capsys):
-    rates = "LEARNING_RATE=(1e-3, 1e-3)", f"LEARNING_RATE={'(1e-9, 1)' if stage == 1 else '(1, 1e-9)'}"
-    train(f"DATASET={folder}", *SMALL, rates[0], f"STAGES={(1, 2)[:stage]}")
-    checkpoint, = Path("checkpoints").glob(f"*/ema_vq_stage{stage}_best.pt")
-    start = f"START_CHECKPOINT={checkpoint}"
-    train(f"DATASET={folder}", *SMALL, rates[1], "QUANTIZER=ddcl", f"STAGES=({stage},)", start)
-    assert "the quantizer starts anew" in capsys.readouterr().out
-    swapped, = Path("checkpoints").glob(f"*/ddcl_stage{stage}_best.pt")
-    before, after = load_checkpoint(checkpoint), load_checkpoint(swapped)
-    assert after.config["quantizer"] == "ddcl" and after.stage == stage
-    for part in ("encoder", "adapter", "predictor", "decoder"):
-        for start, weight in zip(getattr(before, part).parameters(), getattr(after, part).parameters()):
-            assert torch.allclose(weight, start, atol=1e-5)
-    distance, = {float(row["distill_loss"]) > 1e-6 for row in rows(next(Path("outputs").glob("*ddcl*/metrics.csv")))}
-    assert distance == (stage == 2)  # in stage 2 to the encoder as pretrained, not as in the checkpoint
+@pytest.mark.parametrize("stage, argument", [(2, "STAGES=(1,)"), (1, "DECODER_DEPTH=2"), (1, "GRID=2")])
+def test_a_start_checkpoint_of_a_later_stage_or_another_model_is_refused(stage, argument, main, trained):
+    start, = trained.glob(f"checkpoints/*/ema_vq_stage{stage}_best.pt")
+    with pytest.raises(SystemExit, match=f"START_CHECKPOINT = '{start}', allowed: "):
+        main("STAGES=(2,)", argument, f"START_CHECKPOINT={start}")
 
 
-def test_switches_of_training_alone_keep_the_quantizer(train, folder, capsys):
-    arguments = [f"DATASET={folder}", *SMALL, "STAGES=(1,)", "EPOCHS=(1, 1)"]
-    train(*arguments)
-    first, = Path("checkpoints").glob("*/ema_vq_stage1_best.pt")
-    train(*arguments, "LEARNING_RATE=(1e-9, 1)", "EMA_REVIVE=False", f"START_CHECKPOINT={first}")
-    second, = set(Path("checkpoints").glob("*/ema_vq_stage1_best.pt")) - {first}
-    assert "starts anew" not in capsys.readouterr().out
-    before, after = load_checkpoint(first).quantizer, load_checkpoint(second)
-    assert not after.quantizer.revive and not after.config["quantizer_options"]["revive"]
-    torch.testing.assert_close(after.quantizer.project_in.weight, before.project_in.weight, atol=1e-6, rtol=0)
+def test_a_shipped_checkpoint_is_a_start_with_the_default_constants(monkeypatch):
+    monkeypatch.setattr(train, "START_CHECKPOINT", str(PRETRAINED_DIR / "vqrae_fsq.pt"))
+    monkeypatch.setattr(train, "STAGES", (2,))
+    monkeypatch.setattr(train, "new_quantizer", False, raising=False)
+    assert train.build_model().config["quantizer"] == "fsq"
 
 
-def test_a_run_of_other_code_is_not_gone_on_with(train, folder):
-    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
-    train(*arguments)
-    last, = Path("checkpoints").glob("*/last.pt")
-    original, saved = load_torch(last), load_torch(last)
-    saved["model"]["decoder.head.weight"] = saved["model"]["decoder.head.weight"][:1]
-    next(Path("outputs").glob("*/results.json")).unlink()
-    best = last.with_name("ema_vq_stage1_best.pt")
-    for other, words in ((saved, "another version.*delete"), ([], "has not all of stage, epoch, history"),
-                         (load_torch(best), "has not all of"), (saved | {"model": None}, "another version")):
-        save_torch(last, other)
-        with pytest.raises(SystemExit, match=rf"^train.py: .*last.pt .*{words}") as error:
-            train(*arguments)
-        assert "\n" not in str(error.value.code)
-    save_torch(last, original)
-    last.with_name("ema_vq_stage2_best.pt").unlink()
-    with pytest.raises(SystemExit, match="^train.py: .*ema_vq_stage2_best.pt.*delete .*last.pt"):
-        train(*arguments)
+def test_help_prints_the_docstring_and_all_constants(main, capsys):
+    with pytest.raises(SystemExit):
+        main("--help")
+    constants = [f"{name} = {getattr(train, name)!r}" for name in CONSTANTS]
+    assert capsys.readouterr().out.splitlines() == train.__doc__.split("\n") + constants
 
 
-def test_going_on_from_stage_2_holds_the_encoder_to_the_pretrained_one(train, folder):
-    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
-    train(*arguments, "DISTILL_WEIGHT=0", "LEARNING_RATE=(1e-3, 3e-3)")
-    first, = Path("checkpoints").iterdir()
-    start = f"START_CHECKPOINT={first / 'ema_vq_stage2_best.pt'}"
-    train(*arguments, "STAGES=(2,)", start, "LEARNING_RATE=(1e-3, 1e-9)")
-    second, = set(Path("outputs").iterdir()) - {Path("outputs", first.name)}
-    row, = rows(second / "metrics.csv")
-    assert float(row["distill_loss"]) > 1e-2  # to the encoder that it starts with, it would be 0
-    with pytest.raises(SystemExit, match="START_CHECKPOINT.*of stage 1.*STAGES"):
-        train(*arguments, "STAGES=(1,)", start)
-
-
-def test_the_best_checkpoint_is_the_epoch_with_the_best_psnr(train, folder):
-    train(f"DATASET={folder}", *SMALL, "STAGES=(1,)", "LEARNING_RATE=(0.03, 1e-5)", "EPOCHS=(5, 1)")
-    outputs, = Path("outputs").iterdir()
-    best = load_torch(Path("checkpoints", outputs.name, "ema_vq_stage1_best.pt"))
-    values = [float(row["psnr"]) for row in rows(outputs / "metrics.csv")]
-    assert best["epoch"] == values.index(max(values)) + 1 and best["metrics"]["psnr"] == pytest.approx(max(values))
-    assert best["constants"]["QUANTIZER"] == "ema_vq" and best["constants"]["DATASET"] == str(folder)
-
-
-def test_a_run_goes_on_with_fewer_checkpoints(train, folder, monkeypatch):
-    arguments, save = [f"DATASET={folder}", *SMALL, "STAGES=(1,)", "EPOCHS=(4, 1)"], save_torch
-
-    def stop(path, content):
-        save(path, content)
-        if content.get("epoch") == 3 and path.name == "last.pt":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("utils.save_torch", stop)
-        with pytest.raises(SystemExit, match="stopped"):
-            train(*arguments, "KEEP_CHECKPOINTS=3")
-    run, = Path("checkpoints").iterdir()
-    assert len(list(run.glob("*_epoch_*.pt"))) == 3
-    train(*arguments, "KEEP_CHECKPOINTS=1")
-    assert [path.name for path in run.glob("*_epoch_*.pt")] == ["ema_vq_stage1_epoch_4.pt"]
-
-
-def test_an_epoch_is_printed_when_it_is_saved(train, folder, monkeypatch, capsys):
-    def interrupt(path, content):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("utils.save_torch", interrupt)
-    with pytest.raises(SystemExit, match="no epoch was finished"):
-        train(f"DATASET={folder}", *SMALL)
-    assert not re.search(r"^ +1 +1 ", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_a_full_disk_ends_in_one_line(train, folder, monkeypatch):
-    def full(path, content):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("utils.save_torch", full)
-    with pytest.raises(SystemExit, match="No space left on device.*last.pt|No space left on device.*best.pt"):
-        train(f"DATASET={folder}", *SMALL)
-
-
-@pytest.mark.parametrize("argument", [
-    "DATASET=nowhere", "DATASET=3", "IMAGE_SIZE=8", "IMAGE_SIZE=32.5", "ENCODER=cifra", "ENCODER=1", "GRID=5",
-    "GRID=0", "QUANTIZER=vq", "QUANTIZER=['fsq']", "FSQ_LEVELS=(8, 1)", "FSQ_LEVELS=8", "SIMVQ_CODEBOOK_SIZE=1",
-    "EMA_CODEBOOK_SIZE=big", "SIMVQ_CODE_DIM=0", "SIMVQ_CODE_DIM=1", "EMA_CODE_DIM=0.5", "DDCL_DELTA=0",
-    "DDCL_DELTA=0.3", "DDCL_COMM_WEIGHT=-1", "ADAPTER_DEPTH=-1", "POST_QUANT_KERNEL=2", "FLIP=2",
-    "GRID=8 ENCODER=cnn", "DECODER_WIDTH=0", "DECODER_DEPTH=0",
-    "DECODER_HEADS=7 DECODER=vit", "DECODER=cnn", "DECODER=vit ENCODER=cnn GRID=4", "DECODER=conv IMAGE_SIZE=48",
-    "L2_WEIGHT=-1", "PERCEPTUAL=vgg", "PERCEPTUAL_WEIGHT=0.1", "GAN_WEIGHT=-0.1", "GAN_START=1.5",
-    "PREDICT_WEIGHT=no", "PREDICT_IMAGE=-1", "DISTILL_WEIGHT=-1", "STAGES=(2, 1)", "STAGES=1", "STAGES=(2,)",
-    "START_CHECKPOINT=a.pt", "EPOCHS=10", "EPOCHS=(0, 1)", "EPOCH_IMAGES=0", "EPOCH_IMAGES=10", "EVAL_IMAGES=0",
-    "BATCH_SIZE=0", "BATCH_SIZE=1000 EPOCH_IMAGES=None", "LEARNING_RATE=(1e-3,)", "LEARNING_RATE=(0, 1e-5)",
-    "FEATURE_CACHE_GB=-1", "KEEP_CHECKPOINTS=-1", "BATCH_SIZE=9 ACCUMULATE=2", "ACCUMULATE=0", "PRECISION=fp16",
-    "OPTIMIZER=sgd", "EMA_REVIVE=1", "IMAGES_GB=-1", "SEED=-1", "QUANTIZER", "NONSENSE=1", "SEED=3000000000",
-    "FSQ_LEVELS=(64, 64, 64, 64, 64)", "CODEBOOKS=0", "CODEBOOKS=2.5", "CODEBOOKS=5 QUANTIZER=simvq",
-    "CODEBOOKS=70 QUANTIZER=ema_vq", "CODEBOOKS=2 QUANTIZER=ddcl", "CODEBOOKS=2 QUANTIZER=none", "CODEBOOKS=6",
-    "CODEBOOKS=3 QUANTIZER=ema_vq COMBINE=product", "COMBINE=sum", "COMBINE=product CODEBOOKS=2 QUANTIZER=fsq",
-    "RANDOM_DEPTH=2 CODEBOOKS=2", "RANDOM_DEPTH=0.5", "RANDOM_DEPTH=0.5 CODEBOOKS=2 COMBINE=product QUANTIZER=ema_vq",
-    "RANDOM_DEPTH=0.5 CODEBOOKS=2 BATCH_SIZE=4 ACCUMULATE=4",
-    "STAGES=(1.0,)", "STAGES=(True,)", "EPOCHS=(10000000000, 1)", "LEARNING_RATE=(1e39, 1)",
-    "SEED=99999999999999999999", "IMAGE_SIZE=1048576", "DECODER_WIDTH=100000", "FSQ_LEVELS=(8, 8.0)", "GRID=True",
-    "DATASET={}", "L2_WEIGHT=1e400",
-])
-def test_a_wrong_constant_ends_in_one_line(argument, train, folder, monkeypatch):
-    if not argument.startswith(("DATASET", "BATCH_SIZE=1000")):
-        monkeypatch.setattr("utils.load_dataset", lambda *args: pytest.fail("looked for data before all was checked"))
-    name = argument.split("=")[0]
-    given = [] if name == "DATASET" else [f"DATASET={folder}"]
-    quantizers = {"DDCL_DELTA": "ddcl", "SIMVQ_CODE_DIM": "simvq", "FSQ_LEVELS": "fsq"}
-    quantizer = [f"QUANTIZER={quantizers[name]}"] if name in quantizers else []
-    with pytest.raises(SystemExit) as error:
-        train(*given, *quantizer, *re.split(r" (?=[A-Z])", argument))
-    message = str(error.value.code)
-    assert "\n" not in message and message.startswith("train.py: ") and "allowed" in message
-    option = {"FSQ_LEVELS": "levels", "DDCL_DELTA": "delta", "SIMVQ_CODE_DIM": "code_dim"}.get(name, name.lower())
-    assert name in message or option in message  # of the quantizer
+@pytest.mark.parametrize("arguments, name, value", [
+    ("QUANTIZER=vq", "QUANTIZER", "'vq'"), ("OPTIMIZER=sgd", "OPTIMIZER", "'sgd'"),
+    ("PERCEPTUAL=vgg", "PERCEPTUAL", "'vgg'"), ("STAGES=(2, 1)", "STAGES", "(2, 1)"), ("STAGES=1", "STAGES", "1"),
+    ("STAGES=(2,)", "START_CHECKPOINT", "''"), ("START_CHECKPOINT=a.pt", "START_CHECKPOINT", "'a.pt'"),
+    ("BATCH_SIZE=0", "BATCH_SIZE", "0"), ("BATCH_SIZE=9", "BATCH_SIZE", "9"), ("ACCUMULATE=3", "BATCH_SIZE", "4"),
+    ("ACCUMULATE=0", "ACCUMULATE", "0"), ("GRID=0", "GRID", "0"), ("GRID=5", "GRID", "5"),
+    ("IMAGE_SIZE=(16, 30)", "IMAGE_SIZE", "(16, 30)"),
+    ("IMAGE_SIZE=48", "IMAGE_SIZE / GRID", "12"), ("ENCODER=cifra", "ENCODER", "'cifra'"),
+    ("FSQ_LEVELS=(8,1) QUANTIZER=fsq", "levels", "(8, 1)"),
+    ("DDCL_DELTA=0.3 QUANTIZER=ddcl", "delta", "0.3"), ("EMA_DECAY=1.0", "decay", "1.0"),
+    ("CODEBOOKS=2 COMBINE=sum", "combine", "'sum'"), ("CODEBOOKS=2 RANDOM_DEPTH=2", "random_depth", "2"),
+    ("POST_QUANT_KERNEL=2", "POST_QUANT_KERNEL", "2"), ("LEARNING_RATE=-1", "LEARNING_RATE", "-1"),
+    ("EPOCHS=many", "EPOCHS", "'many'"), ("FLIP=1", "FLIP", "1"), ("epochs=3", "argument", "'epochs=3'"),
+    ("QUANTIZER", "argument", "'QUANTIZER'"), ("DATASET=nowhere", "DATASET", "'nowhere'")])
+def test_a_wrong_constant_ends_in_one_line(arguments, name, value, main, monkeypatch):
+    """Before data are loaded: with the constant, its value, and what is allowed."""
+    monkeypatch.setattr(utils, "load_dataset", lambda *args: pytest.fail("loaded data first"))
+    with pytest.raises(SystemExit) as exit:
+        main(*arguments.replace(", ", ",").split())
+    assert exit.value.code.startswith(f"train.py: {name} = {value}, allowed: ") and "\n" not in exit.value.code
     assert not Path("outputs").exists() and not Path("checkpoints").exists()
 
 
-def test_nan_stops_the_run_and_is_named(train, folder, monkeypatch):
-    monkeypatch.setattr("models.ConvDecoder.forward",
-                        lambda self, z: self.head.weight.sum() * torch.full((len(z), 3, 32, 32), torch.inf))
-    with pytest.raises(SystemExit, match="l2_loss.*stage 1, epoch 1, step 1"):
-        train(f"DATASET={folder}", *SMALL)
-
-
-def test_full_gpu_memory_ends_in_one_line(train, folder, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr("models.ConvDecoder.forward", full)
-    with pytest.raises(SystemExit, match="memory is full.*ACCUMULATE") as error:
-        train(f"DATASET={folder}", *SMALL)
-    assert "\n" not in str(error.value.code)
-
-
-def test_full_gpu_memory_while_resuming_is_no_other_code(train, folder, monkeypatch):
-    arguments = [f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)"]
-    train(*arguments)
-    next(Path("outputs").glob("*/results.json")).unlink()
-
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr("models.PatchDiscriminator.load_state_dict", full)
-    with pytest.raises(SystemExit, match="memory is full"):
-        train(*arguments)
-    monkeypatch.setattr("utils.load_dataset", full)
-    with pytest.raises(SystemExit, match="memory is full"):
-        train(*arguments)
-
-
-def test_features_that_do_not_fit_are_mentioned(train, folder, capsys):
-    train(f"DATASET={folder}", *SMALL, "EPOCHS=(1, 1)", "STAGES=(1,)", "FEATURE_CACHE_GB=0.001")
-    assert re.search(r"features take 0.0 GB, more than is left of FEATURE_CACHE_GB = 0.001", capsys.readouterr().out)
-
-
-def test_lpips_out_of_reach(train, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.reachable", lambda url: False)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(SystemExit, match='vgg16.*cannot be reached.*PERCEPTUAL = "encoder"'):
-        train(f"DATASET={folder}", *SMALL, "PERCEPTUAL=lpips")
-
-
-def test_defaults_spelled_out_are_the_same_model():
-    spelled_out = VQRAE(decoder="conv", decoder_width=192, decoder_depth=2, decoder_heads=3, adapter_depth=3)
-    assert VQRAE().config == spelled_out.config
-
-
-def test_pretrain_writes_an_encoder_that_loads(tmp_path, folder, monkeypatch):
-    def pretrain(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", f"DATASET={folder}", "BATCH_SIZE=32", *arguments])
-        runpy.run_path(str(ROOT / "pretrain.py"), run_name="__main__")
-
-    pretrain("EPOCHS=2", f"OUT={tmp_path}")
-    AirbenchEncoder().load_state_dict(torch.load(tmp_path / "cifar_encoder.pt", weights_only=True))
-    recipe = json.loads((tmp_path / "cifar_encoder.json").read_text())
-    assert recipe["EPOCHS"] == 2 and 0 <= recipe["linear_probe_accuracy"] <= 1
-    (tmp_path / "file").touch()
-    written = (tmp_path / "cifar_encoder.pt").read_bytes()
-    with pytest.raises(SystemExit, match="^pretrain.py: the weights are not finite"):
-        pretrain("EPOCHS=1", f"OUT={tmp_path}", "LEARNING_RATE=(0.1, 1e18)")
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(SystemExit, match=r"^pretrain.py: .*No space left on device: '.*cifar_encoder.pt'$"):
-            pretrain("EPOCHS=1", f"OUT={tmp_path}")
-    assert (tmp_path / "cifar_encoder.pt").read_bytes() == written
-    with pytest.raises(SystemExit, match="^pretrain.py: BATCH_SIZE = 1000, allowed: at most the number of images$"):
-        pretrain("BATCH_SIZE=1000")
-    monkeypatch.setattr("utils.load_dataset", lambda *args, **kwargs: pytest.fail("looked for data before checking"))
-    for wrong in ("EPOCHS=0", "SEED=0.5", "LEARNING_RATE=None", "PIXEL_WEIGHT=x", "OUT=5"):
-        with pytest.raises(SystemExit, match=rf"^pretrain.py: {wrong.split('=')[0]} = [^\n]*$"):
-            pretrain(wrong)
-
-
-def test_command_line(tmp_path, folder):
-    """As a user runs it: a process of its own, one clear line for a mistake."""
-    command = [sys.executable, ROOT / "train.py", "QUANTIZER=fqs"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert run.stderr == 'train.py: QUANTIZER = \'fqs\', allowed: "fsq", "simvq", "ema_vq", "ddcl", "none"\n'
+def test_another_constant_or_file_makes_another_run(main, folder, monkeypatch):
+    names = []
+    monkeypatch.setattr(utils, "Run", lambda name, first: names.append(name) or sys.exit())
+    shutil.copytree(folder, "tiny")
+    for change in ("SEED=0", "SEED=0", "SEED=1", "SEED=0"):
+        if len(names) == 3:
+            next(Path("tiny").rglob("*.png")).unlink()
+            utils.list_split.cache_clear()  # which is for one process
+        with pytest.raises(SystemExit):
+            main("DATASET=tiny", change)
+    assert names[0] == names[1] and len({*names}) == 3

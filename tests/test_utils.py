@@ -1,574 +1,379 @@
-import hashlib
-import http.server
-import io
+"""utils.py without its class Run: constants, datasets, image files, grids and plots, checkpoints."""
 import os
 import pickle
 import re
 import shutil
-import sys
-import tarfile
-import threading
-import time
-import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torchvision import datasets
 
-import downloads
-import plots
-import shapes
+import evaluate
+import models
 import utils
-from evaluate import linear_probe
-from models import VQRAE
-from plots import plot_curves, plot_usage, save_grid
-from utils import (
-    Dataset,
-    FeatureCache,
-    draw_shapes,
-    evaluate,
-    load_checkpoint,
-    load_dataset,
-    load_datasets,
-    load_image,
-    load_torch,
-    psnr,
-    read_constants,
-    save_checkpoint,
-    select_images,
-    ssim,
-    to_float,
-    write_file,
-)
+from extras import shapes
 
-SMALL = {"adapter_depth": 1, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets and cached features
+CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "path": 1, "LAST": None}
+RED, GREEN, BLUE = [200, 0, 0], [0, 200, 0], [0, 0, 200]
 
 
-def test_shapes(tmp_path, monkeypatch):
-    data = draw_shapes(32, train=200, test=100)
-    assert data.name == "shapes" and data.train_images.dtype == torch.uint8
-    assert data.train_images.shape == (200, 3, 32, 32)
-    assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [30] * 10
-    assert torch.equal(draw_shapes(32, train=200, test=100).train_images, data.train_images)
-    assert not torch.equal(draw_shapes(32, train=200, test=100, seed=1).train_images, data.train_images)
-    assert draw_shapes(50, train=10, test=10).test_images.shape == (10, 3, 50, 50)
-    (tmp_path / "shapes.py").write_text("drawn otherwise")
-    monkeypatch.setattr(shapes, "__file__", str(tmp_path / "shapes.py"))
-    assert draw_shapes(32, train=200, test=100).digest != data.digest  # another run's images
+def refused(says):
+    """A ValueError of one short line in which the regular expression `says` is found."""
+    return pytest.raises(ValueError, match=rf"^(?=.*{says})[^\n]{{1,600}}\Z")
 
 
-def test_shapes_are_told_from_their_backgrounds_by_brightness():
-    data = draw_shapes(32, train=500, test=10)
-    circles = data.train_images[data.train_labels == shapes.SHAPES.index("circle")].float()
-    inside, corners = circles[..., 15:17, 15:17], circles[..., [0, 0, -1, -1], [0, -1, 0, -1]]
-    bright, dark = inside.amin((1, 2, 3)) >= 127, inside.amax((1, 2, 3)) <= 128
-    assert (bright | dark).all() and 5 < bright.sum() < 45
-    difference = inside.mean((1, 2, 3)) - corners.mean((1, 2))
-    assert (difference[bright] > 0).float().mean() > 0.85 and (difference[dark] < 0).float().mean() > 0.85
+def write_images(root, colours):
+    """Files of 8 x 8 pixels, "train/cat/a": RED as root/train/cat/a.png. Returns root as text."""
+    for name, colour in colours.items():
+        Path(root, name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), tuple(colour)).save(Path(root, f"{name}.png"))
+    return str(root)
 
 
-@pytest.mark.parametrize("shape, area", [
-    ("circle", np.pi), ("ring", np.pi * 0.75), ("ellipse", np.pi / 2.2), ("square", 2),
-    ("triangle", 3 * np.sqrt(3) / 4), ("hexagon", 3 * np.sqrt(3) / 2), ("star", 5 * 0.42 * np.sin(np.pi / 5)),
-    ("cross", 4 * 0.66 - 0.66**2), ("heart", 1 + np.pi / 4)])
-def test_shapes_have_the_area_of_their_kind(shape, area):
-    y, x = torch.meshgrid(*[torch.linspace(-1.5, 1.5, 601)] * 2, indexing="ij")
-    assert (shapes.outline_distance(shape, x, y) < 0).float().mean().item() * 9 == pytest.approx(area, rel=0.02)
+def load(folder, size=8):
+    """load_dataset as in a new process: one that lives keeps a folder's list of files."""
+    utils.list_split.cache_clear()
+    return utils.load_dataset(str(folder), size)
 
 
-def test_folder(folder):
-    data = load_dataset(str(folder), 32)
-    assert data.name == "folder-tiny" and data.classes == ["star", "triangle"]
-    assert data.train_images.shape == (len(data.train_labels), 3, 32, 32)
-    expected = {np.array(Image.open(file)).tobytes() for file in (folder / "train" / "triangle").iterdir()}
-    triangles = data.train_images[data.train_labels == 1].permute(0, 2, 3, 1)
-    assert {image.numpy().tobytes() for image in triangles} == expected
-    assert 0.3 < data.train_labels[:20].float().mean() < 0.7  # shuffled, not class by class
-    assert torch.equal(load_dataset(str(folder), 32).train_images, data.train_images)
+def random_pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_folder_of_linked_classes(folder, tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        for name in ("star", "triangle"):
-            (tmp_path / split / name).symlink_to(folder / split / name)
-    linked, original = (load_dataset(str(path), 32).train_labels.bincount() for path in (tmp_path, folder))
-    assert torch.equal(linked, original)
+def to_tensor(pixels):
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-def test_folder_without_classes_in_any_mode_and_size(tmp_path, capsys):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        for i, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK", "1"]):
-            Image.new(mode, (50 + i, 40)).save(tmp_path / split / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
-    (tmp_path / "train" / "broken.png").write_bytes(b"no image")
-    content = (tmp_path / "train" / "0.png").read_bytes()
-    (tmp_path / "train" / "cut.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "train" / "notes.txt").write_text("not an image's name")
-    data = load_dataset(str(tmp_path), 24)
-    assert data.train_images.shape == (6, 3, 24, 24) and data.train_labels is None and data.classes == []
-    out = capsys.readouterr()
-    assert "2 of 8 files could not be read" in out.out
-    assert "broken.png" in out.out + out.err and "cut.png" in out.out + out.err
+@pytest.mark.parametrize("argument, expected", [
+    ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("NAME='fsq'", "'fsq'"), ("SIZE=64", 64), ("SIZE=0", 0), ("RATE=2", 2),
+    ("SIZE=(16, 32)", (16, 32)), ("RATE=1e-4", 1e-4), ("EPOCHS=(2,)", (2,)), ("EPOCHS=5", 5)])
+def test_a_constant_is_replaced(argument, expected, capsys):
+    namespace, name = dict(CONSTANTS), argument.partition("=")[0]
+    constants = utils.read_constants(namespace, [argument])
+    assert constants[name] == expected and type(constants[name]) is type(expected)
+    assert namespace == CONSTANTS | {name: expected} and list(constants) == ["NAME", "SIZE", "RATE", "EPOCHS"]
+    with pytest.raises(SystemExit, match="^$"):
+        utils.read_constants(dict(CONSTANTS), ["--help"])
+    assert capsys.readouterr().out == "Doc.\nNAME = 'fsq'\nSIZE = 32\nRATE = 0.001\nEPOCHS = (3, 1)\n"
 
 
-def test_folder_is_decoded_once_and_again_when_it_changed(folder, tmp_path, monkeypatch):
-    path = tmp_path / "images"
-    shutil.copytree(folder, path)
-    first = load_dataset(str(path), 16)
-    files = set(Path("data").glob("*.uint8"))
-    assert {f.name.rsplit("_", 2)[0] for f in files} == {"folder-images_train_16", "folder-images_test_16"}
-    with monkeypatch.context() as patch:
-        patch.setattr(utils.Image, "open", lambda file, formats: pytest.fail("decoded again"))
-        second = load_dataset(os.path.relpath(path), 16)  # the same folder by a relative path
-    assert all(torch.equal(a, b) for a, b in zip(first[1:5], second[1:5]))
-    load_dataset(str(path), 24)
-    shutil.copytree(folder, tmp_path / "other" / "images")
-    load_dataset(str(tmp_path / "other" / "images"), 16)
-    now = set(Path("data").glob("*.uint8"))
-    assert len(now - files) == 4 and files < now  # one file for each size, folder and split
-    shutil.rmtree(tmp_path / "other")
-
-    image = next((path / "train" / "star").iterdir())
-    Image.new("RGB", (32, 32), "red").save(image)
-    changed = load_dataset(str(path), 16)
-    assert sum(not torch.equal(a, b) for a, b in zip(first.train_images, changed.train_images)) == 1
-    image.unlink()
-    assert len(load_dataset(str(path), 16).train_images) == len(first.train_images) - 1
-    assert len(list(Path("data").glob("folder-images_train_16_*"))) == 2  # outdated ones are gone
+@pytest.mark.parametrize("argument, says", [
+    ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value with a NAME such as SIZE$"), ("size=64", "such as SIZE$"),
+    ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("LAST=2", "NAME=value"), ("SIZE=-1", "SIZE = -1, allowed: int"),
+    ("SIZE=3.5", "int"), ("SIZE='64'", "int"), ("SIZE=large", "int"), ("SIZE=", "int"), ("SIZE=True", "int"),
+    ("RATE=1e999", "float"), ("EPOCHS=(2, -1)", "int"), ("EPOCHS=()", "int")])
+def test_a_constant_that_cannot_be(argument, says):
+    namespace = dict(CONSTANTS)
+    with refused(says):
+        utils.read_constants(namespace, ["NAME=simvq", argument])
+    assert namespace == CONSTANTS
 
 
-def test_an_incompletely_decoded_folder_is_not_used(folder, monkeypatch):
-    def full(file):
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(utils.os, "fsync", full)
-        with pytest.raises(OSError):
-            load_dataset(str(folder), 32)
-    assert [f.name for f in Path("data").iterdir()] == ["lock"]
-    assert load_dataset(str(folder), 32).train_images.float().std() > 10
-
-
-def test_folder_as_a_viewer_shows_it(tmp_path):
-    pixels = np.zeros((48, 32, 3), np.uint8)
-    pixels[:24] = 200  # bright at the top, in a file that says: turn me by 90 degrees
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for split in ("train", "test"):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "photos" / split / "a.png", exif=exif)
-    images = load_dataset("photos", 16).train_images
-    assert (images[0, :, :7] > 150).all() and (images[0, :, 9:] < 50).all()
-    images.zero_()  # not in the file that later runs read
-    assert (load_dataset("photos", 16).train_images[0, :, :7] > 150).all()
+@pytest.mark.parametrize("error, says", [
+    (ValueError("SIZE = 0"), "SIZE = 0"), (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+    (KeyboardInterrupt(), "stop; go on"), (torch.OutOfMemoryError("Out of memory. Tried to\nhave"), "Out of memory")])
+def test_an_error_ends_the_script_in_one_line(error, says, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["folder/train.py"])
+    with pytest.raises(SystemExit) as end, utils.one_line_errors("stop; go on"):
+        raise error
+    assert end.value.code == f"train.py: {says}"  # such a text Python prints to stderr, and ends with code 1
+    with pytest.raises(TypeError), utils.one_line_errors():
+        raise TypeError  # a mistake in the code keeps its traceback
 
 
-def test_folder_errors(tmp_path):
-    with pytest.raises(ValueError, match="DATASET"):
-        load_dataset(str(tmp_path / "nowhere"), 32)
-    with pytest.raises(ValueError, match="none there can be read"):
-        load_dataset(str(tmp_path), 32)
-    for path in ("train/cat", "train/dog", "test/cat"):
-        (tmp_path / path).mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / path / "a.png")
-    with pytest.raises(ValueError, match="same class folders"):
-        load_dataset(str(tmp_path), 32)
-    (tmp_path / "train/a.png").write_bytes((tmp_path / "train/cat/a.png").read_bytes())
-    with pytest.raises(ValueError, match="all in class folders"):
-        load_dataset(str(tmp_path), 32)
+def test_a_digest_stands_for_a_value_in_every_process():
+    assert utils.digest(("a", 1)) == "391d545b6971"  # runs are found by it
+    draws = [utils.seed_everything(*numbers) or torch.rand(()).item() for numbers in ((0,), (1,), (0, 1), (1, 0), (0,))]
+    assert draws[0] == draws[4] and len(set(draws)) == 4
 
 
-@pytest.fixture
-def cifar_on_disk(tmp_path, monkeypatch):
-    """Files in CIFAR-10's own format, and torchvision's list of checksums changed to theirs."""
-    base = tmp_path / datasets.CIFAR10.base_folder
+def test_cifar_from_disk_or_drawn_images(tmp_path, monkeypatch, capsys):
+    """Files in CIFAR-10's own format are read. Without them "auto", alone, takes drawn images instead, and says so."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.exists(path))
+    monkeypatch.setattr(utils.CIFAR10, "url", "http://127.0.0.1:1/cifar")  # nobody listens there
+    base, data_dir, images = tmp_path / utils.CIFAR10.base_folder, str(tmp_path), random_pixels(12, 3, 32, 32)
     base.mkdir()
-
-    def write(name, content):
-        (base / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((base / name).read_bytes()).hexdigest()
-
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 3072), dtype=np.uint8)
-    for i, (attribute, name) in enumerate((("train_list", "data_batch_1"), ("test_list", "test_batch"))):
-        md5 = write(name, {"data": images[i], "labels": list(range(8))})
-        monkeypatch.setattr(datasets.CIFAR10, attribute, [[name, md5]])
-    md5 = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5})
-    return tmp_path, images
-
-
-@pytest.mark.parametrize("name", ["auto", "cifar10"])
-def test_cifar_from_disk(name, cifar_on_disk, monkeypatch):
-    path, images = cifar_on_disk
-    monkeypatch.setattr(utils, "reachable", lambda url: pytest.fail("the network was asked"))
-    data = load_dataset(name, 32, str(path))
-    assert data.name == "cifar10" and data.classes == list("abcdefghij")
-    assert np.array_equal(data.train_images.numpy(), images[0].reshape(8, 3, 32, 32))
-    assert np.array_equal(data.test_images.numpy(), images[1].reshape(8, 3, 32, 32))
-    assert data.train_labels.tolist() == list(range(8))
-    assert load_dataset(name, 48, str(path)).train_images.shape == (8, 3, 48, 48)
-
-
-def test_cifar_out_of_reach(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(utils, "reachable", lambda url: False)
-    monkeypatch.setattr(utils, "draw_shapes", lambda size: draw_shapes(size, train=10, test=10))
-    for name in ("cifar10", "cifar100"):
-        with pytest.raises(RuntimeError, match="cannot be reached"):
-            load_dataset(name, 32, str(tmp_path))
-    assert load_dataset("auto", 32, str(tmp_path)).name == "shapes"
-    message = capsys.readouterr().out
-    assert message.count("\n") == 1 and "cannot be reached" in message and "shapes" in message
-
-
-@pytest.fixture
-def interrupted_server(cifar_on_disk, tmp_path_factory, monkeypatch):
-    """CIFAR-10's archive on a local server that closes the connection halfway at first."""
-    path, images = cifar_on_disk
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        tar.add(path / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
-    content, requests = archive.getvalue(), []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_response(200), self.send_header("Content-Length", str(len(content))), self.end_headers()
-
-        def do_GET(self):
-            self.do_HEAD()
-            requests.append(self.path)
-            self.wfile.write(content[: len(content) // 2] if len(requests) <= 1 else content)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
-    yield tmp_path_factory.mktemp("data"), images
-    server.shutdown()
-
-
-def test_an_interrupted_download_is_not_used(interrupted_server):
-    path, images = interrupted_server
-    with pytest.raises(RuntimeError, match="could not be downloaded"):
-        load_dataset("cifar10", 32, str(path))
-    data = load_dataset("cifar10", 32, str(path))  # downloads again, and verifies
-    assert np.array_equal(data.train_images.numpy(), images[0].reshape(8, 3, 32, 32))
-
-
-def test_a_damaged_dataset_is_not_used(cifar_on_disk, monkeypatch):
-    path, _ = cifar_on_disk
-    monkeypatch.setattr(utils, "reachable", lambda url: False)
-    batch = path / datasets.CIFAR10.base_folder / "data_batch_1"
-    batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match="cannot be reached"):
-        load_dataset("cifar10", 32, str(path))
-
-
-def test_reachable_has_a_time_out(monkeypatch):
-    def drop_packets(*args, **kwargs):
-        time.sleep(3)
-        return io.BytesIO()
-
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", drop_packets)
-    start = time.time()
-    assert not downloads.reachable("https://example.org", seconds=0.2)
-    assert time.time() - start < 2
-
-
-def test_an_address_that_is_none_cannot_be_reached(recwarn):
-    assert not downloads.reachable("example.org", seconds=5)  # without https://
-    assert not recwarn  # of an exception in a thread
-
-
-def test_features_are_computed_once():
-    class Encoder(torch.nn.Module):
-        dim, token_size, seen = 4, 4, 0
-
-        def __init__(self):
-            super().__init__()
-            self.unused = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, images):
-            self.seen += len(images)
-            return images[:, :1, :2, :2].repeat(1, 4, 1, 1)
-
-    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
-    dataset = Dataset("noise", images, None, images, None, [], 8)
-    both = torch.cat([images, images.flip(3)])
-    # of two batches each
-    epochs = torch.tensor([[[1, 3, 5], [0, 2, 4]], [[5, 1, 3], [4, 6, 0]], [[6, 4, 2], [2, 1, 0]]])
-    # a batch with a missing image is computed as a whole, and each batch where nothing is kept
-    for limit, dtype, seen in ((1.0, torch.bfloat16, 9), (1.0, torch.float32, 9), (0.0, torch.bfloat16, 18)):
-        encoder = Encoder()
-        features = FeatureCache(encoder, dataset, "cpu", limit, dtype)
-        for batches in epochs:
-            features.fill(batches)
-            for index in batches:
-                expected = Encoder()(to_float(images[index]))
-                batch, z = features[index]
-                assert torch.equal(batch, to_float(images[index]))
-                assert torch.allclose(z, expected, atol=2e-3 if dtype == torch.bfloat16 else 0)
-        assert encoder.seen == seen
-    encoder = Encoder()  # an epoch that repeats a small dataset
-    FeatureCache(encoder, dataset, "cpu", 1.0, torch.float32).fill(torch.arange(10).view(2, 5).repeat(3, 1))
-    assert encoder.seen == 10
-    encoder = Encoder()
-    features = FeatureCache(encoder, dataset, "cpu", 1.0, torch.float32, flip=True)
-    for batches in torch.tensor([[[1, 13, 5], [11, 3, 15]], [[13, 5, 1], [3, 15, 11]]]):
-        features.fill(batches)
-        for index in batches:  # a mirrored image has features of its own
-            assert torch.equal(features[index][1], Encoder()(to_float(both[index])))
-    assert encoder.seen == 6
-
-
-def test_loading_one_image(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
-    upright = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
-    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
-    assert torch.equal(load_image(tmp_path / "a.png"), upright)
-    for exif[0x0112], angle in ((6, 90), (8, -90)):
-        Image.fromarray(pixels[..., 0]).rotate(angle, expand=True).save(tmp_path / "turned.tiff", exif=exif)
-        assert torch.equal(load_image(tmp_path / "turned.tiff"), upright[:, :1].expand(1, 3, 7, 12))
-    grey = pixels[..., 0].astype(np.uint16) * 257
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert torch.allclose(load_image(tmp_path / "grey.png"), upright[:, :1].expand(1, 3, 7, 12), atol=1e-3)
-    alpha = np.concatenate([pixels, np.zeros_like(pixels[..., :1])], 2)
-    Image.fromarray(alpha).save(tmp_path / "alpha.png")
-    assert (load_image(tmp_path / "alpha.png") == 1).all()
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    levels = np.linspace(0, 1, 84, dtype=np.float32).reshape(7, 12)
-    Image.fromarray(levels).save(tmp_path / "floats.tiff")
-    assert torch.allclose(load_image(tmp_path / "floats.tiff"), torch.from_numpy(levels), atol=3e-3)
-    Image.fromarray(levels * 255).save(tmp_path / "bright.tiff")
-    Image.fromarray(levels * np.nan).save(tmp_path / "nan.tiff")
-    for name in ("broken.png", "missing.png", "bright.tiff", "nan.tiff"):
-        with pytest.raises(ValueError, match=name) as error:
-            load_image(tmp_path / name)
-        assert "\n" not in str(error.value)
-    with open(tmp_path / "a.png", "rb") as file, pytest.raises(ValueError, match="path of an existing file"):
-        load_image(file)
-
-
-def test_a_large_photograph_is_loaded_without_a_warning_and_skipped_in_a_folder(tmp_path, monkeypatch):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        for name, side in (("large", 12), ("small", 8)):
-            Image.new("RGB", (side, side)).save(tmp_path / split / f"{name}.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns of more, and refuses twice as many
-    with warnings.catch_warnings(record=True) as caught:
-        assert load_image(tmp_path / "train" / "large.png").shape == (1, 3, 12, 12)
-    assert not caught and len(load_dataset(str(tmp_path), 8, str(tmp_path / "data")).train_images) == 1
-
-
-def test_random_crops_are_parts_of_their_images_at_random_scales():
-    """Of an image whose red is x and whose green is y, both from 0 to 1, a crop shows where it is and how large."""
-    y, x = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 64), indexing="ij")
-    image = torch.stack([x, y, torch.zeros(64, 64)]).round().byte()
-    dataset = Dataset("ramps", image.expand(400, 3, 64, 64), None, image[None], None, [], 16)
-    crops, features = FeatureCache(None, dataset, "cpu", 1.0, torch.float32)[torch.arange(400)]
-    assert crops.shape == (400, 3, 16, 16) and features is None
-    horizontal = (crops[:, 0, 8, -1] - crops[:, 0, 8, 0]) * 63 / 15  # pixels of the image for a pixel of the crop
-    vertical = (crops[:, 1, -1, 8] - crops[:, 1, 0, 8]) * 63 / 15
-    assert torch.allclose(horizontal, vertical, atol=0.3)
-    assert horizontal.min() < 1.5 and horizontal.max() > 3 and len(crops[:, 0, 8, 8].unique()) > 50
-    assert (dataset.test_crops() == image[:, 24:40, 24:40]).all()
-
-
-def test_datasets_in_the_sizes_that_their_images_have(tmp_path):
-    for folder, side in (("small", 40), ("large", 200)):
-        for split in ("train", "test"):
-            (tmp_path / folder / split).mkdir(parents=True)
-            for i in range(3):
-                pixels = np.random.default_rng(i).integers(0, 256, (side, side + 30 * i, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / folder / split / f"{i}.png")
-    small, large = (str(tmp_path / name) for name in ("small", "large"))
-    data = load_datasets((small, large), (32, 48), str(tmp_path))
-    assert [part.label for part in data] == ["folder-small 32x32", "folder-large 32x32", "folder-large 48x48"]
-    assert [part.train_images.shape[-1] for part in data] == [40, 192, 192]  # 4 * 48 at most
-    assert len(load_datasets((small, small, large), (32, 48), str(tmp_path))) == 4
-    whole, = load_datasets(large, 32, str(tmp_path))
-    assert whole.train_images.shape[-1] == whole.size == 32
-    with pytest.raises(ValueError, match="IMAGE_SIZE.*40"):
-        load_datasets(small, (64, 128), str(tmp_path))
-    with pytest.raises(ValueError, match=r"IMAGE_SIZE = \[64\]"):  # not left out in silence
-        load_datasets((small, small), (32, 64), str(tmp_path))
-
-
-def test_selecting_images_and_mirrored_images():
-    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
-    both = torch.cat([images, images.flip(3)])
-    index = torch.randperm(20)
-    assert torch.equal(select_images(images, index), both[index])
-    assert torch.equal(select_images(images, torch.arange(10)), images)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def test_psnr_and_ssim_agree_with_scikit_image():
-    data = draw_shapes(32, train=8, test=8)
-    targets = to_float(data.train_images)
-    images = targets + torch.randn_like(targets) * torch.linspace(0.02, 0.2, 8).view(-1, 1, 1, 1)
-    for i in range(8):
-        a, b = images[i].clamp(0, 1).permute(1, 2, 0).double().numpy(), targets[i].permute(1, 2, 0).double().numpy()
-        assert psnr(images, targets)[i].item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1), abs=1e-3)
-        expected = structural_similarity(b, a, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
-                                         use_sample_covariance=False)
-        assert ssim(images, targets)[i].item() == pytest.approx(expected, abs=1e-3)
-    assert (psnr(targets, targets) == 100).all()  # not infinite
-
-
-def test_evaluate_is_the_mean_over_images():
-    model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, **SMALL).train()
-    images = draw_shapes(32, train=30, test=1).train_images
-    metrics, counts, reconstructions = evaluate(model, images, batch_size=7)
-    assert model.training
-    output, _, indices = model.eval()(to_float(images))
-    assert metrics["psnr"] == pytest.approx(psnr(output, to_float(images)).mean().item(), abs=1e-3)
-    assert metrics["ssim"] == pytest.approx(ssim(output, to_float(images)).mean().item(), abs=1e-4)
-    assert counts.sum() == 30 * 64 and metrics["usage"] == indices.unique().numel() / 240
-    assert (reconstructions.float() / 255 - output).abs().max() <= 0.5 / 255 + 1e-3
-
-
-def test_plot_of_the_usage_of_codes_beyond_a_table(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda path, figure: figures.append(figure))
-    metrics = {"usage": 3 / 2**40, "perplexity": 2.8, "usage_1": 0.5, "perplexity_1": 4.2, "perplexity_2": 2.0}
-    plot_usage(tmp_path / "usage.png", torch.tensor([2, 1, 1]), metrics, "run")
-    axes, = figures[0].axes
-    assert axes.get_title().endswith("perplexity 3, of each codebook 4; 2")
-    assert axes.lines[1].get_label() == f"codebook size {2**40:,}"
-
-
-def test_linear_probe():
-    x, y = torch.randn(600, 8), torch.arange(600) % 3
-    x[torch.arange(600), y] += 8
-    assert linear_probe(x[:400], y[:400], x[400:], y[400:]) > 0.99
-    assert linear_probe(x[:400], y[torch.randperm(400)], x[400:], y[400:]) < 0.6
-    labelled = y[:400] < 2  # test images of a class that does not occur in training count as errors
-    accuracy = linear_probe(x[:400][labelled], y[:400][labelled], x[400:], y[400:])
-    assert accuracy == pytest.approx(2 / 3, abs=0.02)
-
-
-@pytest.mark.parametrize("count, label", [(1, 0), (1, 3), (50, 0), (50, 3)])
-def test_linear_probe_of_a_single_image_or_class(count, label):
-    """Every test image is assigned to the only class that there is."""
-    train_y = torch.full((count,), label)
-    test_y = torch.tensor([0, 0, 3, 3, 7])
-    assert linear_probe(torch.rand(count, 4), train_y, torch.rand(5, 4), test_y) == pytest.approx(0.4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids and plots
-
-
-def test_grid_has_originals_in_its_upper_half(tmp_path):
-    originals = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    reconstructions = torch.full_like(originals, 200)
-    save_grid(tmp_path / "grid.png", originals, reconstructions, columns=4)
-    grid = np.array(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (4 * 130 + 2, 4 * 130 + 2, 3)
-    for row, value in enumerate((0, 0, 200, 200)):
-        assert (grid[130 * row + 2 : 130 * row + 130, 2:130] == value).all()
-
-
-def test_grid_of_few_images(tmp_path):
-    for n, size in ((3, (3 * 130 + 2, 2 * 130 + 2)), (7, (4 * 130 + 2, 2 * 130 + 2))):
-        save_grid(tmp_path / "grid.png", *torch.zeros(2, n, 3, 32, 32, dtype=torch.uint8), columns=4)
-        assert Image.open(tmp_path / "grid.png").size == size
-
-
-def test_curves_of_columns_that_are_not_zero(tmp_path):
-    history = [{"stage": 1, "loss": 2.0, "psnr": 20.0, "gan": 0.0}, {"stage": 2, "loss": 1.0, "psnr": 25.0, "gan": 0.0}]
-    blue, orange, grey = (31, 119, 180), (255, 127, 14), (128, 128, 128)
-    for rows, losses, colours in ((history, ["loss", "gan"], {blue, grey}), (history[:1], ["loss", "gan"], {blue}),
-                                  (history, ["loss", "psnr"], {blue, orange, grey})):
-        plot_curves(tmp_path / "curves.png", rows, losses, ["psnr"], "title")
-        image = np.array(Image.open(tmp_path / "curves.png").convert("RGB"))
-        # a line for each loss that is not zero, and a dotted one where stage 2 begins
-        assert {colour for colour in (blue, orange, grey) if (image == colour).all(2).sum() > 20} == colours
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants, files and checkpoints
-
-
-def test_constants_are_those_at_the_top_of_train():
-    import train
-
-    text = Path(train.__file__).read_text().split("class Run")[0]
-    constants = read_constants(vars(train), [])
-    assert len(constants) > 30 and all(re.search(rf"^{name} = ", text, re.MULTILINE) for name in constants)
-
-
-def test_constants_from_the_command_line(monkeypatch):
-    namespace = {"QUANTIZER": "fsq", "EPOCHS": (30, 10), "SEED": 0, "path": 1}
-    monkeypatch.setattr(sys, "argv", ["train.py", "QUANTIZER=simvq", "EPOCHS=(2, 1)"])
-    assert read_constants(namespace) == {"QUANTIZER": "simvq", "EPOCHS": (2, 1), "SEED": 0}
-    assert namespace["QUANTIZER"] == "simvq"
-    monkeypatch.setattr(sys, "argv", ["train.py", "QUANTISER=simvq"])
-    with pytest.raises(ValueError, match="QUANTIZER"):
-        read_constants(namespace)
-
-
-@pytest.mark.parametrize("quantizer, options", [
-    ("fsq", {"levels": [8, 6, 5]}), ("simvq", {"codebook_size": 64, "code_dim": 8}),
-    ("ema_vq", {"codebook_size": 64, "code_dim": 8}), ("ddcl", {})])
-def test_checkpoint_restores_the_model(tmp_path, quantizer, options):
-    model = VQRAE("cifar", quantizer, options, post_quant_kernel=1, **SMALL)
-    images = torch.rand(2, 3, 32, 32)
-    model(images)
-    model.set_stage(2)
-    save_checkpoint(tmp_path / "a.pt", model, metrics={"psnr": 20.0})
-    loaded = load_checkpoint(tmp_path / "a.pt")
-    assert not loaded.training and loaded.stage == 2 and load_torch(tmp_path / "a.pt")["metrics"] == {"psnr": 20.0}
-    assert torch.equal(loaded(images)[0], model.eval()(images)[0])
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-class Malicious:
-    def __reduce__(self):
-        return print, ("code was run",)
-
-
-def test_errors_of_broken_checkpoints_name_the_file(tmp_path, capsys):
-    model = VQRAE("cifar", "fsq", {"levels": [8, 6, 5]}, **SMALL)
-    save_checkpoint(tmp_path / "good.pt", model)
-    good = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
-    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
-        entry = max(archive.infolist(), key=lambda info: info.file_size)
-    flipped = bytearray(good)
-    flipped[entry.header_offset + 1000] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
-    torch.save({"config": Malicious(), "stage": 1, "model": {}}, tmp_path / "malicious.pt")
-    content = torch.load(tmp_path / "good.pt", weights_only=True)
-    torch.save(content | {"config": content["config"] | {"grid": 4}}, tmp_path / "unfitting.pt")
-    for name in ("unfitting", "missing", "cut", "flipped", "text", "foreign", "malicious"):
-        with pytest.raises(ValueError, match=f"{name}.pt"):
-            load_checkpoint(tmp_path / f"{name}.pt")
+    for i, (name, _) in enumerate(utils.CIFAR10.train_list + utils.CIFAR10.test_list):
+        (base / name).write_bytes(pickle.dumps({"data": images[2 * i :][:2].reshape(2, -1), "labels": [i, 9 - i]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for name in ("auto", "cifar10"):
+        train, labels, test, test_labels, classes = utils.load_dataset(name, 32, data_dir)
+        assert np.array_equal(torch.cat([train, test]), images) and len(train) == 10 and classes == list("abcdefghij")
+        assert labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and test_labels.tolist() == [5, 4]
+    assert torch.equal(utils.load_dataset(name, 24, data_dir).test_images, utils.fit(test, 24))
+    (base / "test_batch").unlink()
+    with pytest.raises(OSError, match="^CIFAR-10 is not in .*/ and cannot be downloaded: "):
+        utils.load_dataset("cifar10", 32, data_dir)
+    monkeypatch.setattr(shapes, "draw", lambda n, size: (torch.arange(n), -torch.arange(n)))
+    *drawn, classes = utils.load_dataset("auto", 32, data_dir)
+    assert re.search("^CIFAR-10 .* cannot be downloaded: .*DATASET=shapes\n$", capsys.readouterr().out)
+    expected = *torch.arange(60_000).split(50_000), *(-torch.arange(60_000)).split(50_000)  # images, labels
+    assert all(torch.equal(drawn[i], expected[j]) for i, j in enumerate((0, 2, 1, 3))) and classes == shapes.SHAPES
+
+
+def test_drawn_images():
+    images, labels = shapes.draw(500, 32)
+    assert all(torch.equal(a, b) for a, b in zip(shapes.draw(500, 32), (images, labels)))
+    assert images.dtype == torch.uint8 and images.shape == (500, 3, 32, 32) and images.max() - images.min() == 255
+    assert labels.bincount().tolist() == [50] * 10 and not torch.equal(shapes.draw(500, 32, seed=1)[0], images)
+    circles = images[labels == shapes.SHAPES.index("circle")].float()  # bright on dark, or dark on bright
+    inside, corner = circles[:, :, 15, 15].mean(1), circles[..., [0, 0, 31, 31], [0, 31, 0, 31]].mean((1, 2))
+    assert ((inside > 127) == (inside > corner)).float().mean() > 0.85
+
+
+def test_labels_are_those_of_the_class_folders_in_alphabetical_order(tmp_path):
+    colours = {"dog": RED, "ant": GREEN, "cat": BLUE}
+    files = {f"{split}/{name}/{i}": colours[name] for name in colours for split in ("train", "val") for i in range(9)}
+    path = write_images(tmp_path / "pets", files)
+    Path(path, "train/cat").rename("cats"), Path(path, "train/cat").symlink_to(Path("cats").absolute())
+    data = load(path)
+    assert data.classes == ["ant", "cat", "dog"] and torch.equal(load(path).train_labels, data.train_labels)
+    for images, labels in (data[:2], data[2:4]):
+        assert images.shape == (27, 3, 8, 8) and labels.dtype == torch.int64 and labels.bincount().tolist() == [9] * 3
+        assert labels.diff().ne(0).sum() > 6 and images[:, :, 4, 4].tolist() == [(GREEN, BLUE, RED)[i] for i in labels]
+
+
+@pytest.mark.parametrize("files, says", [
+    ("test/a", "images in .*train"), ("train/a", "images in .*val"), ("train/x/a test/a", "same class folders"),
+    ("train/x/a train/y/a val/x/a", "same class folders"), ("train/x/a train/a test/x/a", "class folders, or none")])
+def test_a_folder_that_is_no_dataset(files, says, tmp_path):
+    with refused(f"DATASET = '.*{says}"):
+        load(write_images(tmp_path, dict.fromkeys(files.split(), RED)))
+    for name, size, says in (("cifar100", 8, "DATASET = 'cifar100', allowed"), ("shapes", (32, 64), "IMAGE_SIZE")):
+        with refused(says):  # several sizes are for folders
+            load(name, size)
+
+
+def test_what_cannot_be_used_is_said(tmp_path, capsys, monkeypatch):
+    """Other files and folders that cannot be read are left out, broken images are listed and refused."""
+    path, scan = write_images(tmp_path / "photos", dict.fromkeys(("train/x/a", "train/cut", "val/b"), RED)), os.scandir
+    for name in ("a.txt", "b.txt", "LICENSE", "text.JPG"):
+        Path(path, "train", name).write_text("no image")
+    os.truncate(f"{path}/train/cut.png", 45)
+    monkeypatch.setattr(os, "scandir", lambda folder: scan(f"{folder}/gone" if str(folder).endswith("x") else folder))
+    with refused("without these 2 files: (?=.*cut.png)(?=.*text.JPG)"):
+        load(path)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 3 and "2 files .txt" in printed and "1 files without" in printed and "/x" in printed
+    assert not list(Path("data").iterdir())  # what was decoded so far is not taken for the whole
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    read, decoded, digests = utils.read_image, [], []
+    monkeypatch.setattr(utils, "read_image", lambda file: decoded.append(file) or read(file))
+
+    def count(folder, size=8):  # how many images are decoded
+        decoded.clear()
+        images = load(folder, size).train_images
+        digests.append(utils.find_dataset(folder)[1])
+        assert (images[:, 0] == 200).all()
+        images.zero_()  # not in the file
+        return len(decoded)
+
+    path = write_images(tmp_path / "photos", dict.fromkeys(("train/a", "train/b", "test/a"), RED))
+    assert [count(path), count("photos"), count(path, 4), count(path, 4)] == [3, 0, 3, 0]
+    file = Path(path, "train/a.png")
+    for change in (lambda: 0, lambda: os.truncate(file, 200), lambda: file.rename(f"{path}/train/c.png")):
+        change(), [os.utime(image, (1, 1)) for image in file.parent.iterdir()]
+        assert count(path) == 2  # the test image is that of before
+    shutil.copytree(path, "other/photos", copy_function=shutil.copy2)
+    assert count("other/photos") == 3  # another folder of this name
+    os.utime(f"{path}/test/a.png", (1, 1))
+    assert count(path) == 1 and len(set(digests)) == 6 and re.fullmatch("[0-9a-f]{12}", digests[0])
+
+
+def test_images_that_would_take_too_much_memory_stay_in_their_files(folder, monkeypatch):
+    """They come in the same order, and whole where they are no larger than a crop."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(utils, "DECODE_GB", 90 * 3 * 32**2 / 1e9)
+    data = load(folder, 32)
+    for split, images, labels in (("train", *data[:2]), ("test", *data[2:4])):
+        for label, name in enumerate(data.classes):
+            expected = sorted(np.array(Image.open(file)).tolist() for file in (folder / split / name).iterdir())
+            assert sorted(images[labels == label].permute(0, 2, 3, 1).tolist()) == expected
+    monkeypatch.setattr(utils, "DECODE_GB", utils.DECODE_GB - 1e-9)
+    (streamed, labels, test, *_), index, loaded = load(folder, 32), torch.randperm(90), []
+    assert isinstance(streamed, utils.ImageFiles) and len(streamed) == 90 and torch.equal(streamed[:7], data[0][:7])
+    assert torch.equal(labels, data.train_labels) and torch.equal(test, data.test_images)
+    batches = list(zip(index.split(40), (32, 16, 24)))
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        loaded.append(list(utils.load_batches(streamed, batches, False, "cpu")))
+    assert [tuple(batch.shape) for batch in loaded[0]] == [(40, 3, 32, 32), (40, 3, 16, 16), (10, 3, 24, 24)]
+    assert torch.equal(loaded[0][0], data.train_images[index[:40]] / 255)
+    assert all(torch.equal(a, b) for a, b in zip(*loaded[:2])) and not torch.equal(loaded[0][1], loaded[2][1])
+
+
+def test_random_crops_and_the_next_image_for_a_broken_one(tmp_path, capsys):
+    """An image's red is x and its green is y, so that a crop shows how large it is and where."""
+    data = load(write_images(tmp_path, dict.fromkeys(("train/a", "train/b", "test/a"), BLUE)), (16, 8))
+    images, file = data.train_images, data.train_images.files[1]  # the last one
+    y, x = np.mgrid[:64, :64].astype(np.uint8) * 4
+    Image.fromarray(np.stack([x, y, 0 * x], 2)).save(file)
+    assert data.test_images.shape[-1] == images[:1].shape[-1] == 16 and images[1, 8].shape == (3, 8, 8)
+    crops = torch.stack([images[1, 16] for _ in range(200)]) / 4
+    width, height = (crops[:, 0, 8, -2] - crops[:, 0, 8, 1]) / 13, (crops[:, 1, -2, 8] - crops[:, 1, 1, 8]) / 13
+    area = width * height  # in the image's pixels, of a pixel of the crop: from 1 to 16, with sides of 3 to 4 at most
+    assert 0.8 < area.min() < 2 and 13 < area.max() < 16.5 and (width / height).log().abs().max() < 0.35
+    Path(file).write_bytes(b"broken")
+    assert images[1, 8][:, 0, 0].tolist() == images[0, 8][:, 0, 0].tolist() == BLUE
+    assert re.search(f"{Path(file).name}.* cannot be read", capsys.readouterr().out)
+
+
+def test_batches_of_which_half_are_mirrored():
+    images, index = torch.from_numpy(random_pixels(400, 3, 4, 6)), torch.arange(400).flip(0)
+    plain, mixed = (next(utils.load_batches(images, [(index, 6)], flip, "cpu")) for flip in (False, True))
+    assert torch.equal(plain, images.flip(0) / 255) and torch.equal(utils.to_float(plain.double()), plain)
+    same, mirrored = (mixed == plain).all((1, 2, 3)), (mixed == plain.flip(3)).all((1, 2, 3))
+    assert (same | mirrored).all() and 150 < mirrored.sum() < 250
+    with refused("range of images"):  # no uint8, and not in [0, 1]
+        utils.to_float(images.float())
+
+
+def test_an_image_is_read_as_a_viewer_shows_it():
+    """Upright as its EXIF says, in 8-bit RGB from any mode and format, on white where it is transparent."""
+    pixels, exif = random_pixels(7, 12, 3), Image.Exif()
+    for exif[0x0112], stored in enumerate((
+            pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.transpose(1, 0, 2), np.rot90(pixels),
+            pixels[::-1, ::-1].transpose(1, 0, 2), np.rot90(pixels, -1)), 1):
+        Image.fromarray(np.ascontiguousarray(stored)).save("a.png", exif=exif)
+        assert torch.equal(utils.read_image("a.png"), to_tensor(pixels))
+    assert torch.equal(utils.load_image("a.png"), to_tensor(pixels)[None] / 255)
+    for mode, kind in zip(("RGB", "L", "CMYK", "1", "P", "CMYK", "RGB"), "jpg jpg jpg png png tif webp".split()):
+        Image.fromarray(pixels).convert(mode).save(f"a.{kind}")
+        assert torch.equal(utils.read_image(f"a.{kind}"), to_tensor(Image.open(f"a.{kind}").convert("RGB")))
+    for alpha, expected in ((0, (255, 255, 255)), (51, (224, 244, 204)), (255, (100, 200, 0))):
+        image = Image.new("RGBA", (4, 4), (100, 200, 0, alpha))
+        image.save("a.png"), image.convert("RGB").quantize(2).save("palette.png", transparency=bytes([alpha]))
+        Image.new("LA", (4, 4), (100, alpha)).save("grey.png")
+        read = [utils.read_image(f"{name}.png")[:, 0, 0].tolist() for name in ("a", "palette", "grey")]
+        assert np.abs(np.subtract(read, [expected, expected, expected[:1] * 3])).max() <= 1
+
+
+def test_a_file_that_is_no_image_of_8_bits(monkeypatch):
+    """Another format is refused whatever its name; Pillow would run a program for EPS."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("a program was run"))
+    Path("eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    Image.new("L", (8, 8)).save("gif.png", "GIF"), Image.new("F", (8, 8)).save("float.tif")
+    Image.new("I;16", (8, 8)).save("deep.png"), Path("empty.png").write_bytes(b"")
+    for name in ("eps.png", "gif.png", "deep.png", "float.tif", "empty.png", "missing.png"):
+        with refused(f"^image '{name}' cannot be read: {'.*8 bits' if name in ('deep.png', 'float.tif') else '.'}"):
+            utils.load_image(name)
+
+
+@pytest.mark.parametrize("height, width", [(40, 90), (90, 40), (20, 20), (10, 14)])
+def test_an_image_is_resized_and_cropped_at_its_centre(height, width):
+    image = Image.fromarray(random_pixels(6, 6, 3)).resize((width, height), Image.Resampling.BICUBIC)
+    w, h = (side * 20 // min(height, width) for side in (width, height))
+    centre = (w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2
+    expected = image.resize((w, h), Image.Resampling.BICUBIC).crop(centre)  # Pillow smooths before it leaves pixels out
+    fitted = utils.fit(to_tensor(image).expand(2, 3, height, width), 20)
+    assert fitted.dtype == torch.uint8 and torch.equal(utils.fit(to_tensor(image), 20), fitted[0])
+    assert (fitted.int() - to_tensor(expected).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size, zoom", [(32, 4), (200, 1)])
+def test_a_grid_goes_row_by_row_and_enlarges_small_images(size, zoom):
+    pixels, side = random_pixels(5, size, size, 3), size * zoom + 2
+    utils.save_grid(Path("new/grid.png"), torch.from_numpy(pixels).permute(0, 3, 1, 2), columns=3)
+    expected, cells = np.full((2 * side + 2, 3 * side + 2, 3), 255), pixels.repeat(zoom, 1).repeat(zoom, 2)
+    for i in range(5):
+        expected[i // 3 * side + 2 :, i % 3 * side + 2 :][: side - 2, : side - 2] = cells[i]
+    assert np.array_equal(np.array(Image.open("new/grid.png")), expected)
+
+
+def test_plots(monkeypatch):
+    figures, save_figure = [], utils.save_figure
+    monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure) or save_figure(path, figure))
+    history = [{"stage": 1 + (i > 1), "epoch": i, "rec_loss": 1 / (i + 1), "gan_loss": 0, "psnr": 20 + i, "ssim": 0.5,
+                "usage": 0.3, "perplexity": 2.5} for i in range(3)]
+    utils.plot_usage(Path("usage.png"), torch.tensor([0, 3, 0, 5, 1] + [0] * 5), history[0], "a run")
+    utils.plot_curves(Path("curves.png"), history, "a run")
+    (usage,), panels = figures[0].axes, figures[1].axes
+    assert [line.get_xydata().tolist() for line in usage.lines] == [[[1, 5], [2, 3], [3, 1]], [[10, 0], [10, 1]]]
+    assert [line.get_label() for line in panels[0].lines[:-1]] == ["rec_loss"]  # what is always 0 is left out
+    assert panels[1].lines[0].get_xydata().tolist() == [[1, 20], [2, 21], [3, 22]]
+    assert [list(axes.lines[-1].get_xdata()) for axes in panels] == [[2.5, 2.5]] * 5  # the end of stage 1
+    assert Image.open("usage.png").format == Image.open("curves.png").format == "PNG"
+
+
+@pytest.mark.parametrize("error, raised", [
+    (OSError(28, "No space left"), OSError), (RuntimeError("torch: no space left"), OSError),
+    (ValueError("wrong"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_nobody_reads_half_a_file(error, raised):
+    utils.save_torch("new/a", {"old": 1})
+    with pytest.raises(raised, match="^new/a could.*o space left" if raised is OSError else None):
+        with utils.replace_file("new/a") as temporary:
+            temporary.write_text("half")
+            assert utils.load_torch("new/a") == {"old": 1}
+            raise error
+    assert os.listdir("new") == ["a"] and utils.load_torch("new/a") == {"old": 1}
+
+
+def test_a_file_that_is_no_checkpoint(capsys):
+    good = {"config": {"a": [1]}, "model": {"w": torch.arange(5000.0)}, "stage": 1}
+    utils.save_torch("good.pt", good), torch.save({"config": {}}, "keys.pt")
+    assert torch.equal(utils.load_torch("good.pt", "config", "model")["model"]["w"], good["model"]["w"])
+    content = Path("good.pt").read_bytes()
+    Path("flipped.pt").write_bytes(content.replace(torch.tensor([100.0, 101]).numpy().tobytes(), bytes(8)))
+    Path("cut.pt").write_bytes(content[: len(content) // 2]), Path("text.pt").write_text("hello")
+    malicious = type("Malicious", (), {"__reduce__": lambda self: (print, ("code was run",))})()
+    torch.save(good | {"config": malicious}, "malicious.pt"), torch.save([1], "list.pt")
+    for name in ("flipped", "cut", "text", "malicious", "keys", "list", "missing"):
+        with refused(f"^checkpoint {name}.pt cannot be read: ."):
+            utils.load_torch(f"{name}.pt", "config", "model")
     assert "code was run" not in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    write_file(tmp_path / "a", b"old")
-    monkeypatch.setattr(utils.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError):
-        write_file(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = models.VQRAE("cifar", "fsq", {"levels": [8, 5]}, decoder_width=32, decoder_depth=1).set_stage(2)
+    path = tmp_path_factory.mktemp("saved") / "a.pt"
+    utils.save_checkpoint(path, model, metrics={"psnr": 20.0}, epoch=3)
+    return model.eval(), path
+
+
+def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
+    """It has the model's config, weights and stage, and what is told of it. Pairs are weights of 8 bits."""
+    monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
+    model, images, name = utils.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32), "decoder.head.weight"
+    assert not model.training and model.stage == 2 and model.config == saved[0].config
+    assert torch.equal(model(images)[0], saved[0](images)[0])
+    _, content = utils.load_model(saved[1], models.VQRAE, pretrained=False)
+    assert (content["metrics"], content["epoch"], content["stage"]) == ({"psnr": 20.0}, 3, 2)
+    weight = content["model"][name]
+    scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    content["model"][name] = (scale, (weight / scale).round().to(torch.int8))
+    utils.save_torch("small.pt", content)
+    assert ((utils.load_checkpoint("small.pt").state_dict()[name] - weight).abs() <= scale * 0.51).all()
+
+
+@pytest.mark.parametrize("part, change", [
+    ("model", {"decoder.head.weight": torch.full((3, 32, 3, 3), torch.nan)}), ("model", {"more": torch.zeros(1)}),
+    ("model", {"quantizer.project_in.bias": torch.tensor([0, torch.inf])}), ("config", {"decoder_width": 64}),
+    ("config", {"grid": 7}), ("config", {"nonsense": 1}), ("config", {"grid": [[8]]}), ("config", {"quantizer": "fqs"}),
+    ("config", {"encoder": "x" * 10**6}), ("config", {"quantizer_options": {"levels": [[[8] * 10**5], 5]}})])
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(part, change, saved):
+    content = utils.load_torch(saved[1])
+    utils.save_torch("bad.pt", content | {part: content[part] | change})
+    with refused("^checkpoint bad.pt does not fit this code: ."):
+        utils.load_checkpoint("bad.pt")
+
+
+@pytest.mark.parametrize("name, decibels", [
+    ("ema_vq", 31.24), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("fsq", 30.86), ("simvq", 30.70)))])
+def test_a_photograph_in_tokens_of_a_shipped_checkpoint(name, decibels):
+    model = utils.load_checkpoint(models.PRETRAINED_DIR / f"vqrae_{name}.pt")
+    image = utils.load_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    reconstruction = model.decode_from_indices(model.encode_to_indices(image), size=image.shape[2:])
+    assert evaluate.psnr(reconstruction, image).item() == pytest.approx(decibels, abs=0.02)
+
+
+def test_the_shipped_checkpoints_decode_indices():
+    for name, mean in (("ema_vq", 0.452), ("fsq", 0.766), ("simvq", 0.439)):
+        model = utils.load_checkpoint(models.PRETRAINED_DIR / f"vqrae_{name}.pt")
+        images = model.decode_from_indices(torch.arange(0, 16384, 256).view(1, 8, 8))
+        assert images.shape == (1, 3, 32, 32) and images.mean().item() == pytest.approx(mean, abs=0.005)

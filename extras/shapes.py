@@ -1,5 +1,5 @@
-"""Drawn images of ten kinds of shapes: what train.py takes where no dataset can be had."""
-import math
+"""Drawn images of ten shapes, for training without any download."""
+from math import cos, hypot, pi, sin
 
 import torch
 import torch.nn.functional as F
@@ -9,50 +9,50 @@ SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", 
 
 
 def draw(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, size, size), uint8, and labels (count,), places in SHAPES, as many of each kind: anti-aliased
-    shapes of any colour, position, size, rotation and texture, on any background."""
+    """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES, equally many of each."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(SHAPES)
     return torch.cat([draw_batch(batch, size, generator) for batch in labels.split(1000)]), labels
 
 
 def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """labels (B,) -> images (B, 3, size, size), uint8"""
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
+    """labels (B,) -> uint8 images (B, 3, size, size): anti-aliased, in random positions, sizes and textures."""
+    def uniform(low: float, high: float, shape: tuple[int, ...] = (1, 1)) -> Tensor:
         return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
 
-    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")  # -1 to 1
+    x = (torch.arange(size) + 0.5) / size * 2 - 1  # -1 to 1
+    y = x[:, None]
 
     def rotate(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
 
     def texture() -> Tensor:
-        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks"""
-        u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x, y)
-        frequency, phase = uniform(3, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks."""
+        u, v = rotate(uniform(0, 2 * pi), x, y)
+        frequency, phase = uniform(3, 12), uniform(0, 2 * pi)
         kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
         waves = (frequency * u + phase).sin()
         mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
-        first, second = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+        first, second = uniform(0, 1, (3, 1, 1)), uniform(0, 1, (3, 1, 1))
         return first + (second - first) * (mix[:, None] + 1) / 2
 
-    scale = uniform(0.45, 0.75, 1, 1)
-    u, v = rotate(uniform(0, 2 * math.pi, 1, 1), x - uniform(-0.2, 0.2, 1, 1), y - uniform(-0.2, 0.2, 1, 1))
+    scale = uniform(0.45, 0.75)
+    u, v = rotate(uniform(0, 2 * pi), x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2))
     u, v = u / scale, v / scale
-    distance = torch.empty(len(labels), size, size)  # to the outline, in units of the shape's radius; negative inside
+    distance = torch.empty(len(labels), size, size)  # to the outline, in radii; negative inside
     for label, shape in enumerate(SHAPES):
         of_kind = labels == label
         distance[of_kind] = outline_distance(shape, u[of_kind], v[of_kind])
     coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
     background = texture()
     dark = background.mean((1, 2, 3), keepdim=True) < 0.5
-    foreground = texture() / 2 + dark / 2  # to be seen: bright on a dark background, dark on a bright one
-    noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
+    foreground = texture() / 2 + dark / 2  # bright on dark, dark on bright
+    noise = F.interpolate(uniform(-0.15, 0.15, (3, 5, 5)), size, mode="bicubic", align_corners=True)
     return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
 
 
 def outline_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of points to the outline of a shape of radius 1, near it (of the ellipse, roughly)."""
+    """Signed distance of points to the outline of a shape of radius 1, exact near it (roughly for the ellipse)."""
     radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
 
     def box(width: float, height: float) -> Tensor:
@@ -64,14 +64,14 @@ def outline_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return (radius - 0.75).abs() - 0.25
     if shape == "ellipse":
         return (x**2 + (2.2 * y) ** 2).sqrt() - 1
-    if shape in ("triangle", "square", "hexagon"):
-        sector = 2 * math.pi / {"triangle": 3, "square": 4, "hexagon": 6}[shape]
-        return radius * (angle % sector - sector / 2).cos() - math.cos(sector / 2)
+    if sides := {"triangle": 3, "square": 4, "hexagon": 6}.get(shape):
+        sector = 2 * pi / sides
+        return radius * (angle % sector - sector / 2).cos() - cos(sector / 2)
     if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
-        folded = (angle % (math.pi / 2.5) - math.pi / 5).abs()
-        px, py = radius * (math.pi / 5 - folded).cos(), radius * (math.pi / 5 - folded).sin()
-        notch = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-        return ((px - 1) * notch[1] + py * (1 - notch[0])) / math.hypot(1 - notch[0], notch[1])
+        folded = pi / 5 - (angle % (pi / 2.5) - pi / 5).abs()
+        px, py = radius * folded.cos(), radius * folded.sin()
+        notch = 0.42 * cos(pi / 5), 0.42 * sin(pi / 5)
+        return ((px - 1) * notch[1] + py * (1 - notch[0])) / hypot(1 - notch[0], notch[1])
     if shape == "cross":
         return torch.minimum(box(1, 0.33), box(0.33, 1))
     if shape == "crescent":

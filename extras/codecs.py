@@ -1,0 +1,106 @@
+"""Checkpoints beside JPEG, WebP and AVIF at as many bits.
+
+    python -m extras.codecs                                    the shipped checkpoints, on CIFAR-10's test images
+    python -m extras.codecs <checkpoint> PHOTOS=my_photos      on photographs, each encoded whole
+    python -m extras.codecs <checkpoint> SEARCH=8 PRIOR=...    tokens of extras/search.py, also in bits under a prior
+
+Codecs get small images in one picture, so that headers do not count. They minimise the pooled error, "of MSE". "to
+AVIF" is the mean difference from AVIF's PSNR at as many bits, with its standard error.
+"""
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from evaluate import device, format_table, psnr, read_arguments, ssim
+from extras.search import search_tokens
+from generate import load_prior, measure_bits
+from utils import find_images, load_checkpoint, load_dataset, one_line_errors, read_image, to_float
+
+DATASET = "cifar10"
+PHOTOS = ""  # a folder, instead of DATASET
+COUNT = 961  # at most: 31 x 31 images in one picture, or photographs
+SEARCH = 0  # sweeps of extras/search.py; 0: the encoder's tokens
+PRIOR = ""  # a prior.pt, made for the checkpoint
+CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
+          "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
+COLUMNS = {"bits": ("bits", ",.0f"), "a pixel": ("bits_a_pixel", ".3f"), "PSNR": ("psnr", ".2f"),
+           "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"), "to AVIF": ("difference", "+.2f"),
+           "+-": ("error", ".2f")}
+Encoded = tuple[float, Tensor, Tensor]  # bits, uint8 images (n * n, 3, H, W) of one picture, and the decoded ones
+
+
+def main():
+    paths, rows = read_arguments(globals()), {}
+    prior = load_prior(PRIOR).to(device) if PRIOR else None
+    for path in paths:
+        model, name = load_checkpoint(path).to(device), f"{path.stem}{', searched' if SEARCH else ''}"
+        results = defaultdict(list)  # of each row, an Encoded for each picture
+        for images in tqdm(pictures(model.config["image_size"]), "pictures"):
+            batch = to_float(images.to(device))
+            indices = search_tokens(model, batch, SEARCH) if SEARCH else model.encode_to_indices(batch)
+            decoded = (model.decode_from_indices(indices, size=batch.shape[2:]).cpu() * 255).round().byte()
+            bits = {name: indices.numel() * math.log2(model.quantizer.codebook_size)}
+            if prior:
+                labels = torch.full((len(indices),), prior.classes)  # none
+                bits[f"{name}, with its prior"] = len(indices) * measure_bits(prior, indices, labels)
+            for row, count in bits.items():
+                results[row].append((count, images, decoded))
+                for codec in CODECS:
+                    results[f"{codec}, as {row}"].append(encode_to_bits(images, codec, count))
+        rows |= {row: summarise(encoded, results.get(f"AVIF, as {row}")) for row, encoded in results.items()}
+    print(format_table(rows, COLUMNS, "images from"))
+
+
+def pictures(size: int) -> Iterable[Tensor]:
+    """Groups of uint8 images (n * n, 3, H, W), one picture each."""
+    if PHOTOS:
+        return (read_image(file)[None] for file in find_images(PHOTOS)[:COUNT])
+    images = load_dataset(DATASET, size).test_images
+    return [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
+
+
+def encode(images: Tensor, codec: str, quality: int) -> Encoded:
+    n, (height, width), file = math.isqrt(len(images)), images.shape[2:], io.BytesIO()
+    picture = Image.fromarray(make_grid(images, n, padding=0).permute(1, 2, 0).numpy())
+    picture.save(file, codec, quality=quality, **CODECS[codec])
+    decoded = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+    decoded = decoded.unfold(1, height, height).unfold(2, width, width).flatten(1, 2).transpose(0, 1)
+    return 8 * file.getbuffer().nbytes, images, decoded
+
+
+def encode_to_bits(images: Tensor, codec: str, bits: float) -> Encoded:
+    """As `encode`, at the quality, found by bisection, that comes nearest to so many bits."""
+    low, high = 1, 100
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if encode(images, codec, middle)[0] < bits else (low, middle)
+    return min((encode(images, codec, q) for q in (low, high)), key=lambda encoded: abs(encoded[0] - bits))
+
+
+def summarise(results: list[Encoded], avif: list[Encoded] | None) -> dict:
+    """A row's figures, over the images of all its pictures."""
+    def of_each(measure, results):
+        return torch.cat([measure(a[None], b[None]) for _, x, y in results for a, b in zip(x, y)]).double()
+
+    each, bits = of_each(psnr, results), sum(bits for bits, _, _ in results)
+    mse = of_each(lambda a, b: (to_float(a) - to_float(b)).square().mean((1, 2, 3)), results)
+    row = {"bits": bits / len(each), "bits_a_pixel": bits / sum(x[:, 0].numel() for _, x, _ in results),
+           "psnr": each.mean().item(), "psnr_of_mse": -10 * mse.mean().log10().item(),
+           "ssim": of_each(ssim, results).mean().item()}
+    if avif:
+        difference = each - of_each(psnr, avif)
+        row |= {"difference": difference.mean().item(), "error": (difference.std() / len(difference) ** 0.5).item()}
+    return row
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,113 @@
+"""How the shipped encoder was made: a small convolutional network learns CIFAR-10's classes and pixels.
+
+    python -m extras.pretrain    writes OUT/cifar_encoder.pt, 16-bit weights with BatchNorm folded in
+
+Most is airbench's (2404.00498): network, whitened input, convolutions that start as the identity, label smoothing,
+alternating flips, Muon with weights of a fixed norm. The shipped encoder was padded with zeros in these 16 epochs, and
+by replication in five more at 0.4 of the rate.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+from evaluate import device, linear_probe, pooled_features
+from models import ConvEncoder, ConvPool
+from optimization import Muon, fast_bf16, prepare_cpu
+from utils import load_dataset, one_line_errors, read_constants, save_torch, to_float
+
+DATASET = "cifar10"  # or a folder of the same images
+EPOCHS = 16  # three minutes each on two CPU cores
+BATCH_SIZE = 500
+LEARNING_RATE = (0.1, 5e-3)  # Muon's, for the deep convolutions, and AdamW's
+SEED = 0
+OUT = "outputs/pretrain"
+
+
+def augment(images: Tensor, mirror: Tensor, pad: int = 2) -> Tensor:
+    """Shift images (B, 3, H, W) by up to `pad` pixels, with reflected borders. Mirror those in `mirror` (B,) bool."""
+    b, _, h, w = images.shape
+    shifts = F.pad(images, (pad,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # (B, 3, y, x, H, W)
+    y, x = (torch.randint(2 * pad + 1, (b,), device=images.device) for _ in range(2))
+    images = shifts[torch.arange(b), :, y, x]
+    return torch.where(mirror[:, None, None, None], images.flip(3), images)
+
+
+@torch.no_grad()
+def initialize(encoder: ConvEncoder, images: Tensor):
+    """Fixed filters whiten 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both signs.
+    Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each."""
+    weight, patches = encoder.whiten.weight, F.unfold((images - 0.5) / 0.25, 3).mT.flatten(0, 1)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    components = (components / (variances + 5e-4).sqrt()).T.flip(0)[: len(weight) // 2]
+    weight.copy_(torch.cat([components, -components]).view_as(weight))
+    weight.requires_grad = False
+    nn.init.zeros_(encoder.whiten.bias)
+    for module in encoder.modules():
+        if isinstance(module, ConvPool):
+            module.norm, module.conv.bias = nn.BatchNorm2d(module.conv.out_channels), None
+            module.norm.weight.requires_grad = False
+            if module is not encoder.shallow:
+                nn.init.dirac_(module.conv.weight[: module.conv.in_channels])
+    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # shallow channels then have 0.16 of the features' variance
+
+
+def main():
+    prepare_cpu()
+    read_constants(globals(), sys.argv[1:])
+    data = load_dataset(DATASET)
+    torch.manual_seed(SEED)
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    encoder = ConvEncoder()
+    initialize(encoder, to_float(data.train_images[:5000]))
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
+    pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
+    filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
+    others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in set(filters)]
+    # our Muon's updates are 0.2 sqrt(max(m, n)) times as large as Jordan et al.'s for matrices (m, n)
+    groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
+    optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
+                  torch.optim.AdamW(others, lr=LEARNING_RATE[1], weight_decay=0)]
+    steps = len(images) // BATCH_SIZE  # in an epoch
+    schedules = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
+        optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / (EPOCHS * steps))) for optimizer in optimizers]
+
+    start, mirror = time.time(), torch.rand(len(images), device=device) < 0.5
+    for epoch in range(1, EPOCHS + 1):
+        mirror, total = ~mirror, 0  # alternating flips: two epochs show each image both ways
+        order = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
+        for index in tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False):
+            batch = augment(to_float(images[index]), mirror[index]).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device)):
+                z = encoder(batch)
+                logits, pixels = class_head(z.mean((2, 3))), pixel_head(z)
+            class_loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.2)
+            pixel_loss = F.mse_loss(F.pixel_shuffle(pixels.float(), encoder.patch), (batch - 0.5) / 0.25)
+            (class_loss + pixel_loss).backward()
+            for optimizer, schedule in zip(optimizers, schedules):
+                optimizer.step(), schedule.step(), optimizer.zero_grad()
+            with torch.no_grad():  # BatchNorm undoes the norm: fixed, it keeps the learning rate's meaning
+                for p in filters:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+            total += class_loss.detach()
+        print(f"epoch {epoch:3}  class loss {total / len(order):.4f}  {time.time() - start:6.0f} s", flush=True)
+    encoder.eval()
+    for module in encoder.modules():
+        if isinstance(module, ConvPool):  # through the pooling, too, as BatchNorm's scale is positive
+            module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
+    encoder = encoder.half().float()
+    train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)
+    save_torch(Path(OUT, "cifar_encoder.pt"), {name: w.half().cpu() for name, w in encoder.state_dict().items()})
+    probe = linear_probe(train, labels, test, data.test_labels.to(device))
+    print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
