@@ -219,7 +219,7 @@ def build_model(meta: bool = False) -> VQRAE:
     codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM or None}
     options = {"fsq": {"levels": FSQ_LEVELS}, "simvq": codebook,
                "ema_vq": {**codebook, "decay": EMA_DECAY, "commitment_cost": EMA_COMMITMENT},
-               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}, "none": {}}[QUANTIZER] | several
+               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}, "none": {}}.get(QUANTIZER, {}) | several
     with torch.device("meta" if meta else "cpu"):
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=not (meta or START_CHECKPOINT))
@@ -227,7 +227,7 @@ def build_model(meta: bool = False) -> VQRAE:
         start = utils.load_checkpoint(START_CHECKPOINT)
         differ = {name: value for name, value in start.config.items() if value != model.config[name]
                   and name not in ("quantizer", "quantizer_options", "image_size", "grid")}
-        check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, "of stage 2, with STAGES=(2,) alone")
+        check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
         check(not differ and start.token_size == model.token_size, "START_CHECKPOINT", START_CHECKPOINT,
               f"one made with these constants; there: {differ or start.token_size}")
         if not new_quantizer:
@@ -266,7 +266,8 @@ def main():
         print(f"this run is finished: see {run.outputs}/. Change a constant, or SEED if you changed code, for another")
         return
     data = utils.load_dataset(dataset, IMAGE_SIZE)
-    check(BATCH_SIZE <= (EPOCH_IMAGES or len(data.train_images)), "BATCH_SIZE", BATCH_SIZE, "as many as images at most")
+    most = EPOCH_IMAGES or len(data.train_images)
+    check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} images of an epoch")
     utils.seed_everything(SEED)
     model, teacher, lpips = build_model().to(device), None, None
     if not model.from_scratch:
@@ -346,6 +347,7 @@ def check_constants():
     for name in ("EPOCHS", "LEARNING_RATE", "PERCEPTUAL_WEIGHT"):
         valid = not isinstance(constants[name], tuple) or len(constants[name]) == 2
         check(valid, name, constants[name], "a number, or a pair for both stages")
+    check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
     check(all(of_stage(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(all(size >= 16 and size * GRID % sizes()[0] == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
           f"16 or more, in whole tokens of IMAGE_SIZE / GRID pixels, with GRID = {GRID}")

@@ -81,8 +81,8 @@ def test_frechet_distance_is_its_formula():
 
 
 def test_a_probe_learns_from_training_images_and_their_statistics():
-    y = (torch.arange(200) % 40 == 0).long()  # one class is rare, and its features lie at 100 instead of 0
-    x = torch.stack([100.0 * y, torch.zeros(200)], 1) + torch.randn(200, 2)
+    y = (torch.arange(200) % 40 == 0).long()  # one class is rare, and its features lie at 0 instead of -100
+    x = torch.stack([100.0 * y - 100, torch.zeros(200)], 1) + torch.randn(200, 2)
     assert linear_probe(x, y, x[:50], y[:50]) == linear_probe(x, y, x[y == 1], y[y == 1]) == 1  # also of one class
     assert linear_probe(x, y, x, 1 - y) == 0 and linear_probe(x, y, x[:4], torch.tensor([1, 0, 1, 0])) == 0.75
 
@@ -110,8 +110,9 @@ def test_measured_figures(options, monkeypatch):
     z_q = model.quantize(z)[0]
     features = {"z": z, "z_q": z_q} | ({"predicted": model.predictor(z_q)} if model.predictor else {})
     features |= {"last_layer": model.encoder(images / 255, layers=1)} if vit else {}
-    means = {f"probe_{name}": x.mean((2, 3)) for name, x in features.items()}
-    expected = {name: linear_probe(x[:30], labels[:30], x[35:], labels[35:]) for name, x in means.items()}
+    means, found = {name: x.mean((2, 3)) for name, x in features.items()}, module.tokenize(model, images)
+    torch.testing.assert_close({name: found[name] for name in means}, means, atol=1e-4, rtol=1e-3)
+    expected = {f"probe_{name}": linear_probe(x[:30], labels[:30], x[35:], labels[35:]) for name, x in means.items()}
     assert probes == pytest.approx(expected, abs=0.07)  # one image of fifteen
 
 
@@ -129,8 +130,7 @@ def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, c
         monkeypatch.setattr(module, name, getattr(module, name))
     best, = trained.glob("checkpoints/*/*stage2_best.pt")
     results = json.loads(next(trained.glob("outputs/*/results.json")).read_text())
-    arguments = ["evaluate.py", str(best), f"DATASET={folder}", "TRAIN_IMAGES=20", "BATCH_SIZE=16"]
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("sys.argv", arguments := ["", str(best), f"DATASET={folder}", "TRAIN_IMAGES=20"])
     module.main()
     head, *_, names, _, row = capsys.readouterr().out.splitlines()
     row = dict(zip(*(re.split(r" *\| *", line)[1:-1] for line in (names, row))))

@@ -83,6 +83,8 @@ def test_what_a_prediction_depends_on():
     for k, logits in enumerate(prior.logits(features, x[masked])):
         changed = [prior.logits(features, x[masked] + one)[k] for one in torch.eye(3).long()]
         assert [torch.equal(logits, other) for other in changed] == [False] * k + [True] * (3 - k)
+    torch.nn.init.zeros_(prior.embed_code.weight)  # codes enter as well as one-hot vectors
+    assert not torch.isclose(prior.features(x, masked, label), features, atol=1e-4).all(1).any()
 
 
 @pytest.mark.parametrize("name, options, sizes", [
