@@ -24,7 +24,7 @@ from quantizers import build_quantizer, check, split_indices
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w). A token's pixels are resized to a patch.
 
 ENCODERS = {  # pretrained ViTs in timm; others there by their names, or on disk as "local-dir:<folder>"
@@ -81,7 +81,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Module):
-    """A convolution, with `pool` 2x2 max pooling, and a norm, which extras/pretrain.py folds into the convolution."""
+    """A convolution, with `pool` 2x2 max pooling, and a norm, which extras/pretrain.py folds into it."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -169,7 +169,7 @@ class ViTEncoder(nn.Module):
         return layer_norm(sum(z.float() for z in outputs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 def transformer(dim: int, depth: int, heads: int, kind: type = Block, **options) -> nn.Sequential:
@@ -222,9 +222,9 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks. Then each token gives a patch of twice its width; adding up overlapping patches avoids seams.
+    """Transformer blocks. Each token then gives a patch of twice its width; adding up where they overlap avoids seams.
 
-    Positions are relative (RoPE-Axial, 2403.13298): grids may have any size.
+    Positions are relative (RoPE-Axial, 2403.13298), for grids of any size.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
@@ -246,7 +246,7 @@ class ViTDecoder(nn.Module):
         return 0.5 + 0.25 * F.fold(patches, (h * self.token_size, w * self.token_size), **self.patch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # VQRAE
 
 class VQRAE(nn.Module):
@@ -346,12 +346,11 @@ class VQRAE(nn.Module):
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
     def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
-        """How well the frozen encoder's features teacher_z (B, C, h, w) are kept, as two mean squared errors.
+        """How well the frozen encoder's features teacher_z (B, C, h, w) are kept: two mean squared errors.
 
         VQRAE compares quantized with detached continuous features. Here z_q, of few dimensions, need not equal them:
         they are predicted from it. Returns distill_loss, of the encoder's features z (B, C, h, w), 0 in stage 1; and
-        predict_loss, of those predicted from z_q, plus ten times that of their mean, which tells most of what an image
-        shows.
+        predict_loss, of those predicted from z_q, plus ten times that of their mean, which tells most of the class.
         """
         predicted = self.predict_features(z_q).float()
         mean_loss = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
@@ -396,7 +395,7 @@ class VQRAE(nn.Module):
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
               strip_tokens: int = 3 * 2**16) -> Tensor:
-    """function(x) for x (..., H, W), in strips of some strip_tokens tokens, so that memory stays bounded.
+    """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
     A row of tokens is rows_in rows of x and rows_out of the result. Each strip has `reach` more rows of tokens above
     and below, the radius of function's receptive field: it equals those rows of the whole. reach None: x at once.
@@ -423,10 +422,7 @@ def check_images(images: Tensor) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images.
-
-    Two strided layers for 32 pixels, and one more each time the size doubles.
-    """
+    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images."""
 
     def __init__(self, image_size: int = 32, width: int = 64):
         super().__init__()

@@ -9,7 +9,7 @@
 
 A token, one position of the grid, has C numbers. A quantizer maps them to code_dim numbers (project_in), picks one of
 codebook_size codes, and maps it back to C numbers (project_out). This file needs torch alone: copy it into your
-project, keep the quantizer in fp32, and add its loss to yours.
+project, keep it in fp32, and add its loss to yours.
 """
 import math
 import reprlib
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 shorten = reprlib.Repr()  # of nested lists in a stranger's checkpoint, too
-shorten.maxstring = shorten.maxother = 300
+shorten.maxstring = 300
 
 
 def check(ok: bool, name: str, value: object, allowed: str):
-    """ValueError in one line that names what is wrong, its value and what is allowed, unless ok."""
+    """Unless ok, ValueError in one line: what is wrong, its value and what is allowed."""
     if not ok:
         raise ValueError(f"{name} = {shorten.repr(value)}, allowed: {allowed}")
 
@@ -40,14 +40,13 @@ def straight_through(x: Tensor, codes: Tensor) -> Tensor:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The index (...) of the code in codebook (K, D) nearest to each vector of x (..., D), by Euclidean distance.
 
-    As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x, so
-    that the matrix of all distances never exists.
+    As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x.
     """
     bias, group = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256)
     chunks = x.flatten(0, -2).split(max(1, (2**26 if x.is_cuda else 2**22) // len(codebook)))
     scores = codebook.new_empty(len(chunks[0]), len(codebook))  # reused: new memory costs as much as the product
     found = []
-    for chunk in chunks:  # first the best group of codes, then the best in it: three times as fast as one argmax
+    for chunk in chunks:  # the best group of codes, then the best in it: three times as fast as one argmax
         groups = torch.addmm(bias, chunk, codebook.T, out=scores[: len(chunk)]).unflatten(1, (-1, group))
         best = groups.amax(2).argmax(1)
         found.append(best * group + groups[torch.arange(len(chunk), device=x.device), best].argmax(1))
@@ -190,8 +189,7 @@ class DDCL(FSQ):
     A token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends m = round((x + u) / delta)
     and receives m delta - u: its error is uniform and independent of x, so that the gradient of x is exact. In eval
     mode u = 0, and codes are FSQ's with 2 / delta + 1 levels. The loss, comm_weight times log2(2 |x| / delta + 1) bits,
-    summed over the four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) (Jensen), and
-    E|m| = |x| / delta.
+    summed over the four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) by Jensen.
     """
 
     def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -295,7 +293,7 @@ class EMAVQ(Quantizer):
 
 
 class MultiCodebook(Quantizer):
-    """Several EMA-VQ codebooks, two of 256 codes making 65,536. An index has a sub-index for each.
+    """Several EMA-VQ codebooks: two of 256 codes make 65,536. An index has a sub-index for each.
 
     "residual" (2107.03312, 2203.01941): each codebook quantizes what the ones before it leave, and a code is the sum of
     theirs. "product" (Jegou et al., PAMI 2011): each quantizes some of the dimensions. random_depth: fraction of

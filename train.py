@@ -110,7 +110,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
     if discriminator is not None:
         gan_loss = -discriminator(output).float().mean()
-        # its gradient at the decoder's last layer gets the norm of the L2 loss's, much as in VQGAN (2012.09841, eq. 7)
+        # its gradient at the decoder's last layer gets the norm of the L2 loss's (as VQGAN, 2012.09841, eq. 7)
         norms = [torch.autograd.grad(term, model.decoder.head.weight, retain_graph=True)[0].norm()
                  for term in (16 * l2_loss, gan_loss)]
         loss = loss + GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * gan_loss
@@ -173,7 +173,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                   f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # What a step is built from
 
 def discriminator_loss(discriminator: nn.Module, images: Tensor, output: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def build_model(meta: bool = False) -> VQRAE:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Set-up and files
 
 def main():
@@ -257,8 +257,8 @@ def main():
         dist.barrier()  # the first process downloads and decodes
     dataset, files = utils.find_dataset(DATASET)
     constants["DATASET"] = Path(dataset).resolve().name
-    start = START_CHECKPOINT and (os.path.getsize(START_CHECKPOINT), os.path.getmtime(START_CHECKPOINT))
-    name = f"{constants['DATASET']}_{Path(ENCODER).name}_{QUANTIZER}_{utils.digest((constants, files, start))}"
+    key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
+    name = f"{constants['DATASET']}_{Path(ENCODER).name}_{QUANTIZER}_{key}"
     run = utils.Run(name, rank == 0)
     if run.finished:
         if rank == 0 and ranks > 1:
@@ -285,7 +285,7 @@ def main():
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.stage:
         print(f"resuming after stage {run.stage}, epoch {run.epoch}")
-    print(f"PSNR, SSIM, codes used and perplexity are of {len(data.test_images[:EVAL_IMAGES or None]):,} test images\n"
+    print(f"PSNR, SSIM, codes used, perplexity: of {len(data.test_images[: EVAL_IMAGES or None]):,} test images\n"
           " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds", flush=True)
     for stage in STAGES:
         if stage >= run.stage:
@@ -350,12 +350,12 @@ def check_constants():
     check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
     check(all(of_stage(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(all(size >= 16 and size * GRID % sizes()[0] == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
-          f"16 or more, in whole tokens of IMAGE_SIZE / GRID pixels, with GRID = {GRID}")
+          f"16 or more, a multiple of a token's pixels, with GRID = {GRID}")
     valid = BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE)
     check(valid, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES = {EPOCH_IMAGES}")
     check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
-          "the path of a file, or with 1 in STAGES none")
+          "a file, or with 1 in STAGES none")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = "stopped"):
-    """End the script in one line at wrong input, failing files, a full GPU or Ctrl-C."""
+    """End the script in one line at wrong input, a failing file, a full GPU or Ctrl-C."""
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
@@ -82,7 +82,7 @@ def seed_everything(*numbers: int):
     torch.manual_seed(int(digest(numbers), 16))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Datasets: a tensor of uint8 images for each split, or the files of a large folder
 
 DATASETS = ("auto", "cifar10", "shapes")
@@ -116,10 +116,10 @@ class ImageFiles(torch.utils.data.Dataset):
         i, size = key
         try:
             image = read_image(self.files[i])
-        except ValueError as error:  # a broken file need not end a run
+        except ValueError as error:
             tqdm.write(f"{error}; the next image is used")
             return self[(i + 1) % len(self), size]
-        least = min(1, size**2 / image[0].numel())  # from crops at full resolution to the whole image
+        least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
         return RandomResizedCrop(size, (least, 1))(image)
 
 
@@ -139,8 +139,8 @@ def find_dataset(name: str, data_dir: str = "data") -> tuple[str, str]:
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32, data_dir: str = "data") -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
-    image_size: several, of a folder, are for random crops in training; test images have the largest. ValueError for an
-    unknown name or a folder without images, OSError where CIFAR-10 cannot be downloaded.
+    Several sizes are for random crops of a folder's training images; test images have the largest. ValueError for an
+    unknown name or a folder without images, OSError without CIFAR-10.
     """
     name, _ = find_dataset(name, data_dir)
     if name not in DATASETS:
@@ -265,7 +265,7 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         yield torch.where(mirrored, batch.flip(3), batch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Grids and plots
 
 def save_grid(path: Path, images: Tensor, columns: int):
@@ -310,7 +310,7 @@ def plot_curves(path: Path, history: list[dict], title: str):
     save_figure(path, figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Files, runs and checkpoints
 
 @contextlib.contextmanager
