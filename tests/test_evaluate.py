@@ -148,3 +148,10 @@ def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, c
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_model_keeps_its_mode_after_an_error():
+    model = small().train()
+    with pytest.raises(ValueError, match="indices"):
+        evaluate(model, noise(), indices=torch.full((7, 4, 4), 12))
+    assert model.training

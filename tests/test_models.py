@@ -310,13 +310,13 @@ def test_codebook_usage_by_hand():
 def test_codebook_usage_of_several_codebooks():
     """Of their combinations, of which there may be too many to count each, and of each codebook."""
     model = VQRAE("cifar", "ema_vq", {"codebook_size": 4096, "codebooks": 5}, pretrained=False)
-    digits = torch.tensor([[0, 4095, 0, 0, 9], [0, 1, 0, 0, 9], [0, 4095, 0, 0, 9], [5, 1, 0, 0, 9]])
-    indices = (digits * 4096 ** torch.arange(5)).sum(1)
+    sub_indices = torch.tensor([[0, 4095, 0, 0, 9], [0, 1, 0, 0, 9], [0, 4095, 0, 0, 9], [5, 1, 0, 0, 9]])
+    indices = (sub_indices * 4096 ** torch.arange(5)).sum(1)
     counts, usage, perplexity = model.get_codebook_usage(indices)
     assert sorted(counts.tolist()) == [1, 1, 2] and usage == 3 / 2**60 and perplexity == pytest.approx(8**0.5)
     for codebook, (used, expected) in enumerate(((2, 4 / 27**0.25), (2, 2), (1, 1), (1, 1), (1, 1))):
         counts, usage, perplexity = model.get_codebook_usage(indices, codebook)
-        assert counts.tolist() == digits[:, codebook].bincount(minlength=4096).tolist()
+        assert counts.tolist() == sub_indices[:, codebook].bincount(minlength=4096).tolist()
         assert usage == used / 4096 and perplexity == pytest.approx(expected)
 
 

@@ -238,8 +238,8 @@ def test_ddcl_error_is_uniform_and_independent_of_the_input():
     error = (ddcl(z)[0] - x) * 15  # in steps of delta
     assert error.abs().max() < 0.501 and not torch.equal(ddcl(z)[0], ddcl(z)[0])
     for some in (error, error[x.abs() < 1 / 60], error[x > 0.5]):  # near a level and elsewhere alike
-        shares = torch.histc(some, 10, -0.5, 0.5) / some.numel()
-        assert (shares - 0.1).abs().max() < 5 * (0.09 / some.numel()) ** 0.5
+        fractions = torch.histc(some, 10, -0.5, 0.5) / some.numel()
+        assert (fractions - 0.1).abs().max() < 5 * (0.09 / some.numel()) ** 0.5
     assert abs(torch.corrcoef(torch.stack([error.flatten(), x.flatten()]))[0, 1]) < 0.02
 
 
@@ -399,7 +399,7 @@ def test_ema_codes_of_several_processes_learn_from_all_their_tokens(monkeypatch)
 
 @pytest.mark.parametrize("combine", ["residual", "product"])
 def test_each_of_several_codebooks_is_an_ema_codebook(combine):
-    """Of what the ones before it left over, or of its share of the channels."""
+    """Of what the ones before it leave, or of its channels."""
     quantizer = build_quantizer("ema_vq", 6, codebooks=3, combine=combine, codebook_size=8, code_dim=6, decay=0.93)
     for _ in range(5):
         before, z = copy.deepcopy(quantizer), torch.randn(1, 40, 6)

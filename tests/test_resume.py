@@ -21,8 +21,8 @@ processes.set_forkserver_preload(["evaluate", "torchmetrics.image.lpip"])
 TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=8", "EPOCH_IMAGES=16", "EVAL_IMAGES=4"]
 
 
-def child(folder, arguments, place, count, environment):
-    """train.py in `folder`, killed before its count-th step, or before the count-th file whose name ends in `place`."""
+def child(folder, arguments, event, count, environment):
+    """train.py in `folder`, killed before its count-th step, or before the count-th file whose name ends in `event`."""
     import models
     import optimization
     import utils
@@ -32,12 +32,12 @@ def child(folder, arguments, place, count, environment):
     os.environ |= environment
     with open("log", "a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    left, seen, step, replace = [place] * count, {"norms": []}, optimization.take_step, os.replace
+    remaining, seen, step, replace = [event] * count, {"norms": []}, optimization.take_step, os.replace
 
     def reach(where):
-        if left and str(where).endswith(place):
-            left.pop()
-            left or os.kill(os.getpid(), signal.SIGKILL)
+        if remaining and str(where).endswith(event):
+            remaining.pop()
+            remaining or os.kill(os.getpid(), signal.SIGKILL)
 
     optimization.take_step = lambda *arguments: (reach("step"), step(*arguments))
     os.replace = lambda old, new: (reach(new), replace(old, new))
@@ -54,9 +54,9 @@ def child(folder, arguments, place, count, environment):
         torch.save(states, f"rank{environment['RANK']}.pt")
 
 
-def start(folder, arguments, place="", count=0, environment={}):
+def start(folder, arguments, event="", count=0, environment={}):
     folder.mkdir(exist_ok=True)
-    process = processes.Process(target=child, args=(folder, arguments, place, count, environment))
+    process = processes.Process(target=child, args=(folder, arguments, event, count, environment))
     process.start()
     return process
 
@@ -87,14 +87,25 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(folder, tmp_pa
     arguments = [f"DATASET={folder}", *TINY, "EPOCHS=(2, 2)", "CODEBOOKS=2", "RANDOM_DEPTH=0.5", "GAN_WEIGHT=0.5",
                  "FLIP=True"]
     assert exit_code(start(tmp_path / "whole", arguments)) == 0, (tmp_path / "whole" / "log").read_text()
-    for place, count, saved in KILLS:
-        code = exit_code(start(tmp_path / "killed", arguments, place, count))
+    for event, count, saved in KILLS:
+        code = exit_code(start(tmp_path / "killed", arguments, event, count))
         assert code == -signal.SIGKILL, (tmp_path / "killed" / "log").read_text()
         last = [load_torch(path) for path in tmp_path.glob("killed/checkpoints/*/last.pt")]
         assert [(file["stage"], file["epoch"]) for file in last] == ([saved] if saved else [])
     assert exit_code(start(tmp_path / "killed", arguments)) == 0
     (*expected, whole), (*found, killed) = (outcome(tmp_path / name) for name in ("whole", "killed"))
     assert found == expected and len(whole) == 5  # model, two optimizers, discriminator and its optimizer
+    torch.testing.assert_close(killed, whole, rtol=0, atol=0)
+
+
+def test_crops_that_workers_read_are_the_same_after_a_kill(folder, tmp_path):
+    """Images that stay in their files, of two sizes, cropped and mirrored at random: bit for bit."""
+    arguments = [f"DATASET={folder}", *TINY, "IMAGE_SIZE=(16, 24)", "EPOCHS=2", "STAGES=(1,)", "FLIP=True"]
+    assert exit_code(start(tmp_path / "whole", arguments)) == 0, (tmp_path / "whole" / "log").read_text()
+    assert exit_code(start(tmp_path / "killed", arguments, "step", 3)) == -signal.SIGKILL
+    assert exit_code(start(tmp_path / "killed", arguments)) == 0
+    (*expected, whole), (*found, killed) = (outcome(tmp_path / name) for name in ("whole", "killed"))
+    assert found == expected
     torch.testing.assert_close(killed, whole, rtol=0, atol=0)
 
 

@@ -20,9 +20,9 @@ CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS
 RED, GREEN, BLUE = [200, 0, 0], [0, 200, 0], [0, 0, 200]
 
 
-def refused(says):
-    """A ValueError of one short line in which the regular expression `says` is found."""
-    return pytest.raises(ValueError, match=rf"^(?=.*{says})[^\n]{{1,600}}\Z")
+def refused(message):
+    """A ValueError of one short line in which the regular expression `message` is found."""
+    return pytest.raises(ValueError, match=rf"^(?=.*{message})[^\n]{{1,600}}\Z")
 
 
 def write_images(root, colours):
@@ -60,26 +60,26 @@ def test_a_constant_is_replaced(argument, expected, capsys):
     assert capsys.readouterr().out == "Doc.\nNAME = 'fsq'\nSIZE = 32\nRATE = 0.001\nEPOCHS = (3, 1)\n"
 
 
-@pytest.mark.parametrize("argument, says", [
+@pytest.mark.parametrize("argument, message", [
     ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value with a NAME such as SIZE$"), ("size=64", "such as SIZE$"),
     ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("LAST=2", "NAME=value"), ("SIZE=-1", "SIZE = -1, allowed: int"),
     ("SIZE=3.5", "int"), ("SIZE=(16, 32)", "int"), ("SIZE='64'", "int"), ("SIZE=large", "int"), ("SIZE=True", "int"),
     ("RATE=1e999", "float"), ("EPOCHS=(2, -1)", "int"), ("EPOCHS=()", "int")])
-def test_a_constant_that_cannot_be(argument, says):
+def test_a_constant_that_cannot_be(argument, message):
     namespace = dict(CONSTANTS)
-    with refused(says):
+    with refused(message):
         utils.read_constants(namespace, ["NAME=simvq", argument])
     assert namespace == CONSTANTS
 
 
-@pytest.mark.parametrize("error, says", [
+@pytest.mark.parametrize("error, message", [
     (ValueError("SIZE = 0"), "SIZE = 0"), (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
     (KeyboardInterrupt(), "stop; go on"), (torch.OutOfMemoryError("Out of memory. Tried to\nhave"), "Out of memory")])
-def test_an_error_ends_the_script_in_one_line(error, says, monkeypatch):
+def test_an_error_ends_the_script_in_one_line(error, message, monkeypatch):
     monkeypatch.setattr("sys.argv", ["folder/train.py"])
     with pytest.raises(SystemExit) as end, utils.one_line_errors("stop; go on"):
         raise error
-    assert end.value.code == f"train.py: {says}"  # such a text Python prints to stderr, and ends with code 1
+    assert end.value.code == f"train.py: {message}"  # such a text Python prints to stderr, and ends with code 1
     with pytest.raises(TypeError), utils.one_line_errors():
         raise TypeError  # a mistake in the code keeps its traceback
 
@@ -91,7 +91,7 @@ def test_a_digest_stands_for_a_value_in_every_process():
 
 
 def test_cifar_from_disk_or_drawn_images(tmp_path, monkeypatch, capsys):
-    """Files in CIFAR-10's own format are read. Without them "auto", alone, takes drawn images instead, and says so."""
+    """Files in CIFAR-10's own format are read. Without them "auto", alone, takes drawn images instead, and tells so."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.exists(path))
     monkeypatch.setattr(utils.CIFAR10, "url", "http://127.0.0.1:1/cifar")  # nobody listens there
     base, data_dir, images = tmp_path / utils.CIFAR10.base_folder, str(tmp_path), random_pixels(12, 3, 32, 32)
@@ -136,14 +136,14 @@ def test_labels_are_those_of_the_class_folders_in_alphabetical_order(tmp_path):
         assert labels.diff().ne(0).sum() > 6 and images[:, :, 4, 4].tolist() == [(GREEN, BLUE, RED)[i] for i in labels]
 
 
-@pytest.mark.parametrize("files, says", [
+@pytest.mark.parametrize("files, message", [
     ("test/a", "images in .*train"), ("train/a", "images in .*val"), ("train/x/a test/a", "same class folders"),
     ("train/x/a train/y/a val/x/a", "same class folders"), ("train/x/a train/a test/x/a", "class folders, or none")])
-def test_a_folder_that_is_no_dataset(files, says, tmp_path):
-    with refused(f"DATASET = '.*{says}"):
+def test_a_folder_that_is_no_dataset(files, message, tmp_path):
+    with refused(f"DATASET = '.*{message}"):
         load(write_images(tmp_path, dict.fromkeys(files.split(), RED)))
-    for name, size, says in (("cifar100", 8, "DATASET = 'cifar100', allowed"), ("shapes", (32, 64), "IMAGE_SIZE")):
-        with refused(says):  # several sizes are for folders
+    for name, size, message in (("cifar100", 8, "DATASET = 'cifar100', allowed"), ("shapes", (32, 64), "IMAGE_SIZE")):
+        with refused(message):  # several sizes are for folders
             load(name, size)
 
 
@@ -234,7 +234,7 @@ def test_batches_of_which_half_are_mirrored():
 
 
 def test_an_image_is_read_as_a_viewer_shows_it():
-    """Upright as its EXIF says, in 8-bit RGB from any mode and format, on white where it is transparent."""
+    """Upright as in its EXIF, in 8-bit RGB from any mode and format, on white where it is transparent."""
     pixels, exif = random_pixels(7, 12, 3), Image.Exif()
     for exif[0x0112], stored in enumerate((
             pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], pixels.transpose(1, 0, 2), np.rot90(pixels),
