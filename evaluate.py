@@ -1,14 +1,14 @@
-"""Measure checkpoints: how well their tokens keep an image, and what it shows.
+"""Measure checkpoints: how well their tokens keep an image's pixels and class.
 
     python evaluate.py                               those that ship, on CIFAR-10
     python evaluate.py <path> DATASET=my_images      another, on a folder
 
 Columns, measured in fp32 on all test images:
-PSNR      mean over images, in dB; "of MSE": that of the mean squared error, as codecs minimise it
+PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
 Fréchet   distance of images' mean features in the shipped encoder, with rFID's formula
-bits      of an image, in indices of fixed length; ratio: 24 bits a pixel over these
+bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
-probe     test accuracy of logistic regression on mean features: z, the last layer, z_q, and those predicted from z_q
+probe     test accuracy of logistic regression on mean features: z, the last layer, z_q, "predicted" from z_q
 """
 import math
 import os
@@ -49,7 +49,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
     _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
                                                         reduction="none", return_full_image=True)
-    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics has padded windows, too
+    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # without torchmetrics' padding
 
 
 @torch.no_grad()
@@ -58,9 +58,9 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     """Reconstruct uint8 images (N, 3, H, W) from indices (N, h, w), computed unless given; codebooks: how many to use.
 
     Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). psnr is the mean over
-    images, psnr_of_mse that of the mean squared error, in dB; usage_1 ... are of several codebooks.
+    images, psnr_of_mse that of the MSE over all images, in dB; usage_1 ... are of several codebooks.
     """
-    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "some, uint8")
+    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
     training, device, quantizer = model.training, next(model.parameters()).device, model.quantizer
     tokens, figures, reconstructions = [], [], []
     try:

@@ -49,18 +49,18 @@ TEMPERATURE = 1.0
 SAMPLES = 10_000  # for Fréchet distance and probe
 
 autocast = torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device))
-most_codes, code_dim = 2**17, 16  # up to so many codes are known, by 16 principal components
+most_codes, code_dim = 2**17, 16  # Prior knows at most so many codes, by 16 principal components
 
 
 class Prior(nn.Module):
     """The distribution of a grid of tokens, given a class or not.
 
     A token's sub-indices are FSQ's levels, indices in several codebooks, or a cluster of one codebook and an index in
-    it. An unmasked token enters as the sum of their embeddings, a masked one as a learned vector. Its sub-indices
-    depend on each other most: each is predicted from the blocks' output and those before it (NADE, 1605.02226).
+    it. An unmasked token enters as the sum of their embeddings, a masked one as a learned vector. A token's sub-indices
+    depend on each other: each is predicted from the blocks' output and the sub-indices before it (NADE, 1605.02226).
 
-    FSQ's levels are coordinates, other indices are not: with knows_codes, a linear map of the code enters, too. Logits
-    then add a learned query's product with the mean of all codes that begin so, and with that mean's squared length.
+    FSQ's levels are coordinates, other indices are not: knows_codes adds a linear map of the code to the input. It adds
+    to logits a learned query times the mean of all codes with these first sub-indices, and that mean's squared length.
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
@@ -143,8 +143,8 @@ class Prior(nn.Module):
              guidance: float = 4.0, temperature: float = 1.0) -> Tensor:
         """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
 
-        The order is random. Later steps fill more tokens, as these depend less on each other then (MaskGIT's square
-        schedule, 2202.04200). labels: `classes` is no class, None that for all. guidance: the mean classifier-free
+        The order is random. Later steps fill more tokens, which then depend less on each other (MaskGIT's square
+        schedule, 2202.04200). labels: `classes` means no class, as does None. guidance: the mean classifier-free
         scale (2207.12598); it rises from about 1 (Muse, 2301.00704). ValueError for other shapes or ranges.
         """
         none, size = torch.full((len(indices),), self.classes), math.prod(self.sizes)
@@ -212,7 +212,7 @@ def load_prior(path: str | Path) -> Prior:
 
 
 def draw_masks(count: int, tokens: int) -> Tensor:
-    """(count, tokens) bool: 1 to `tokens` a row, in numbers that are spread evenly, for less variance."""
+    """(count, tokens) bool: 1 to `tokens` True a row, in evenly spread numbers, for less variance."""
     ratio = (torch.randperm(count) + torch.rand(1)) / count % 1
     return torch.rand(count, tokens).argsort(1) < (ratio * tokens).long()[:, None] + 1
 

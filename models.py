@@ -81,7 +81,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Module):
-    """A convolution, with `pool` 2x2 max pooling, and a norm, which extras/pretrain.py folds into it."""
+    """A convolution, 2x2 max pooling if `pool`, and a norm that extras/pretrain.py folds into the convolution."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -140,7 +140,7 @@ class CNNEncoder(nn.Module):
 class ViTEncoder(nn.Module):
     """A pretrained ViT of timm's: patch tokens of its last layers, each normalised, and their sum normalised again.
 
-    Late layers know what an image shows, early ones how it looks. RAE takes the last layer alone (2510.11690), RAEv2
+    Late layers keep an image's class, early ones its pixels. RAE takes the last layer alone (2510.11690), RAEv2
     the mean of several (2605.18324), each behind the final norm without affine.
     """
 
@@ -152,7 +152,7 @@ class ViTEncoder(nn.Module):
             error = " ".join(str(error).split())
             raise OSError(f"the weights of {name} do not load; ENCODER=cifar needs none: {error}") from None
         check(isinstance(vit, VisionTransformer) and hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # after loading: of a SigLIP without its pooling timm does not check that all weights are there
+        # only after loading: for a SigLIP without pooling timm does not check that all weights are there
         vit.reset_classifier(0, global_pool="")
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
@@ -204,7 +204,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """`depth` residual blocks on the grid of tokens, and one after each doubling, which halves the channels."""
+    """`depth` residual blocks on the grid of tokens. Each doubling of the grid halves the channels and adds a block."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
@@ -222,7 +222,7 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks. Each token then gives a patch of twice its width; adding up where they overlap avoids seams.
+    """Transformer blocks. Each token then gives a patch twice as wide as itself; adding up overlaps avoids seams.
 
     Positions are relative (RoPE-Axial, 2403.13298), for grids of any size.
     """
@@ -302,7 +302,7 @@ class VQRAE(nn.Module):
         h = ceil(H / token_size), and w likewise: images are padded to whole tokens.
         """
         images = check_images(images)
-        check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a token of pixels or more")
+        check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a whole token or more")
         return self.quantize(self.encoder(images))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -348,9 +348,9 @@ class VQRAE(nn.Module):
     def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
         """How well the frozen encoder's features teacher_z (B, C, h, w) are kept: two mean squared errors.
 
-        VQRAE compares quantized with detached continuous features. Here z_q, of few dimensions, need not equal them:
-        they are predicted from it. Returns distill_loss, of the encoder's features z (B, C, h, w), 0 in stage 1; and
-        predict_loss, of those predicted from z_q, plus ten times that of their mean, which tells most of the class.
+        The paper compares quantized and detached continuous features. Here z_q, of few dimensions, need not equal them:
+        they are predicted from it. Returns distill_loss, the error of z (B, C, h, w), 0 in stage 1; predict_loss, that
+        of features predicted from z_q, plus ten times the error of their mean, which tells most of the class.
         """
         predicted = self.predict_features(z_q).float()
         mean_loss = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
@@ -398,7 +398,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach:
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
     A row of tokens is rows_in rows of x and rows_out of the result. Each strip has `reach` more rows of tokens above
-    and below, the radius of function's receptive field: it equals those rows of the whole. reach None: x at once.
+    and below, the receptive field's radius, so that results equal function(x). reach None: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
     if reach is None or h <= 5 * reach or h * w * len(x) <= strip_tokens:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def fast_bf16(device: str) -> bool:
-    """Whether bf16 is faster than fp32. Emulated, it is up to ten times slower, and in Intel's AVX-512 twice."""
+    """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum with all singular values set to about 1.
 
     Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as in
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but matrices with as many rows are stacked, for speed.
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but matrices of equal height are stacked, for speed.
     """
 
     def __init__(self, matrices: list, lr: float, weight_decay: float, momentum: float = 0.95):

@@ -7,9 +7,9 @@
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
     quantizer.codebook_size
 
-A token, one position of the grid, has C numbers. A quantizer maps them to code_dim numbers (project_in), picks one of
-codebook_size codes, and maps it back to C numbers (project_out). This file needs torch alone: copy it into your
-project, keep it in fp32, and add its loss to yours.
+A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers, for
+which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. This file needs torch
+alone: copy it into your project, keep it in fp32, and add its loss to yours.
 """
 import math
 import reprlib
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
-shorten = reprlib.Repr()  # of nested lists in a stranger's checkpoint, too
+shorten = reprlib.Repr()  # also nested lists, in untrusted checkpoints
 shorten.maxstring = 300
 
 
@@ -158,7 +158,7 @@ class Quantizer(nn.Module, ABC):
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al., 2309.15505): each of a few numbers is rounded to one of a few levels.
 
-    The codebook is the grid of all combinations. Nothing is learned, nothing collapses, and the loss is 0. Levels lie
+    The codebook is the grid of all combinations. No code is learned, so none collapses; the loss is 0. Levels lie
     symmetrically from -1 to 1 (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512,
     [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000.
     """
@@ -210,7 +210,7 @@ class DDCL(FSQ):
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): the codebook is a frozen random matrix times one learned matrix.
 
-    A gradient of the learned matrix moves all codes, used or not: few die. Unlike in the paper, tokens and codes are
+    The learned matrix moves all codes, used or not: few stay unused. Unlike in the paper, tokens and codes are
     normalised: the nearest code has the highest cosine similarity.
     """
 
@@ -239,10 +239,10 @@ class SimVQ(Quantizer):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    Where a step has n_i tokens at code i, of the sum s_i:
+    A step has n_i tokens at code i, with the sum s_i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
-    Laplace smoothing adds 1e-5 to N_i, little with well above 1e-4 tokens a code. The loss is the commitment loss.
-    Codes used less than a tenth of the average, at first all, restart at random tokens, with 0.2 times it as N_i.
+    Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
+    Codes with N_i below 0.1 mean(n), at first all, are dead: they restart at random tokens, with N_i = 0.2 mean(n).
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -270,13 +270,13 @@ class EMAVQ(Quantizer):
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
-        """A step of the moving averages, from tokens x (N, code_dim) at codes indices (N,), equal on all ranks."""
+        """A step of the moving averages, equal in all processes: tokens x (N, code_dim) at codes `indices` (N,)."""
         counts = torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x)))
         sums = torch.zeros_like(self.token_sums).index_add_(0, indices, x)
-        distributed, room = dist.is_available() and dist.is_initialized(), len(x)
+        distributed, most = dist.is_available() and dist.is_initialized(), len(x)
         if distributed:
-            room = torch.tensor(room, device=x.device)
-            dist.all_reduce(counts), dist.all_reduce(sums), dist.all_reduce(room, dist.ReduceOp.MIN)
+            most = torch.tensor(most, device=x.device)
+            dist.all_reduce(counts), dist.all_reduce(sums), dist.all_reduce(most, dist.ReduceOp.MIN)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum().clamp(min=1e-10)  # 0 before a residual codebook's first token
@@ -284,7 +284,7 @@ class EMAVQ(Quantizer):
         torch.div(self.token_sums, smoothed[:, None], out=self.codebook)
 
         average = counts.mean()
-        dead = (self.token_counts < 0.1 * average).nonzero()[:room, 0]
+        dead = (self.token_counts < 0.1 * average).nonzero()[:most, 0]
         tokens = x[torch.randperm(len(x), device=x.device)[: len(dead)]]
         if distributed:
             dist.broadcast(tokens, 0)
@@ -327,7 +327,7 @@ class MultiCodebook(Quantizer):
         return straight_through(x, codes), loss, indices
 
     def nearest(self, codes: Tensor) -> Tensor:
-        """Codebook by codebook, as in quantize: a near code, with residual ones not always the nearest."""
+        """Codebook by codebook, as in quantize. With residual codebooks another code may be nearer."""
         found, sub_indices = torch.zeros_like(codes), []
         for i, codebook in enumerate(self.codebooks):
             sub_indices.append(codebook.nearest(self._part(codes, found, i)))
@@ -367,7 +367,7 @@ QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none":
 
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
-    """One of QUANTIZERS for tokens of dim channels. options: of its constructor, a code_dim of None being dim."""
+    """One of QUANTIZERS for tokens of dim channels. options: of its constructor; code_dim None means dim."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(f'"{known}"' for known in QUANTIZERS))
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
     options |= {"code_dim": dim} if options.get("code_dim", dim) is None else {}

@@ -2,7 +2,7 @@
 
     python train.py                                    with the constants below
     python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
-    torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE being that of all together
+    torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE is their total
 
               stage 1                                          stage 2
     learns    all but a pretrained encoder                     all, the encoder too
@@ -38,13 +38,13 @@ from quantizers import QUANTIZERS, check
 
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
-IMAGE_SIZE = 32  # pixels a side, of whole images; several, (32,) or (32, 64): of random crops, one size a step
+IMAGE_SIZE = 32  # pixels a side of resized images; a tuple, (32,) or (32, 64): of random crops, one size a step
 # encoder
 ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other ViTs are downloaded; "cnn" learns from scratch
 ENCODER_LAYERS = 0  # of a ViT: how many of its last layers are summed; 0: all
-GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 pixels
+GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4 pixels
 # quantizer
-QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" is the upper bound of all
+QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" bounds their PSNR
 CODEBOOK_SIZE = 65536  # of "ema_vq" and "simvq"
 CODE_DIM = 16  # dimension of their codes; 0: the encoder's width, as in the papers
 EMA_DECAY = 0.99
@@ -54,7 +54,7 @@ COMBINE = "residual"  # each codebook quantizes what remains; "product": each qu
 RANDOM_DEPTH = 0.0  # fraction of images that use the first few residual codebooks, to decode coarse to fine
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
-DDCL_COMM_WEIGHT = 1e-3  # loss for a bit of the message
+DDCL_COMM_WEIGHT = 1e-3  # weight of the bits of a token
 # decoder
 POST_QUANT_KERNEL = 1  # convolution after the quantizer, as in Cosmos-Tokenizer; 0: none
 POST_QUANT_NORM = False  # a norm after it
@@ -63,10 +63,10 @@ DECODER_DEPTH = 0  # 0: as a ViT encoder, else 2. ViT-XL has 28
 DECODER_HEADS = 0  # 0: as a ViT encoder. ViT-XL has 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
-PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more costs PSNR, but looks closer to the encoder
-PREDICT_WEIGHT = 0.005  # the frozen encoder's features, predicted from z_q: tokens keep what an image shows
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
+PREDICT_WEIGHT = 0.005  # the frozen encoder's features, predicted from z_q: tokens keep an image's class
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, compared with the frozen encoder's
-GAN_WEIGHT = 0.0  # 0.5 as in the papers costs 0.03 dB, and gains nothing one sees
+GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
 START_CHECKPOINT = ""  # start from its weights, and its quantizer unless QUANTIZER= is an argument
@@ -80,7 +80,7 @@ EPOCHS = (30, 10) if gpu else (8, 2)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
 LEARNING_RATE = (1e-3, 1e-5) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
-FLIP = gpu  # mirror half of the training images: for more than an epoch
+FLIP = gpu  # mirror half of the training images; helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; at the end, and with 0, all
 
 bf16 = fast_bf16(device)  # in training; figures are measured in fp32
@@ -104,7 +104,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     perceptual_weight = of_stage(PERCEPTUAL_WEIGHT, model.stage)
     if perceptual_weight and lpips is not None:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
-    elif perceptual_weight and teacher is not None:  # on half of the images, for half of the time
+    elif perceptual_weight and teacher is not None:  # on half of the images, to save time
         perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
     image_loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
     loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
@@ -190,7 +190,7 @@ def average(tensors: list[Tensor]):
 
 
 def epoch_batches(images: Tensor | utils.ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
-    """This process's micro-batches (B, 3, size, size) of an epoch. Few images are repeated."""
+    """This process's micro-batches (B, 3, size, size) of an epoch; a small dataset repeats."""
     generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # as in other processes
     passes = math.ceil(steps * BATCH_SIZE / len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
@@ -214,7 +214,7 @@ def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
 
 
 def build_model(meta: bool = False) -> VQRAE:
-    """The constants' model, with the weights of START_CHECKPOINT. meta: its shapes alone."""
+    """The constants' model, with the weights of START_CHECKPOINT. meta: without weights."""
     several = {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH} if CODEBOOKS > 1 else {}
     codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM or None}
     options = {"fsq": {"levels": FSQ_LEVELS}, "simvq": codebook,
@@ -229,7 +229,7 @@ def build_model(meta: bool = False) -> VQRAE:
                   and name not in ("quantizer", "quantizer_options", "image_size", "grid")}
         check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
         check(not differ and start.token_size == model.token_size, "START_CHECKPOINT", START_CHECKPOINT,
-              f"one made with these constants; there: {differ or start.token_size}")
+              f"one made with these constants; it has {differ or start.token_size}")
         if not new_quantizer:
             model.quantizer = start.quantizer
             model.config |= {name: start.config[name] for name in ("quantizer", "quantizer_options")}
@@ -247,7 +247,7 @@ def main():
     new_quantizer = not START_CHECKPOINT or any(argument.startswith("QUANTIZER=") for argument in sys.argv)
     for argument in sys.argv[1:]:
         ignored = not new_quantizer and argument.startswith(("CODE", "EMA_", "FSQ_", "DDCL_", "COMBINE", "RANDOM_"))
-        check(not ignored, "argument", argument, "with START_CHECKPOINT only beside QUANTIZER=")
+        check(not ignored, "argument", argument, "with START_CHECKPOINT only if QUANTIZER= is given")
     check_constants()
     start_process()
     if not new_quantizer:
@@ -263,7 +263,7 @@ def main():
     if run.finished:
         if rank == 0 and ranks > 1:
             dist.barrier()
-        print(f"this run is finished: see {run.outputs}/. Change a constant, or SEED if you changed code, for another")
+        print(f"this run is finished: see {run.outputs}/. For another change a constant, or SEED if code changed")
         return
     data = utils.load_dataset(dataset, IMAGE_SIZE)
     most = EPOCH_IMAGES or len(data.train_images)
@@ -280,7 +280,7 @@ def main():
     if rank == 0 and ranks > 1:
         dist.barrier()
     if isinstance(data.train_images, Tensor) and data.train_images.nbytes < 8e9:
-        data = data._replace(train_images=data.train_images.to(device))  # a batch is indexing
+        data = data._replace(train_images=data.train_images.to(device))  # for fast batches
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.stage:
@@ -355,7 +355,7 @@ def check_constants():
     check(valid, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES = {EPOCH_IMAGES}")
     check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
-          "a file, or with 1 in STAGES none")
+          'a file, or "" with 1 in STAGES')
 
 
 if __name__ == "__main__":

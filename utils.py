@@ -86,7 +86,7 @@ def seed_everything(*numbers: int):
 # Datasets: a tensor of uint8 images for each split, or the files of a large folder
 
 DATASETS = ("auto", "cifar10", "shapes")
-DECODE_GB = 30  # training images that would take more stay in their files
+DECODE_GB = 30  # above this, training images are read from their files
 
 
 class Dataset(NamedTuple):
@@ -131,7 +131,7 @@ def find_dataset(name: str, data_dir: str = "data") -> tuple[str, str]:
             load_cifar10(data_dir)
             name = "cifar10"
         except OSError as error:
-            print(f"{error}; taking drawn images instead, DATASET=shapes")
+            print(f"{error}; taking DATASET=shapes instead")
             name = "shapes"
     return name, "" if name in DATASETS else digest([list_split(name, split)[2] for split in ("train", "test")])
 
@@ -361,7 +361,7 @@ class Run:
     def save(self, row: dict, state: dict):
         """Add an epoch's row to metrics.csv, and write what resume needs."""
         kept = os.path.exists(self.lock.lock_file) and os.stat(self.lock.lock_file).st_ino == self.inode
-        check(kept, "run", str(self.checkpoints), "a folder that nobody removes while the run goes on")
+        check(kept, "run", str(self.checkpoints), "a folder that exists until the run ends")
         self.history.append(row)
         with replace_file(self.outputs / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
@@ -403,7 +403,7 @@ def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.M
         weights = {n: w[0] * w[1].float() if isinstance(w, tuple) else w for n, w in content["model"].items()}
         model.load_state_dict(weights)
         check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
-    except Exception as error:  # a config of nonsense may lead anywhere
+    except Exception as error:  # a wrong config can raise any
         raise ValueError(f"checkpoint {path} does not fit this code: {summarize(error)}") from None
     return model.eval(), content
 
@@ -417,7 +417,7 @@ def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
 def load_checkpoint(path: str | Path) -> VQRAE:
     """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without any download.
 
-    ValueError for a damaged file, or any other. Its metadata: load_torch(path).
+    ValueError for a damaged or different file. Its metadata: load_torch(path).
     """
     model, content = load_model(path, VQRAE, pretrained=False)
     check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")

@@ -1,11 +1,11 @@
-"""Checkpoints beside JPEG, WebP and AVIF at as many bits.
+"""Checkpoints beside JPEG, WebP and AVIF at equal bits.
 
     python -m extras.codecs                                    the shipped checkpoints, on CIFAR-10's test images
     python -m extras.codecs <checkpoint> PHOTOS=my_photos      on photographs, each encoded whole
     python -m extras.codecs <checkpoint> SEARCH=8 PRIOR=...    tokens of extras/search.py, also in bits under a prior
 
-Codecs get small images in one picture, so that headers do not count. They minimise the pooled error, "of MSE". "to
-AVIF" is the mean difference from AVIF's PSNR at as many bits, with its standard error.
+Codecs get small images in one picture, so that headers do not count. They minimise the error "of MSE". "to AVIF" is
+the mean difference from AVIF's PSNR at nearly equal bits, with its standard error.
 """
 import io
 import math
@@ -55,7 +55,7 @@ def main():
                 results[row].append((count, images, decoded))
                 for codec in CODECS:
                     results[f"{codec}, as {row}"].append(encode_to_bits(images, codec, count))
-        rows |= {row: summarise(encoded, results.get(f"AVIF, as {row}")) for row, encoded in results.items()}
+        rows |= {row: average(encoded, results.get(f"AVIF, as {row}")) for row, encoded in results.items()}
     print(format_table(rows, COLUMNS, "images from"))
 
 
@@ -77,7 +77,7 @@ def encode(images: Tensor, codec: str, quality: int) -> Encoded:
 
 
 def encode_to_bits(images: Tensor, codec: str, bits: float) -> Encoded:
-    """As `encode`, at the quality, found by bisection, that comes nearest to so many bits."""
+    """As `encode`, at the quality, found by bisection, that comes nearest to `bits`."""
     low, high = 1, 100
     while high - low > 1:
         middle = (low + high) // 2
@@ -85,7 +85,7 @@ def encode_to_bits(images: Tensor, codec: str, bits: float) -> Encoded:
     return min((encode(images, codec, q) for q in (low, high)), key=lambda encoded: abs(encoded[0] - bits))
 
 
-def summarise(results: list[Encoded], avif: list[Encoded] | None) -> dict:
+def average(results: list[Encoded], avif: list[Encoded] | None) -> dict:
     """A row's figures, over the images of all its pictures."""
     def of_each(measure, results):
         return torch.cat([measure(a[None], b[None]) for _, x, y in results for a, b in zip(x, y)]).double()

@@ -92,14 +92,14 @@ def main():
             (class_loss + pixel_loss).backward()
             for optimizer, schedule in zip(optimizers, schedules):
                 optimizer.step(), schedule.step(), optimizer.zero_grad()
-            with torch.no_grad():  # BatchNorm undoes the norm: fixed, it keeps the learning rate's meaning
+            with torch.no_grad():  # BatchNorm cancels the weights' norm: fixed, relative steps stay equal
                 for p in filters:
                     p.mul_(len(p) ** 0.5 / p.norm())
             total += class_loss.detach()
         print(f"epoch {epoch:3}  class loss {total / len(order):.4f}  {time.time() - start:6.0f} s", flush=True)
     encoder.eval()
     for module in encoder.modules():
-        if isinstance(module, ConvPool):  # through the pooling, too, as BatchNorm's scale is positive
+        if isinstance(module, ConvPool):  # also across max pooling, as BatchNorm's scale is positive
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
     encoder = encoder.half().float()
     train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)

@@ -1,11 +1,11 @@
 """Search for the tokens that decode best. The encoder gives a first guess.
 
-    python -m extras.search                   prints what it gains, 0.6 to 0.8 dB
+    python -m extras.search                   prints what it gains, 0.6 to 0.7 dB
     indices = search_tokens(vqrae, images)    instead of vqrae.encode_to_indices(images)
 
-Codecs search, learned ones too (1906.01223, 2006.04240); bits and decoder stay the same. Each of four sets holds one
-token of each 2 x 2, all tried at once: a token moves against the gradient of the error, to the nearest code there, and
-stays if the error of the 3 x 3 tokens around it has fallen.
+Codecs search, learned ones too (1906.01223, 2006.04240); bits and decoder stay the same. Tokens form four sets, with
+one of each 2 x 2 in a set. A set's tokens move at once, against the gradient of the error, to the nearest code there. A
+move is kept if the error of the 3 x 3 tokens around it has fallen.
 """
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,9 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 8, feature_weight:
     The error is that of pixels, squared, plus feature_weight times that of features predicted from tokens. An image
     whose error does not fall keeps the encoder's tokens.
     """
-    quantizer, patch, images = vqrae.quantizer, vqrae.token_size, check_images(images)
+    quantizer, side, images = vqrae.quantizer, vqrae.token_size, check_images(images)
     check(not vqrae.training and quantizer.codebook_size, "vqrae", type(quantizer).__name__, "with codes, in eval mode")
-    few = max(1, 2**14 * patch**2 // images[0, 0].numel())  # images at a time, for memory
+    few = max(1, 2**14 * side**2 // images[0, 0].numel())  # images at a time, for memory
     if len(images) > few:
         return torch.cat([search_tokens(vqrae, some, sweeps, feature_weight) for some in images.split(few)])
     z_q, _, indices = vqrae.encode(images)
@@ -42,13 +42,13 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 8, feature_weight:
     def measure(z_q: Tensor) -> Tensor:
         """The error (B, 1, h, w) of each token. Their mean is that of pixels, also where tokens are cut."""
         errors = (vqrae.decode(z_q, (height, width)).float() - images).square().mean(1, keepdim=True)
-        errors = F.avg_pool2d(errors, patch, ceil_mode=True, divisor_override=1) * (h * w / (height * width))
+        errors = F.avg_pool2d(errors, side, ceil_mode=True, divisor_override=1) * (h * w / (height * width))
         if features is not None:
             difference = vqrae.predict_features(z_q).float() - features
             errors = errors + feature_weight * difference.square().mean(1, keepdim=True)
         return errors
 
-    # project_out takes codes to a few of z_q's dimensions: there they move
+    # project_out maps codes into a subspace of z_q: tokens move in it
     linear = quantizer.project_out
     columns = getattr(linear, "weight", torch.eye(z_q.shape[1], device=z_q.device))
     basis, inverse = torch.linalg.qr(columns).Q, torch.linalg.pinv(columns)
@@ -63,7 +63,7 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 8, feature_weight:
 
     first_errors = measure(z_q).mean((2, 3))
     errors, gradient = differentiate(z_q)
-    # a token learns how far to move: at first an eighth of the codes' distance from their mean
+    # each token's step adapts: at first it is an eighth of the codes' distance from their mean
     codes = quantizer.get_codebook_entry(torch.arange(512, device=z_q.device) * quantizer.codebook_size // 512)
     spread = (codes - codes.mean(0)).norm(dim=1).mean()
     step = torch.ones_like(errors) * spread / 8

@@ -62,7 +62,7 @@ def test_figures_of_codecs_by_hand():
                   for bits, a, b in ((100, 0.9, 0), (120, 0.5, 0.2)))
     mse = [torch.cat([(x / 255 - y / 255).square().mean((1, 2, 3)) for _, x, y in rows]) for rows in (ours, avif)]
     difference = 10 * (mse[1] / mse[0]).log10()
-    assert codecs.summarise(ours, avif) == pytest.approx({
+    assert codecs.average(ours, avif) == pytest.approx({
         "bits": 200 / 5, "bits_a_pixel": 200 / (4 * 256 + 512), "psnr": -10 * mse[0].log10().mean().item(),
         "psnr_of_mse": -10 * mse[0].mean().log10().item(), "difference": difference.mean().item(),
         "ssim": torch.cat([ssim(x, y) for _, x, y in ours]).mean().item(),

@@ -109,7 +109,7 @@ def test_cifar_from_disk_or_drawn_images(tmp_path, monkeypatch, capsys):
         utils.load_dataset("cifar10", 32, data_dir)
     monkeypatch.setattr(shapes, "draw", lambda n, size: (torch.arange(n), -torch.arange(n)))
     *drawn, classes = utils.load_dataset("auto", 32, data_dir)
-    assert re.search("^CIFAR-10 .* cannot be downloaded: .*DATASET=shapes\n$", capsys.readouterr().out)
+    assert re.search("^CIFAR-10 .* cannot be downloaded: .*DATASET=shapes instead\n$", capsys.readouterr().out)
     expected = *torch.arange(60_000).split(50_000), *(-torch.arange(60_000)).split(50_000)  # images, labels
     assert all(torch.equal(drawn[i], expected[j]) for i, j in enumerate((0, 2, 1, 3))) and classes == shapes.SHAPES
 
