@@ -135,7 +135,7 @@ def tokenize(model: VQRAE, images: Tensor) -> dict[str, Tensor]:
         if model.predictor:
             features["predicted"] = model.predict_features(z_q)
         if isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1:
-            features["last_layer"] = model.encoder(batch, layers=1)
+            features["last_layer"] = model.encoder(batch, with_last=True)[1]
         batches.append({"indices": indices} | {name: x.mean((2, 3)) for name, x in features.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 

@@ -113,12 +113,13 @@ class ConvEncoder(nn.Module):
         self.deep = nn.Sequential(*layers, ConvPool(dim_in, self.dim - 64, 1))
         self.shallow = ConvPool(3, 64, self.patch, stride=self.patch)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
         h, w = shallow.shape[2:]
         deep = F.interpolate(self.deep(self.whiten(x)), scale_factor=2)[..., :h, :w]
-        return layer_norm(torch.cat([deep, shallow], dim=1))
+        z = layer_norm(torch.cat([deep, shallow], dim=1))
+        return (z, z) if with_last else z
 
 
 class CNNEncoder(nn.Module):
@@ -140,8 +141,8 @@ class CNNEncoder(nn.Module):
 class ViTEncoder(nn.Module):
     """A pretrained ViT of timm's: patch tokens of its last layers, each normalised, and their sum normalised again.
 
-    Late layers keep an image's class, early ones its pixels. RAE takes the last layer alone (2510.11690), RAEv2
-    the mean of several (2605.18324), each behind the final norm without affine.
+    Late layers keep an image's class, early ones its pixels. RAE takes the last alone (2510.11690), RAEv2 the mean of
+    several (2605.18324), each behind the final norm without affine. with_last: return the last layer alone, too.
     """
 
     def __init__(self, name: str, token_size: int, layers: int = 1, pretrained: bool = True):
@@ -162,11 +163,11 @@ class ViTEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(vit.pretrained_cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vit.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, layers: int | None = None) -> Tensor:
-        """layers: how many to sum; None: as many as the constructor was told."""
+    def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - self.mean) / self.std
-        outputs = self.vit.forward_intermediates(x, layers or self.layers, norm=True, intermediates_only=True)
-        return layer_norm(sum(z.float() for z in outputs))
+        outputs = self.vit.forward_intermediates(x, self.layers, norm=True, intermediates_only=True)
+        z = layer_norm(sum(z.float() for z in outputs))
+        return (z, layer_norm(outputs[-1].float())) if with_last else z
 
 
 # ----------------------------------------
@@ -337,7 +338,7 @@ class VQRAE(nn.Module):
         return images[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> the frozen encoder's features (B, C, h, w), as predicted from the tokens."""
+        """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from the tokens."""
         check(self.predictor is not None, "encoder", "cnn", "a pretrained one, whose features are predicted")
         return self.predictor(z_q)
 
@@ -345,16 +346,16 @@ class VQRAE(nn.Module):
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor) -> tuple[Tensor, Tensor]:
-        """How well the frozen encoder's features teacher_z (B, C, h, w) are kept: two mean squared errors.
+    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, target: Tensor) -> tuple:
+        """How well the frozen encoder's features (B, C, h, w) are kept: two mean squared errors.
 
         The paper compares quantized and detached continuous features. Here z_q, of few dimensions, need not equal them:
-        they are predicted from it. Returns distill_loss, the error of z (B, C, h, w), 0 in stage 1; predict_loss, that
-        of features predicted from z_q, plus ten times the error of their mean, which tells most of the class.
+        target, of the last layer, is predicted from it. Returns distill_loss, of z, 0 in stage 1; and predict_loss,
+        of the prediction, plus ten times that of its mean, which tells most of the class.
         """
         predicted = self.predict_features(z_q).float()
-        mean_loss = F.mse_loss(predicted.mean((2, 3)), teacher_z.mean((2, 3)))
-        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, teacher_z) + 10 * mean_loss
+        mean_loss = F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3)))
+        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, target) + 10 * mean_loss
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:

@@ -64,7 +64,7 @@ DECODER_HEADS = 0  # 0: as a ViT encoder. ViT-XL has 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
-PREDICT_WEIGHT = 0.005  # the frozen encoder's features, predicted from z_q: tokens keep an image's class
+PREDICT_WEIGHT = 0.005  # the frozen encoder's last features, predicted from z_q: tokens keep an image's class
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, compared with the frozen encoder's
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
@@ -88,11 +88,11 @@ rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z: Tensor | None,
-              lpips: nn.Module | None, discriminator: nn.Module | None) -> tuple[dict[str, Tensor], Tensor]:
+              target: Tensor | None, lpips: nn.Module | None, discriminator: nn.Module | None) -> tuple[dict, Tensor]:
     """What a step minimises: all losses, their weighted sum as "loss", and the reconstructions.
 
-    images (B, 3, H, W) in [0, 1]; teacher_z (B, C, h, w): their features from the frozen encoder, `teacher`; both None
-    for an encoder that learns from scratch. discriminator: None while the GAN is off.
+    images (B, 3, H, W) in [0, 1]; teacher_z, target (B, C, h, w): features of the frozen encoder, `teacher`, and of its
+    last layer alone; all None for an encoder that learns from scratch. discriminator: None while the GAN is off.
     """
     z = teacher_z if model.frozen else model.encoder(images)  # in stage 1 the encoder is the teacher
     z_q, quantizer_loss, _ = model.quantize(z)
@@ -100,7 +100,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = predict_loss = gan_loss = torch.zeros_like(l2_loss)
     if teacher is not None:
-        distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z)
+        distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z, target)
     perceptual_weight = of_stage(PERCEPTUAL_WEIGHT, model.stage)
     if perceptual_weight and lpips is not None:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
@@ -142,8 +142,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             for images in islice(batches, ACCUMULATE):
                 with autocast:
                     with torch.no_grad():
-                        teacher_z = None if teacher is None else teacher(images).float()
-                    losses, output = objective(model, images, teacher, teacher_z, lpips,
+                        teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
+                    losses, output = objective(model, images, teacher, teacher_z, target, lpips,
                                                discriminator.requires_grad_(False) if gan_on else None)
                 (losses["loss"] / ACCUMULATE).backward()
                 losses["discriminator_loss"] = torch.zeros_like(losses["loss"])

@@ -58,8 +58,8 @@ def step():
     def ours():
         with torch.autocast(device, torch.bfloat16, enabled=train.bf16):
             with torch.no_grad():
-                z = teacher(images).float()
-            train.objective(models[1], images, teacher, z, None, None)[0]["loss"].backward()
+                frozen = teacher(images, with_last=True)
+            train.objective(models[1], images, teacher, *frozen, None, None)[0]["loss"].backward()
         nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
         take_step(optimizers, 500, 1000)
         models[1].zero_grad()

@@ -37,7 +37,7 @@ def search_tokens(vqrae: VQRAE, images: Tensor, sweeps: int = 8, feature_weight:
         return torch.cat([search_tokens(vqrae, some, sweeps, feature_weight) for some in images.split(few)])
     z_q, _, indices = vqrae.encode(images)
     first_indices, (h, w), (height, width) = indices, indices.shape[1:], images.shape[2:]
-    features = vqrae.encoder(images) if vqrae.predictor else None
+    features = vqrae.encoder(images, with_last=True)[1] if vqrae.predictor else None
 
     def measure(z_q: Tensor) -> Tensor:
         """The error (B, 1, h, w) of each token. Their mean is that of pixels, also where tokens are cut."""

@@ -109,7 +109,7 @@ def test_measured_figures(options, monkeypatch):
     z = model.encoder(images / 255)
     z_q = model.quantize(z)[0]
     features = {"z": z, "z_q": z_q} | ({"predicted": model.predictor(z_q)} if model.predictor else {})
-    features |= {"last_layer": model.encoder(images / 255, layers=1)} if vit else {}
+    features |= {"last_layer": model.encoder(images / 255, with_last=True)[1]} if vit else {}
     means, found = {name: x.mean((2, 3)) for name, x in features.items()}, module.tokenize(model, images)
     torch.testing.assert_close({name: found[name] for name in means}, means, atol=1e-4, rtol=1e-3)
     expected = {f"probe_{name}": linear_probe(x[:30], labels[:30], x[35:], labels[35:]) for name, x in means.items()}

@@ -98,8 +98,7 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(layers, vit):
         source((pixels - mean) / std), (z := encoder(images))
     expected = normalized(sum(normalized(z, -1) for z in outputs[-layers:]), -1)
     assert z.shape == (2, 32, 8, 8) and torch.allclose(z.flatten(2).mT, expected, atol=1e-4)
-    if layers == 1:
-        assert torch.equal(encoder(images, 3), build_encoder(vit, 4, 0).eval()(images))
+    assert all(map(torch.equal, encoder(images, with_last=True), (z, build_encoder(vit, 4, 1).eval()(images))))
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no file", "removed", "renamed", "reshaped", "cut"])
@@ -288,17 +287,17 @@ def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
 
 
 def test_distillation_loss():
-    model, teacher_z = build(), torch.randn(2, 256, 4, 4)
+    model, (teacher_z, target) = build(), torch.randn(2, 2, 256, 4, 4)
     z, z_q = torch.randn(2, 2, 256, 4, 4).requires_grad_()
-    distill, predict = model.compute_distillation_loss(z, z_q, teacher_z)
-    error = model.predictor(z_q) - teacher_z
+    distill, predict = model.compute_distillation_loss(z, z_q, teacher_z, target)
+    error = model.predictor(z_q) - target
     assert torch.allclose(distill, (z - teacher_z).square().mean())
     assert torch.allclose(predict, error.square().mean() + 10 * error.mean((2, 3)).square().mean())
     gradients = [torch.autograd.grad(loss, (z, z_q), allow_unused=True) for loss in (distill, predict)]
     assert torch.allclose(gradients[0][0], 2 * (z - teacher_z) / z.numel()) and gradients[0][1] is None
     assert gradients[1][0] is None and (gradients[1][1].abs().amax(1) > 0).all()
     with pytest.raises(ValueError, match="encoder = 'cnn'"):  # from scratch, without features to predict
-        build("cnn").compute_distillation_loss(z, z_q, teacher_z)
+        build("cnn").compute_distillation_loss(z, z_q, teacher_z, target)
 
 
 def test_codebook_usage_by_hand():

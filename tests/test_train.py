@@ -70,10 +70,9 @@ def parts(monkeypatch):
                 p += 0.02 * torch.randn_like(p)
             model.decoder.head.weight *= 4  # some pixels are out of range
         teacher = build_encoder("cifar", 4).eval().requires_grad_(False)
-        images = torch.rand(5, 3, 16, 16)
-        critic = PatchDiscriminator(16).requires_grad_(False) if gan else None
-        model.set_stage(stage).train()
-        return model, images, teacher, critic, *train.objective(model, images, teacher, teacher(images), lpips, critic)
+        images, critic = torch.rand(5, 3, 16, 16), PatchDiscriminator(16).requires_grad_(False) if gan else None
+        terms = train.objective(model.set_stage(stage).train(), images, teacher, *teacher(images, True), lpips, critic)
+        return model, images, teacher, critic, *terms
 
     return build
 
@@ -217,7 +216,7 @@ def test_training_is_what_the_table_of_stages_says(main, folder, monkeypatch):
         batches = [x for epoch in range(epochs) for x in train.epoch_batches(images, stage, epoch + 1, 3)]
         for step, x in enumerate(batches):
             gan_on = stage == 1 and step >= 3
-            losses, output = train.objective(model, x, teacher, teacher(x), None, critic if gan_on else None)
+            losses, output = train.objective(model, x, teacher, *teacher(x, True), None, critic if gan_on else None)
             model.zero_grad()
             losses["loss"].backward()
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -349,12 +348,15 @@ def test_a_cnn_learns_from_the_beginning(main):
     assert not any(torch.equal(x, weights[1][name]) for name, x in weights[0].items() if name.startswith("encoder."))
 
 
-def test_a_vit_is_held_to_the_sum_of_its_layers(main, small_vit):
+def test_a_vit_is_held_to_the_sum_of_its_layers_and_its_last_is_predicted(main, small_vit, monkeypatch):
+    calls, objective = [], train.objective
+    monkeypatch.setattr(train, "objective", lambda *args: calls.append(args) or objective(*args))
     outputs = main(f"ENCODER={small_vit}", "ENCODER_LAYERS=2", "LEARNING_RATE=(1e-3, 0)")
-    encoder, image = load_checkpoint(checkpoint(outputs, "stage1_best")).encoder, torch.rand(1, 3, 32, 32)
-    assert encoder.layers == 2 and torch.equal(encoder(image), build_encoder(small_vit, 4, 2).eval()(image))
-    first, second = table(outputs)
-    assert first["predict_loss"] > 0 and second["distill_loss"] < 1e-3  # at rate 0, nothing is to distill
+    _, images, _, teacher_z, target, *_ = calls[0]
+    last, both = (build_encoder(small_vit, 4, layers).eval()(images) for layers in (1, 2))
+    assert torch.equal(load_checkpoint(checkpoint(outputs, "stage1_best")).encoder(images), both)
+    assert F.mse_loss(teacher_z, both) < 1e-3 > F.mse_loss(target, last)  # they may be in bf16
+    assert table(outputs)[0]["predict_loss"] > 0 and table(outputs)[1]["distill_loss"] < 1e-3  # rate 0: no distillation
 
 
 def test_a_start_checkpoint_keeps_its_quantizer_unless_another_is_an_argument(main, trained, monkeypatch):
