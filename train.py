@@ -79,7 +79,7 @@ gpu = device == "cuda"
 EPOCHS = (30, 10) if gpu else (8, 2)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
-LEARNING_RATE = (1e-3, 1e-5) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
+LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
 FLIP = gpu  # mirror half of the training images; helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; at the end, and with 0, all
 
