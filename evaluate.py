@@ -129,13 +129,14 @@ def tokenize(model: VQRAE, images: Tensor) -> dict[str, Tensor]:
     batches = []
     for batch in tqdm(images.split(BATCH_SIZE), "tokenizing", leave=False):
         batch = to_float(batch.to(device))
-        z = model.encoder(batch)
+        several = isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1
+        z, last = model.encoder(batch, with_last=True) if several else (model.encoder(batch), None)
         z_q, _, indices = model.quantize(z)
         features = {"z": z, "z_q": z_q}
         if model.predictor:
             features["predicted"] = model.predict_features(z_q)
-        if isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1:
-            features["last_layer"] = model.encoder(batch, with_last=True)[1]
+        if several:
+            features["last_layer"] = last
         batches.append({"indices": indices} | {name: x.mean((2, 3)) for name, x in features.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
