@@ -31,6 +31,14 @@ def check(ok: bool, name: str, value: object, allowed: str):
         raise ValueError(f"{name} = {shorten.repr(value)}, allowed: {allowed}")
 
 
+def check_range(x: Tensor, low: float, high: float, name: str):
+    """ValueError unless x lies in [low, high]. Compiling, exporting and tracing skip it: there x has no values yet."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.numel():
+        return
+    least, most = torch.stack(x.aminmax()).tolist()  # with a NaN both are NaN, and the comparison is False
+    check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
+
+
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
     """The codes, with the gradient of x (1308.3432). x + (codes - x).detach(), as usual, is not exact."""
     return codes.detach() + (x - x.detach())
@@ -94,9 +102,12 @@ class Quantizer(nn.Module, ABC):
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar >= 0), indices (B, H, W) or (B, N), int64.
 
         The gradient of z_q reaches z. In train mode EMA-VQ's codebook moves, and DDCL adds noise. ValueError for
-        another shape, a NaN, or a magnitude above 1e12 in z.
+        another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode never waits for the
+        device to look at values: watch the loss there, which a NaN in z reaches through z_q.
         """
         tokens, shape = self._to_tokens(z, "z")
+        if not self.training:
+            check_range(tokens, -(10**12), 10**12, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             codes, loss, indices = self.quantize(self.project_in(tokens))
             return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
@@ -123,6 +134,7 @@ class Quantizer(nn.Module, ABC):
         """The inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
         check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
+        check_range(tokens, -(10**12), 10**12, "z_q")
         best, indices = tokens.new_full(tokens.shape[:2], -torch.inf, dtype=torch.float64), 0
         for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
             codes = self.get_codebook_entry(some).double()
@@ -136,8 +148,7 @@ class Quantizer(nn.Module, ABC):
         valid = isinstance(indices, Tensor) and not (indices.is_floating_point() or indices.dtype == torch.bool)
         check(valid, "indices", getattr(indices, "dtype", type(indices)), "a tensor of whole numbers")
         indices = indices.to(next((t.device for t in self.state_dict().values()), indices.device), torch.int64)
-        low, high = torch.stack(indices.aminmax()).tolist() if indices.numel() else (0, 0)
-        check(0 <= low <= high < self.codebook_size, "indices", (low, high), f"0 to {self.codebook_size - 1}")
+        check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 
     def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
@@ -146,8 +157,6 @@ class Quantizer(nn.Module, ABC):
         check(valid, name, getattr(z, "shape", type(z)), "floating-point numbers (B, C, H, W) or (B, N, C)")
         tokens = (z.permute(0, 2, 3, 1) if z.ndim == 4 else z).float()
         check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's dim, {self.dim}")
-        low, high = torch.stack(tokens.aminmax()).tolist()  # with a NaN both are NaN, and the comparison is False
-        check(-1e12 <= low <= high <= 1e12, f"range of {name}", (low, high), "-1e12 to 1e12, no NaN or infinity")
         return tokens.reshape(len(z), -1, self.dim), tokens.shape[:-1]
 
     def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:

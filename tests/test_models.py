@@ -350,6 +350,11 @@ def test_refused_images(images):
             function(images)
 
 
+def test_train_mode_does_not_look_at_values():
+    reconstructions, _, indices = build().train()(torch.full((1, 3, 8, 8), math.nan))
+    assert reconstructions.isnan().all() and indices.shape == (1, 2, 2)
+
+
 @pytest.mark.parametrize("rows_in, rows_out", [(4, 1), (1, 4), (1, 1)])
 def test_strips_are_bounded_and_equal_the_whole(rows_in, rows_out):
     """With maxima of pairs of rows of tokens, and of all within reach: exact, and wrong with a row less."""

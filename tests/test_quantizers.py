@@ -170,7 +170,12 @@ def test_refused_options(options):
 ])
 def test_refused_inputs(method, argument):
     with pytest.raises(ValueError, match=r"^[^\n]+ = [^\n]+, allowed: [^\n]+$"):
-        getattr(build("fsq"), method)(argument)
+        getattr(build("fsq").eval(), method)(argument)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_mode_does_not_look_at_values(kind):
+    assert build(kind)(torch.full((2, 9, DIM), math.nan))[0].isnan().all()
 
 
 def test_codes_are_not_searched_for_beyond_2_to_the_24():
