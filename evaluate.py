@@ -22,9 +22,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
+from data import Dataset, load_dataset, to_float
 from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder
 from quantizers import check
-from utils import Dataset, load_checkpoint, load_dataset, one_line_errors, read_constants, to_float
+from utils import load_checkpoint, one_line_errors, read_constants
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # for the probes, at most

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
+from data import DECODE_GB, Dataset, find_dataset, load_dataset, to_float
 from evaluate import frechet_distance, linear_probe, pooled_features
 from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, build_encoder, transformer
 from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
@@ -234,11 +235,11 @@ def main():
     constants = utils.read_constants(globals(), sys.argv[1:])
     check(0 < DROP_LABEL < 1, "DROP_LABEL", DROP_LABEL, "between 0 and 1")
     vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
-    dataset, files = utils.find_dataset(DATASET)
+    dataset, files = find_dataset(DATASET)
     name = utils.digest((constants, dataset, files, stat.st_size, stat.st_mtime_ns))
     run = utils.Run(f"prior_{Path(dataset).resolve().name}_{vqrae.config['quantizer']}_{name}")
-    data = utils.load_dataset(dataset, vqrae.config["image_size"])
-    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{utils.DECODE_GB} GB of images at most")
+    data = load_dataset(dataset, vqrae.config["image_size"])
+    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{DECODE_GB} GB of images at most")
     check(0 < BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}")
     if data.train_labels is None:  # the one label there is: no class
         labels = [torch.zeros(len(images)).long() for images in (data.train_images, data.test_images)]
@@ -252,10 +253,10 @@ def main():
     measure(load_prior(run.checkpoints / "prior.pt").to(device), vqrae, tokens, data, run)
 
 
-def load_tokens(vqrae: VQRAE, data: utils.Dataset, path: Path) -> dict[str, Tensor]:
+def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
     """Indices (N, h, w) of "test" and "train" images. With FLIP, mirrored training images follow."""
     def tokenize(images: Tensor, mirrored: bool = False) -> Tensor:
-        batches = (utils.to_float(batch.to(device)) for batch in tqdm(images.split(250), "tokenizing", leave=False))
+        batches = (to_float(batch.to(device)) for batch in tqdm(images.split(250), "tokenizing", leave=False))
         return torch.cat([vqrae.encode_to_indices(x.flip(3) if mirrored else x).cpu() for x in batches])
 
     if not path.exists():
@@ -264,7 +265,7 @@ def load_tokens(vqrae: VQRAE, data: utils.Dataset, path: Path) -> dict[str, Tens
     return utils.load_torch(path, "train", "test")
 
 
-def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: utils.Dataset, run: utils.Run, constants: dict):
+def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
     """Train from the first epoch or where the run was stopped. Each epoch writes samples and a checkpoint."""
     labels, optimizers = data.train_labels, adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     state = {"prior": prior} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
@@ -306,7 +307,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
     return torch.cat(images)
 
 
-def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: utils.Dataset, run: utils.Run):
+def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run):
     """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. These are
     in features of the shipped encoder, which learned CIFAR-10's labels."""
     labels, test = data.test_labels, tokens["test"]

@@ -31,6 +31,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
 import utils
+from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
 from evaluate import evaluate
 from models import VQRAE, PatchDiscriminator, build_encoder
 from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
@@ -118,7 +119,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
             "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss}, output
 
 
-def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, data: utils.Dataset,
+def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, data: Dataset,
                 run: utils.Run):
     """Train one stage, from its first epoch or where the run was stopped."""
     model.set_stage(stage).train()
@@ -189,14 +190,14 @@ def average(tensors: list[Tensor]):
         tensor /= ranks
 
 
-def epoch_batches(images: Tensor | utils.ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
+def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
     """This process's micro-batches (B, 3, size, size) of an epoch; a small dataset repeats."""
     generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # as in other processes
     passes = math.ceil(steps * BATCH_SIZE / len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
     order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]
     batches = [(index, sizes()[step % len(sizes())]) for step in range(steps) for index in order[step]]
-    return utils.load_batches(images, batches, FLIP, device)
+    return load_batches(images, batches, FLIP, device)
 
 
 def sizes() -> list[int]:
@@ -255,7 +256,7 @@ def main():
     build_model(meta=True)  # fails before anything is downloaded
     if rank > 0:
         dist.barrier()  # the first process downloads and decodes
-    dataset, files = utils.find_dataset(DATASET)
+    dataset, files = find_dataset(DATASET)
     constants["DATASET"] = Path(dataset).resolve().name
     key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
     name = f"{constants['DATASET']}_{Path(ENCODER).name}_{QUANTIZER}_{key}"
@@ -265,7 +266,7 @@ def main():
             dist.barrier()
         print(f"this run is finished: see {run.outputs}/. For another change a constant, or SEED if code changed")
         return
-    data = utils.load_dataset(dataset, IMAGE_SIZE)
+    data = load_dataset(dataset, IMAGE_SIZE)
     most = EPOCH_IMAGES or len(data.train_images)
     check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} images of an epoch")
     utils.seed_everything(SEED)
@@ -320,7 +321,7 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, grid: Tenso
     Path(f"{path}_epoch_{epoch - 2}.pt").unlink(missing_ok=True)
 
 
-def finish(run: utils.Run, data: utils.Dataset):
+def finish(run: utils.Run, data: Dataset):
     """Measure the last stage's best epoch on all test images; results.json ends a run."""
     path = run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt"
     check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "a checkpoint of this run")

@@ -19,10 +19,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from data import find_images, load_dataset, read_image, to_float
 from evaluate import device, format_table, psnr, read_arguments, ssim
 from extras.search import search_tokens
 from generate import load_prior, measure_bits
-from utils import find_images, load_checkpoint, load_dataset, one_line_errors, read_image, to_float
+from utils import load_checkpoint, one_line_errors
 
 DATASET = "cifar10"
 PHOTOS = ""  # a folder, instead of DATASET

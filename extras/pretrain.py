@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from data import load_dataset, to_float
 from evaluate import device, linear_probe, pooled_features
 from models import ConvEncoder, ConvPool
 from optimization import Muon, fast_bf16, prepare_cpu
-from utils import load_dataset, one_line_errors, read_constants, save_torch, to_float
+from utils import one_line_errors, read_constants, save_torch
 
 DATASET = "cifar10"  # or a folder of the same images
 EPOCHS = 16  # three minutes each on two CPU cores

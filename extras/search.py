@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data import load_dataset, to_float
 from evaluate import device, psnr, read_arguments
 from models import VQRAE, check_images
 from optimization import fast_bf16, prepare_cpu
 from quantizers import check
-from utils import load_checkpoint, load_dataset, one_line_errors, to_float
+from utils import load_checkpoint, one_line_errors
 
 DATASET = "cifar10"
 COUNT = 500  # test images

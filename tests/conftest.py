@@ -24,6 +24,11 @@ def run_script(folder, script, *arguments, environment=os.environ):
                           capture_output=True, text=True)
 
 
+def refused(message):
+    """A ValueError of one short line in which the regular expression `message` is found."""
+    return pytest.raises(ValueError, match=rf"^(?=.*{message})[^\n]{{1,600}}\Z")
+
+
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
     """Each test starts with the same random state, in an empty folder, and without optimization.prepare_cpu."""
@@ -39,10 +44,10 @@ def reproducible(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A small folder of drawn images, 32 pixels a side: 2 classes, 90 training and 38 test images."""
-    from extras.shapes import SHAPES, draw
+    from data import SHAPES, draw_shapes
 
     path = tmp_path_factory.mktemp("images") / "tiny"
-    images, labels = draw(640, 32)
+    images, labels = draw_shapes(640, 32)
     for label in (3, 6):
         for number, i in enumerate((labels == label).nonzero()[:, 0].tolist()):
             file = path / ("train" if number < 45 else "test") / SHAPES[label] / f"{i}.png"

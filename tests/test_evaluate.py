@@ -8,10 +8,10 @@ import torch
 from skimage.metrics import structural_similarity
 
 import evaluate as module
+from data import Dataset, draw_shapes
 from evaluate import COLUMNS, evaluate, format_table, frechet_distance, linear_probe, measure, psnr, ssim
-from extras.shapes import draw
 from models import VQRAE, build_encoder
-from utils import Dataset, save_checkpoint
+from utils import save_checkpoint
 
 
 def small(encoder="cnn", quantizer="fsq", options={"levels": [4, 3]}, **more):
@@ -25,7 +25,7 @@ def noise(count=7):
 
 def test_psnr_and_ssim_of_uint8_or_floats():
     """PSNR by its formula, SSIM as scikit-image has it."""
-    a = draw(3, 20)[0]
+    a = draw_shapes(3, 20)[0]
     b = (a / 255 + 0.2 * torch.randn(a.shape)).clamp(0, 1).mul(255).byte()
     similarities = [structural_similarity(x.numpy(), y.numpy(), channel_axis=0, data_range=1, gaussian_weights=True,
                                           sigma=1.5, use_sample_covariance=False) for x, y in zip(a / 255, b / 255)]
@@ -93,7 +93,7 @@ def test_measured_figures(options, monkeypatch):
     """Bits, ratio and entropy are of the codes; probes learn from TRAIN_IMAGES of the training images."""
     monkeypatch.setattr(module, "BATCH_SIZE", 16), monkeypatch.setattr(module, "TRAIN_IMAGES", 30)
     vit = {"encoder_layers": 2, "pretrained": False, "decoder_heads": 2} if "vit" in options[0] else {}
-    model, (images, _) = small(*options, **vit).eval(), draw(50, 16)
+    model, (images, _) = small(*options, **vit).eval(), draw_shapes(50, 16)
     labels = torch.arange(50) % 2  # such as nothing tells: a probe that has seen them knows them, another guesses
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], ["a", "b"])
     figures, (expected, _, output) = measure(model, data), evaluate(model, data.test_images)

@@ -1,4 +1,4 @@
-"""extras/, without shapes.py: the search for tokens, codecs, tables of runs, timing, and how the encoder was made."""
+"""extras/: the search for tokens, codecs, tables of runs, timing, and how the encoder was made."""
 import json
 import math
 import os
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import utils
+from data import draw_shapes, load_dataset
 from evaluate import psnr, ssim
 from extras import bench, codecs, compare, pretrain, search
-from extras.shapes import draw
 from models import PRETRAINED_DIR, ConvEncoder
 
 SHIPPED, PRIOR = PRETRAINED_DIR / "vqrae_fsq.pt", PRETRAINED_DIR / "prior.pt"
@@ -35,7 +35,7 @@ def run(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("size", [(32, 32), (33, 21), (4, 5)], ids=str)
 def test_searched_tokens_are_never_worse(size):
     """In pixels, for images of any size. With more feature_weight they are better in features."""
-    vqrae, images = utils.load_checkpoint(SHIPPED), F.interpolate(draw(4, 32)[0] / 255, size)
+    vqrae, images = utils.load_checkpoint(SHIPPED), F.interpolate(draw_shapes(4, 32)[0] / 255, size)
     tokens = [vqrae.encode_to_indices(images)] + [search.search_tokens(vqrae, images, 2, w) for w in (0, 0.02)]
     errors = [(vqrae.decode_from_indices(x, size=size) - images).square().mean((1, 2, 3)) for x in tokens]
     distances = [(vqrae.features_from_indices(x) - vqrae.encoder(images)).square().mean() for x in tokens]
@@ -45,7 +45,7 @@ def test_searched_tokens_are_never_worse(size):
 
 
 def test_codecs_get_one_picture_and_the_nearest_bits():
-    images = draw(9, 32)[0][..., :24]
+    images = draw_shapes(9, 32)[0][..., :24]
     bits, originals, decoded = codecs.encode(images, "JPEG", 95)
     assert originals is images and (decoded.float() - images).square().mean((1, 2, 3)).max() < 100  # each in its place
     picture = torch.cat([torch.cat([*row], 2) for row in images.split(3)], 1).permute(1, 2, 0).numpy()
@@ -57,7 +57,7 @@ def test_codecs_get_one_picture_and_the_nearest_bits():
 
 
 def test_figures_of_codecs_by_hand():
-    pictures = [draw(n, 32)[0][:, :, :16, :size] for n, size in ((4, 16), (1, 32))]
+    pictures = [draw_shapes(n, 32)[0][:, :, :16, :size] for n, size in ((4, 16), (1, 32))]
     ours, avif = ([(bits, x, (x / 255 * a + b).mul(255).byte()) for x in pictures]
                   for bits, a, b in ((100, 0.9, 0), (120, 0.5, 0.2)))
     mse = [torch.cat([(x / 255 - y / 255).square().mean((1, 2, 3)) for _, x, y in rows]) for rows in (ours, avif)]
@@ -72,7 +72,7 @@ def test_figures_of_codecs_by_hand():
 def test_the_scripts_of_codecs_and_search(run, folder, monkeypatch):
     monkeypatch.setattr(codecs, "CODECS", {"AVIF": codecs.CODECS["AVIF"]})
     own, avif, bounded, _ = run(codecs, SHIPPED, COUNT=5, SEARCH=1, PRIOR=str(PRIOR))[2:]
-    vqrae, images = utils.load_checkpoint(SHIPPED), utils.load_dataset(str(folder), 32).test_images[:4] / 255  # 2 x 2
+    vqrae, images = utils.load_checkpoint(SHIPPED), load_dataset(str(folder), 32).test_images[:4] / 255  # 2 x 2
     tokens = vqrae.encode_to_indices(images), search.search_tokens(vqrae, images, 1)
     before, after = (psnr((vqrae.decode_from_indices(x) * 255).round() / 255, images).mean().item() for x in tokens)
     bits = codecs.measure_bits(codecs.load_prior(PRIOR), tokens[1], torch.full((4,), 10))
@@ -115,7 +115,7 @@ def test_pretraining_writes_what_the_encoder_loads(run, folder, monkeypatch):
     """At first, patches are whitened and deep convolutions are the identity. Images are shifted, and mirrored once in
     two epochs. In the end BatchNorm is folded into convolutions: outputs stay."""
     seen, mirrored, initialize, augment = [], [], pretrain.initialize, pretrain.augment
-    test, fuse = utils.load_dataset(str(folder), 32).test_images[:4] / 255, pretrain.fuse_conv_bn_eval
+    test, fuse = load_dataset(str(folder), 32).test_images[:4] / 255, pretrain.fuse_conv_bn_eval
 
     def check_start(encoder, images):
         initialize(encoder, images)

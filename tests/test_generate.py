@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import generate as module
 import utils
+from data import Dataset, load_dataset
 from evaluate import frechet_distance, linear_probe
 from generate import Prior, build_prior, code_dim, draw_masks, load_prior, measure_bits
 from models import PRETRAINED_DIR, build_encoder
@@ -168,7 +169,7 @@ def test_training(small, monkeypatch):
     monkeypatch.setattr(module, "take_step", take_step), monkeypatch.setattr(module, "EVAL_IMAGES", 20)
     monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte())
     prior.register_forward_pre_hook(lambda _, x: inputs.append(x) if torch.is_grad_enabled() else None)
-    data, run = utils.Dataset(None, labels, None, labels[:50], []), utils.Run("run")
+    data, run = Dataset(None, labels, None, labels[:50], []), utils.Run("run")
     module.train(prior, None, {"train": indices, "test": indices[:50]}, data, run, {})
     images, given = torch.cat([join_indices(x[:, 0], prior.sizes) for x, _, _ in inputs]), torch.cat([*zip(*inputs)][2])
     assert steps == [(step, 20) for step in range(20)]
@@ -188,7 +189,7 @@ def test_a_run_and_one_that_was_stopped(small, folder, trained, tmp_path, monkey
     module.main()
     (outputs,), (checkpoints,) = Path("outputs").iterdir(), Path("checkpoints").iterdir()
     tokens, prior = utils.load_torch(checkpoints / "tokens.pt"), load_prior(checkpoints / "prior.pt")
-    data, vqrae, results = utils.load_dataset(str(folder), 32), utils.load_checkpoint(best), outputs / "results.json"
+    data, vqrae, results = load_dataset(str(folder), 32), utils.load_checkpoint(best), outputs / "results.json"
     train, test, (drawn, classes) = data.train_images / 255, data.test_images / 255, samples[-1]
     for name, images in (("train", torch.cat([train, train.flip(3)])), ("test", test)):  # mirrored ones follow
         assert (vqrae.encode_to_indices(images) == tokens[name]).float().mean() > 0.99

@@ -19,6 +19,7 @@ from torch import nn
 import optimization
 import train
 import utils
+from data import list_split, load_dataset
 from evaluate import evaluate
 from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder
 from utils import load_checkpoint, load_torch
@@ -204,7 +205,7 @@ def test_training_is_what_the_table_of_stages_says(main, folder, monkeypatch):
     monkeypatch.setattr(train, "bf16", False)
     outputs = main("QUANTIZER=fsq", "OPTIMIZER=adamw", "EPOCHS=(2, 1)", "GAN_WEIGHT=0.5", "EPOCH_IMAGES=12",
                    "LEARNING_RATE=(2e-3, 5e-4)")
-    images, rows, norms = utils.load_dataset(str(folder), 16).train_images, table(outputs), []
+    images, rows, norms = load_dataset(str(folder), 16).train_images, table(outputs), []
     utils.seed_everything(0)
     model, teacher = train.build_model(), build_encoder("cifar", 4).eval().requires_grad_(False)
     for stage, rate, epochs in ((1, 2e-3, 2), (2, 5e-4, 1)):
@@ -279,7 +280,7 @@ def test_processes_and_micro_batches_share_the_images_of_a_step(shown):
 
 def test_several_sizes_take_turns(monkeypatch):
     monkeypatch.setattr(train, "IMAGE_SIZE", (32, 16))
-    monkeypatch.setattr(utils, "load_batches", lambda images, batches, *_: batches)
+    monkeypatch.setattr(train, "load_batches", lambda images, batches, *_: batches)
     assert [size for _, size in train.epoch_batches(torch.zeros(1), 1, 1, 3)] == [16, 32, 16]
 
 
@@ -310,7 +311,7 @@ def test_the_encoder_learns_in_stage_2_alone(trained):
 def test_results_are_those_of_the_best_checkpoint(options, main, folder):
     quantizer = options.split()[0]
     outputs = main(*f"QUANTIZER={options}".split())
-    images, rows = utils.load_dataset(str(folder), 16).test_images, table(outputs)
+    images, rows = load_dataset(str(folder), 16).test_images, table(outputs)
     results = json.loads((outputs / "results.json").read_text())
     assert outputs.name.startswith(f"tiny_cifar_{quantizer}_") and results["run"] == outputs.name
     expected, *_ = evaluate(load_checkpoint(checkpoint(outputs, "stage2_best")), images, 4)
@@ -336,7 +337,7 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, c
         torch.testing.assert_close(best["model"], same["model"], rtol=0, atol=0)
         files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
         assert sorted(path.stem[-1] for path in files) == [*kept]
-    monkeypatch.setattr(utils, "load_dataset", lambda *args: pytest.fail("loaded data for a finished run"))
+    monkeypatch.setattr(train, "load_dataset", lambda *args: pytest.fail("loaded data for a finished run"))
     assert main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4") is None and "this run is finished" in capsys.readouterr().out
 
 
@@ -412,7 +413,7 @@ def test_help_prints_the_docstring_and_all_constants(main, capsys):
     ("QUANTIZER", "argument", "'QUANTIZER'"), ("DATASET=nowhere", "DATASET", "'nowhere'")])
 def test_a_wrong_constant_ends_in_one_line(arguments, name, value, main, monkeypatch):
     """Before data are loaded: with the constant, its value, and what is allowed."""
-    monkeypatch.setattr(utils, "load_dataset", lambda *args: pytest.fail("loaded data first"))
+    monkeypatch.setattr(train, "load_dataset", lambda *args: pytest.fail("loaded data first"))
     with pytest.raises(SystemExit) as exit:
         main(*arguments.replace(", ", ",").split())
     assert exit.value.code.startswith(f"train.py: {name} = {value}, allowed: ") and "\n" not in exit.value.code
@@ -426,7 +427,7 @@ def test_another_constant_or_file_makes_another_run(main, folder, monkeypatch):
     for change in ("SEED=0", "SEED=0", "SEED=1", "SEED=0"):
         if len(names) == 3:
             next(Path("tiny").rglob("*.png")).unlink()
-            utils.list_split.cache_clear()  # which is for one process
+            list_split.cache_clear()  # which is for one process
         with pytest.raises(SystemExit):
             main("DATASET=tiny", change)
     assert names[0] == names[1] and len({*names}) == 3

@@ -1,0 +1,283 @@
+"""Datasets: CIFAR-10, folders of images, drawn shapes. Image files and batches."""
+import functools
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from math import cos, hypot, pi, sin
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
+from tqdm import tqdm
+
+from models import check_images
+from quantizers import check
+from utils import digest, replace_file, summarize
+
+DATASETS = ("auto", "cifar10", "shapes")
+DECODE_GB = 30  # above this, training images are read from their files
+
+
+class Dataset(NamedTuple):
+    """Images (N, 3, H, W), uint8, and labels (N,), int64, None where a folder has no classes."""
+
+    train_images: "Tensor | ImageFiles"
+    train_labels: Tensor | None
+    test_images: Tensor
+    test_labels: Tensor | None
+    classes: list[str]
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Images that stay in their files: images[:n] are the first n, images[i, size] is a random crop of one."""
+
+    device = "cpu"
+
+    def __init__(self, files: list[Path], size: int):
+        self.files, self.size = np.array([str(file) for file in files]), size  # each worker would copy a list
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: slice | tuple[int, int]) -> Tensor:
+        if isinstance(key, slice):
+            return torch.stack([fit(read_image(file), self.size) for file in self.files[key]])
+        i, size = key
+        try:
+            image = read_image(self.files[i])
+        except ValueError as error:
+            tqdm.write(f"{error}; the next image is used")
+            return self[(i + 1) % len(self), size]
+        least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
+        return RandomResizedCrop(size, (least, 1))(image)
+
+
+def find_dataset(name: str, data_dir: str = "data") -> tuple[str, str]:
+    """A dataset's name, for "auto" too, and a digest of a folder's files."""
+    check(name in DATASETS or Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)}, or a folder with train/")
+    if name == "auto":
+        try:
+            load_cifar10(data_dir)
+            name = "cifar10"
+        except OSError as error:
+            print(f"{error}; taking DATASET=shapes instead")
+            name = "shapes"
+    return name, "" if name in DATASETS else digest([list_split(name, split)[2] for split in ("train", "test")])
+
+
+def load_dataset(name: str, image_size: int | tuple[int, ...] = 32, data_dir: str = "data") -> Dataset:
+    """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
+
+    Several sizes are for random crops of a folder's training images; test images have the largest. ValueError for an
+    unknown name or a folder without images, OSError without CIFAR-10.
+    """
+    name, _ = find_dataset(name, data_dir)
+    if name not in DATASETS:
+        return load_folder(name, image_size, data_dir)
+    check(isinstance(image_size, int), "IMAGE_SIZE", image_size, f"one number with DATASET={name}")
+    if name == "shapes":
+        images, labels = draw_shapes(60_000, image_size)
+        return Dataset(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:], SHAPES)
+    train, test = load_cifar10(data_dir)
+    images = [fit(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)]
+    return Dataset(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+
+
+def load_cifar10(data_dir: str) -> list[CIFAR10]:
+    socket.setdefaulttimeout(15)  # of a server that does not answer
+    try:
+        return [CIFAR10(data_dir, train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"CIFAR-10 is not in {data_dir}/ and cannot be downloaded: {error}") from None
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted. Prints what is ignored: other files, folders that cannot be read."""
+    files, errors = [], []
+    for root, _, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        files += [Path(root, name) for name in names]
+    images = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+    others = Counter(file.suffix for file in files) - Counter(file.suffix for file in images)
+    for reason in (*errors, *(f"{count} files {kind or 'without extension'}" for kind, count in others.items())):
+        print(f"ignored in {folder}: {reason}")
+    return sorted(images)
+
+
+@functools.cache
+def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
+    """A split's images in random order, the class folder of each or "", and a digest of names, sizes, times."""
+    root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
+    files = find_images(root)
+    check(files, "DATASET", folder, f"a folder with images in {root}")
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    classes = [file.relative_to(root).parts[0] if file.parent != root else "" for file in files]
+    check("" not in classes or set(classes) == {""}, "DATASET", folder, f"{root}: all in class folders, or none")
+    return files, classes, digest([(str(f.absolute()), os.path.getsize(f), os.path.getmtime(f)) for f in files])
+
+
+def load_folder(folder: str, image_size: int | tuple[int, ...], data_dir: str) -> Dataset:
+    """Training images stay in their files for crops of several sizes, or where they would take more than DECODE_GB."""
+    size, content = image_size if isinstance(image_size, int) else max(image_size), []
+    classes = sorted(set(list_split(folder, "train")[1]))
+    for split in ("train", "test"):
+        files, names, _ = list_split(folder, split)
+        check(set(names) == set(classes), "DATASET", folder, "the same class folders in each split")
+        large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
+        content.append(ImageFiles(files, size) if large and split == "train" else decode(folder, split, size, data_dir))
+        content.append(None if classes == [""] else torch.tensor([classes.index(name) for name in names]))
+    return Dataset(*content, [] if classes == [""] else classes)
+
+
+def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
+    """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
+    def try_image(file: Path) -> Tensor | str:
+        try:
+            return fit(read_image(file), size)
+        except ValueError as error:
+            return str(error)
+
+    files, _, state = list_split(folder, split)
+    path = Path(data_dir, f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        free = shutil.disk_usage(path.parent).free
+        check(len(files) * 3 * size**2 < free, "free disk space", free, f"{len(files) * 3 * size**2} bytes")
+        with replace_file(path) as temporary, ThreadPool() as pool:
+            images, broken = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size)), []
+            for i, image in enumerate(tqdm(pool.imap(try_image, files), "decoding", len(files), leave=False)):
+                if isinstance(image, str):
+                    broken.append(image)
+                else:
+                    images[i] = image
+            check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file -> (3, H, W), uint8, rotated as in its EXIF, on white where it is transparent."""
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")) as image:  # EPS is code to run
+            image = ImageOps.exif_transpose(image)
+            check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except Exception as error:  # Pillow raises nearly anything for a broken file
+        raise ValueError(f"image {str(path)!r} cannot be read: {summarize(error)}") from None
+
+
+def load_image(path: str | Path) -> Tensor:
+    """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError if it is missing or broken."""
+    return to_float(read_image(path)[None])
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Images (..., 3, H, W), uint8, resized and cropped at their centre -> (..., 3, size, size)."""
+    return CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(images))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. ValueError for others."""
+    return images.float() / 255 if images.dtype == torch.uint8 else check_images(images)
+
+
+def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool, device: str) -> Iterator:
+    """For each (index (B,), size), images (B, 3, size, size) in [0, 1] on `device`. flip: half are mirrored."""
+    source = (images[index] for index, _ in batches)
+    if isinstance(images, ImageFiles):
+        samples = [[(i, size) for i in index.tolist()] for index, size in batches]
+        workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+        source = DataLoader(images, batch_sampler=samples, num_workers=workers)
+    for batch in source:
+        batch = to_float(batch.to(device))
+        mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < 0.5 * flip
+        yield torch.where(mirrored, batch.flip(3), batch)
+
+
+# ----------------------------------------
+# Drawn images of ten shapes, for training without any download
+
+SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
+
+
+def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES, equally many of each."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(SHAPES)
+    return torch.cat([draw_batch(batch, size, generator) for batch in labels.split(1000)]), labels
+
+
+def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """labels (B,) -> uint8 images (B, 3, size, size): anti-aliased, in random positions, sizes and textures."""
+    def uniform(low: float, high: float, shape: tuple[int, ...] = (1, 1)) -> Tensor:
+        return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
+
+    x = (torch.arange(size) + 0.5) / size * 2 - 1  # -1 to 1
+    y = x[:, None]
+
+    def rotate(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
+
+    def texture() -> Tensor:
+        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks."""
+        u, v = rotate(uniform(0, 2 * pi), x, y)
+        frequency, phase = uniform(3, 12), uniform(0, 2 * pi)
+        kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
+        waves = (frequency * u + phase).sin()
+        mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
+        first, second = uniform(0, 1, (3, 1, 1)), uniform(0, 1, (3, 1, 1))
+        return first + (second - first) * (mix[:, None] + 1) / 2
+
+    scale = uniform(0.45, 0.75)
+    u, v = rotate(uniform(0, 2 * pi), x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2))
+    u, v = u / scale, v / scale
+    distance = torch.empty(len(labels), size, size)  # to the outline, in radii; negative inside
+    for label, shape in enumerate(SHAPES):
+        of_kind = labels == label
+        distance[of_kind] = outline_distance(shape, u[of_kind], v[of_kind])
+    coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
+    background = texture()
+    dark = background.mean((1, 2, 3), keepdim=True) < 0.5
+    foreground = texture() / 2 + dark / 2  # bright on dark, dark on bright
+    noise = F.interpolate(uniform(-0.15, 0.15, (3, 5, 5)), size, mode="bicubic", align_corners=True)
+    return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
+
+
+def outline_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance of points to the outline of a shape of radius 1, exact near it (roughly for the ellipse)."""
+    radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
+
+    def box(width: float, height: float) -> Tensor:
+        return torch.maximum(x.abs() - width, y.abs() - height)
+
+    if shape == "circle":
+        return radius - 1
+    if shape == "ring":
+        return (radius - 0.75).abs() - 0.25
+    if shape == "ellipse":
+        return (x**2 + (2.2 * y) ** 2).sqrt() - 1
+    if sides := {"triangle": 3, "square": 4, "hexagon": 6}.get(shape):
+        sector = 2 * pi / sides
+        return radius * (angle % sector - sector / 2).cos() - cos(sector / 2)
+    if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
+        folded = pi / 5 - (angle % (pi / 2.5) - pi / 5).abs()
+        px, py = radius * folded.cos(), radius * folded.sin()
+        notch = 0.42 * cos(pi / 5), 0.42 * sin(pi / 5)
+        return ((px - 1) * notch[1] + py * (1 - notch[0])) / hypot(1 - notch[0], notch[1])
+    if shape == "cross":
+        return torch.minimum(box(1, 0.33), box(0.33, 1))
+    if shape == "crescent":
+        return torch.maximum(radius - 1, 0.8 - ((x - 0.5) ** 2 + y**2).sqrt())
+    lobes = torch.minimum(((x - 0.5) ** 2 + y**2).sqrt(), (x**2 + (y - 0.5) ** 2).sqrt()) - 0.5
+    return torch.minimum(box(0.5, 0.5), lobes)  # heart: a square with a half disc on two sides
