@@ -8,8 +8,8 @@
     quantizer.codebook_size
 
 A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers, for
-which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. This file needs torch
-alone: copy it into your project, keep it in fp32, and add its loss to yours.
+which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. With code_dim None the C
+numbers themselves are quantized. This file needs torch alone: copy it into your project, and add its loss to yours.
 """
 import math
 import reprlib
@@ -76,15 +76,16 @@ class Quantizer(nn.Module, ABC):
 
     residual = False  # whether the first few of several codebooks can be decoded alone
 
-    def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...]):
+    def __init__(self, dim: int, code_dim: int | None, codebook_sizes: tuple[int, ...]):
         super().__init__()
+        project, code_dim = code_dim is not None, dim if code_dim is None else code_dim
         self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, tuple(codebook_sizes)
         self.codebook_size = math.prod(codebook_sizes)
         sizes = (dim, code_dim, *codebook_sizes)
         valid = all(isinstance(size, int) and size >= 1 for size in sizes) and self.codebook_size < 2**62
         check(valid, "dim, code_dim, codebook sizes", sizes, "whole numbers from 1, fewer than 2**62 codes in all")
-        self.project_in = nn.Linear(dim, code_dim) if code_dim != dim else nn.Identity()
-        self.project_out = nn.Linear(code_dim, dim) if code_dim != dim else nn.Identity()
+        self.project_in = nn.Linear(dim, code_dim) if project else nn.Identity()
+        self.project_out = nn.Linear(code_dim, dim) if project else nn.Identity()
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
@@ -172,10 +173,11 @@ class FSQ(Quantizer):
     [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000.
     """
 
-    def __init__(self, dim: int, levels: list[int] = (8, 8, 8, 5, 5, 5)):
+    def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
         valid = isinstance(levels, (list, tuple)) and levels and all(isinstance(n, int) and n >= 2 for n in levels)
         check(valid, "levels", levels, "a list of whole numbers from 2")
-        super().__init__(dim, len(levels), (math.prod(levels),))
+        n = len(levels)
+        super().__init__(n if dim is None else dim, None if dim in (None, n) else n, (math.prod(levels),))
         self.levels = tuple(levels)  # the sizes of an index's sub-indices
         self.register_buffer("spacing", 2 / (torch.tensor(levels) - 1), persistent=False)
 
@@ -201,7 +203,7 @@ class DDCL(FSQ):
     summed over the four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) by Jensen.
     """
 
-    def __init__(self, dim: int, delta: float = 1 / 15, comm_weight: float = 1e-3):
+    def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
         steps = round(1 / delta) if isinstance(delta, (int, float)) and 0.031 < delta <= 1 else 0
         check(steps and abs(1 / delta - steps) < 0.06, "delta", delta, "1/n for a whole n: 1, 1/2, ..., 1/32")
         super().__init__(dim, [2 * steps + 1] * 4)
@@ -217,32 +219,74 @@ class DDCL(FSQ):
 
 
 class SimVQ(Quantizer):
-    """SimVQ (Zhu et al., 2411.02038): the codebook is a frozen random matrix times one learned matrix.
+    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook g, seen through one map: code e_i = A g_i + m.
 
-    The learned matrix moves all codes, used or not: few stay unused. Unlike in the paper, tokens and codes are
-    normalised: the nearest code has the highest cosine similarity.
+    The map moves all codes, used or not. `transform` says where it comes from:
+    - "matched": the running mean m and covariance C of the tokens. No code dies, however wide the codes are.
+    - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
+      Wide codes collapse: A follows the few strongest directions of the tokens, and tokens follow the codes.
+
+    Matched codes are Shannon's random code for Gaussian tokens (Cover and Thomas, section 10.3). K codes tell tokens
+    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as the means of tokens
+    seen through this noise: A A' = C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes.
     """
 
-    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 8):
-        check(code_dim != 1, "code_dim", code_dim, "2 or more: normalised codes of one number are -1 or 1")
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
+                 decay: float = 0.99, commitment_cost: float = 0.25):
+        check(transform in ("matched", "learned", "cosine"), "transform", transform, '"matched", "learned" or "cosine"')
+        check(transform != "cosine" or code_dim != 1, "code_dim", code_dim, "2 or more: normalised, others are -1 or 1")
+        check(isinstance(decay, float) and 0 < decay < 1, "decay", decay, "a number between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
-        self.register_buffer("frozen_codebook", torch.randn(codebook_size, code_dim) * code_dim**-0.5)
-        self.code_transform = nn.Linear(code_dim, code_dim, bias=False)
+        n, matched = self.code_dim, transform == "matched"
+        self.transform, self.decay, self.commitment_cost = transform, decay, commitment_cost
+        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
+        self.code_transform = nn.Linear(n, n, bias=matched).requires_grad_(not matched)  # A and m
+        if matched:
+            self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # second moments of tokens with a 1 appended
+            self.register_buffer("variance", torch.ones(()))  # of the tokens, the mean over their numbers
+            self.register_buffer("noise", torch.ones(()))  # s / variance
 
     def quantize(self, x: Tensor) -> Quantized:
-        x = F.normalize(x, dim=-1)
+        x = self.normalize(x)
+        if self.transform == "matched" and self.training:
+            self.match(x.detach().flatten(0, 1))
         indices = self.nearest(x)
         codes = self.lookup(indices)
-        # codes move to tokens and, with weight 0.25, tokens to codes; as in the paper summed over code_dim
-        loss = self.code_dim * (F.mse_loss(codes, x.detach()) + 0.25 * F.mse_loss(x, codes.detach()))
-        return straight_through(x, codes), loss, indices
+        # learned codes move to tokens, and all tokens to codes; summed over code_dim as in the paper, or relative
+        loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
+        scale = 1 / self.variance if self.transform == "matched" else self.code_dim
+        return straight_through(x, codes), scale * loss, indices
 
     @torch.no_grad()
     def nearest(self, codes: Tensor) -> Tensor:
-        return nearest_code(codes, F.normalize(self.code_transform(self.frozen_codebook), dim=-1))
+        return nearest_code(codes, self.normalize(self.code_transform(self.frozen_codebook)))
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return F.normalize(self.code_transform(self.frozen_codebook[indices]), dim=-1)
+        return self.normalize(self.code_transform(self.frozen_codebook[indices]))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.transform == "cosine" else x
+
+    @torch.no_grad()
+    def match(self, x: Tensor):
+        """Set A and m from the moving averages of the moments, equal in all processes, of tokens x (N, code_dim)."""
+        x = F.pad(x, (0, 1), value=1.0)
+        moments = x.T @ x
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(moments)
+        self.moments.lerp_(moments, 1 - self.decay)
+        second, mean = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
+        covariance = second - mean.T @ mean
+        self.variance.copy_(covariance.diagonal().mean().clamp(min=1e-10))
+        s = self.noise * self.variance
+        factor, _ = torch.linalg.cholesky_ex(covariance + s * torch.eye(len(covariance), device=x.device))
+        root = torch.linalg.solve_triangular(factor, covariance, upper=False)  # A' but for g's scale
+        self.code_transform.weight.copy_(self.code_dim**0.5 * root.T)
+        self.code_transform.bias.copy_(mean[0])
+        # a step of Newton's method for log s, which the next step of training uses
+        excess = factor.diagonal().log().sum() - self.code_dim / 2 * s.log() - math.log(self.codebook_size)
+        slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
+        self.noise.mul_((excess / slope).clamp(-1, 1).exp()).clamp_(1e-6, 1e6)
 
 
 class EMAVQ(Quantizer):
@@ -254,13 +298,13 @@ class EMAVQ(Quantizer):
     Codes with N_i below 0.1 mean(n), at first all, are dead: they restart at random tokens, with N_i = 0.2 mean(n).
     """
 
-    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
+    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
                  commitment_cost: float = 0.25):
         check(isinstance(decay, float) and 0 < decay < 1, "decay", decay, "a number between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
         self.decay, self.commitment_cost = decay, commitment_cost
-        self.register_buffer("codebook", torch.randn(codebook_size, code_dim) * code_dim**-0.5)  # e
-        self.register_buffer("token_sums", torch.zeros(codebook_size, code_dim))  # m
+        self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
+        self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -310,15 +354,16 @@ class MultiCodebook(Quantizer):
     """
 
     def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,
-                 codebook_size: int = 256, code_dim: int = 16, **options):
+                 codebook_size: int = 256, code_dim: int | None = 16, **options):
         check(isinstance(codebooks, int) and codebooks >= 1, "codebooks", codebooks, "a whole number from 1")
         check(combine in ("residual", "product"), "combine", combine, '"residual" or "product"')
         super().__init__(dim, code_dim, (codebook_size,) * codebooks)
         self.residual, self.random_depth = combine == "residual", random_depth
         check(0 <= random_depth <= self.residual, "random_depth", random_depth, "0 to 1, 0 without residual codebooks")
-        check(self.residual or code_dim % codebooks == 0, "code_dim", code_dim, f"a multiple of {codebooks}")
-        self.width = code_dim if self.residual else code_dim // codebooks
-        made = (EMAVQ(self.width, codebook_size, self.width, **options) for _ in range(codebooks))
+        n = self.code_dim
+        check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
+        self.width = n if self.residual else n // codebooks
+        made = (EMAVQ(self.width, codebook_size, None, **options) for _ in range(codebooks))
         self.codebooks = nn.ModuleList(made)
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -360,7 +405,7 @@ class NoQuantizer(Quantizer):
     """Tokens pass unchanged: the upper bound of all quantizers. codebook_size is 0."""
 
     def __init__(self, dim: int):
-        super().__init__(dim, dim, ())
+        super().__init__(dim, None, ())
         self.codebook_size = 0
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -376,8 +421,9 @@ QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none":
 
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
-    """One of QUANTIZERS for tokens of dim channels. options: of its constructor; code_dim None means dim."""
+    """One of QUANTIZERS for tokens of dim channels. options: of its constructor; code_dim 0 means dim."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(f'"{known}"' for known in QUANTIZERS))
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
-    options |= {"code_dim": dim} if options.get("code_dim", dim) is None else {}
+    if options.get("code_dim") == 0:
+        options["code_dim"] = dim
     return QUANTIZERS[name](dim, **options) if codebooks == 1 else MultiCodebook(dim, codebooks, **options)

@@ -47,9 +47,10 @@ GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" bounds their PSNR
 CODEBOOK_SIZE = 65536  # of "ema_vq" and "simvq"
-CODE_DIM = 16  # dimension of their codes; 0: the encoder's width, as in the papers
-EMA_DECAY = 0.99
-EMA_COMMITMENT = 0.25  # weight of the commitment loss
+CODE_DIM = 16  # dimension of their codes; 0: the encoder's width
+SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as in the paper, or "cosine" may collapse
+EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
+COMMITMENT = 0.25  # weight of their commitment loss
 CODEBOOKS = 1  # of "ema_vq"; try 2 with CODEBOOK_SIZE = 256, or 4
 COMBINE = "residual"  # each codebook quantizes what remains; "product": each quantizes some dimensions
 RANDOM_DEPTH = 0.0  # fraction of images that use the first few residual codebooks, to decode coarse to fine
@@ -217,9 +218,8 @@ def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
 def build_model(meta: bool = False) -> VQRAE:
     """The constants' model, with the weights of START_CHECKPOINT. meta: without weights."""
     several = {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH} if CODEBOOKS > 1 else {}
-    codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM or None}
-    options = {"fsq": {"levels": FSQ_LEVELS}, "simvq": codebook,
-               "ema_vq": {**codebook, "decay": EMA_DECAY, "commitment_cost": EMA_COMMITMENT},
+    codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM, "decay": EMA_DECAY, "commitment_cost": COMMITMENT}
+    options = {"fsq": {"levels": FSQ_LEVELS}, "ema_vq": codebook, "simvq": {**codebook, "transform": SIMVQ_TRANSFORM},
                "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}, "none": {}}.get(QUANTIZER, {}) | several
     with torch.device("meta" if meta else "cpu"):
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
@@ -247,7 +247,8 @@ def main():
     constants = utils.read_constants(globals(), sys.argv[1:])
     new_quantizer = not START_CHECKPOINT or any(argument.startswith("QUANTIZER=") for argument in sys.argv)
     for argument in sys.argv[1:]:
-        ignored = not new_quantizer and argument.startswith(("CODE", "EMA_", "FSQ_", "DDCL_", "COMBINE", "RANDOM_"))
+        ignored = not new_quantizer and argument.startswith(
+            ("CODE", "SIMVQ_", "EMA_", "COMM", "FSQ_", "DDCL_", "COMBINE", "RANDOM_"))
         check(not ignored, "argument", argument, "with START_CHECKPOINT only if QUANTIZER= is given")
     check_constants()
     start_process()

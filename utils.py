@@ -203,6 +203,8 @@ def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.M
     """
     content = load_torch(path, "config", "model")
     try:
+        if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
+            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
         model = kind(**content["config"], **options)
         weights = {n: w[0] * w[1].float() if isinstance(w, tuple) else w for n, w in content["model"].items()}
         model.load_state_dict(weights)

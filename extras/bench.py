@@ -78,7 +78,7 @@ def quantizers():
     for size, width in zip(CODEBOOKS, CODE_DIMS):
         x = torch.randn(1, TOKENS, width, device=device)
         for name, theirs, ours in (("EMA-VQ", library.VectorQuantize, EMAVQ), ("SimVQ", library.SimVQ, SimVQ)):
-            theirs, ours = theirs(width, size, rotation_trick=False).to(device), ours(width, size, width).to(device)
+            theirs, ours = theirs(width, size, rotation_trick=False).to(device), ours(width, size, None).to(device)
             compare(f"{name} {size:,} x {width:,}", lambda: run(theirs, x, 2), lambda: run(ours, x, 1))
 
 

@@ -19,7 +19,10 @@ from quantizers import DDCL, EMAVQ, FSQ, SimVQ, build_quantizer, join_indices, s
 DIM = 12
 EMA = {"name": "ema_vq", "codebook_size": 16, "code_dim": 6}
 KINDS = {"fsq": {"name": "fsq", "levels": [8, 6, 5]}, "ddcl": {"name": "ddcl", "delta": 1 / 5},  # 11**4 codes
-         "simvq": {"name": "simvq", "codebook_size": 500}, "ema_vq": EMA | {"codebook_size": 64},
+         "simvq": {"name": "simvq", "codebook_size": 500}, "simvq wide": {"name": "simvq", "code_dim": 40},
+         "learned": {"name": "simvq", "codebook_size": 500, "code_dim": 8, "transform": "learned"},
+         "cosine": {"name": "simvq", "codebook_size": 500, "code_dim": 8, "transform": "cosine"},
+         "ema_vq": EMA | {"codebook_size": 64},
          "ema_vq of all channels": EMA | {"code_dim": None}, "residual": EMA | {"codebooks": 2},
          "product": EMA | {"codebooks": 3, "combine": "product"}}
 
@@ -59,13 +62,13 @@ def test_an_image_is_the_sequence_of_its_pixels_row_by_row(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_ema_codebooks_move_and_only_in_train_mode(kind):
+def test_only_moving_averages_move_and_only_in_train_mode(kind):
     quantizer, z = build(kind), torch.randn(2, 9, DIM)
     before = copy.deepcopy(quantizer)
     quantizer.eval()(z)
     assert same_state(quantizer, before) and torch.equal(quantizer(z)[0], quantizer(z)[0])
     quantizer.train()(z)
-    assert same_state(quantizer, before) == (KINDS[kind]["name"] != "ema_vq")
+    assert same_state(quantizer, before) == (kind in ("fsq", "ddcl", "learned", "cosine"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,8 +83,9 @@ def test_autocast_to_bf16_changes_nothing(kind):
 
 def loss_by_hand(kind, quantizer, x, codes, indices):
     """The loss of x (B, N, code_dim) at these codes, as the papers write it."""
-    if kind == "simvq":
-        return ((codes - x.detach()).square() + 0.25 * (x - codes.detach()).square()).sum(-1).mean()
+    if KINDS[kind]["name"] == "simvq":
+        scale = 1 / quantizer.variance if quantizer.transform == "matched" else quantizer.code_dim
+        return scale * ((codes - x.detach()).square() + 0.25 * (x - codes.detach()).square()).mean()
     if kind == "ddcl":
         return 1e-3 * torch.log2(2 * x.abs() * 5 + 1).sum(-1).mean()
     if kind == "residual":  # a commitment loss of each codebook, in what the ones before it left over
@@ -94,12 +98,15 @@ def loss_by_hand(kind, quantizer, x, codes, indices):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_an_explicit_graph(kind, mode):
     quantizer, z, weight = build(kind), torch.randn(2, 9, DIM, requires_grad=True), torch.randn(2, 9, DIM)
-    before = copy.deepcopy(quantizer)  # a training step quantizes with the codes before their update
+    before = copy.deepcopy(quantizer)  # a training step quantizes with EMA-VQ's codes before their update
     z_q, loss, indices = quantizer.train(mode == "train")(z)
-    gradients = torch.autograd.grad((z_q * weight).sum() + loss, [z, *quantizer.parameters()])
+    learned = [name for name, p in quantizer.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((z_q * weight).sum() + loss, [z, *map(quantizer.get_parameter, learned)])
+    if kind.startswith("simvq"):  # and with matched codes after theirs
+        before = copy.deepcopy(quantizer)
 
     x = before.project_in(z)
-    x = torch.tanh(x) if kind in ("fsq", "ddcl") else F.normalize(x, dim=-1) if kind == "simvq" else x
+    x = torch.tanh(x) if kind in ("fsq", "ddcl") else F.normalize(x, dim=-1) if kind == "cosine" else x
     codes = before.lookup(indices)
     if kind == "ddcl" and mode == "train":  # codes with their dither, which the output shows
         inverse = torch.linalg.pinv(before.project_out.weight)
@@ -108,7 +115,7 @@ def test_loss_and_gradients_are_those_of_an_explicit_graph(kind, mode):
     expected = before.project_out(x + (codes - x).detach())
     assert torch.allclose(z_q, expected, atol=1e-5) and torch.allclose(loss, expected_loss, atol=1e-6)
     total = (expected * weight).sum() + expected_loss
-    for gradient, known in zip(gradients, torch.autograd.grad(total, [z, *before.parameters()])):
+    for gradient, known in zip(gradients, torch.autograd.grad(total, [z, *map(before.get_parameter, learned)])):
         assert known.abs().sum() > 0 and torch.allclose(gradient, known, rtol=1e-4, atol=1e-5)
 
 
@@ -148,8 +155,9 @@ def test_mixed_radix():
     {"name": "fsq", "levels": [8, 1]}, {"name": "fsq", "levels": []}, {"name": "fsq", "levels": 512},
     {"name": "fsq", "levels": [64] * 11}, {"name": "fsq", "codebooks": 2}, {"name": "ddcl", "codebooks": 2},
     {"name": "ddcl", "delta": 0.3}, {"name": "ddcl", "delta": 0}, {"name": "ddcl", "delta": 15},
-    {"name": "simvq", "codebook_size": 0}, {"name": "simvq", "codebook_size": 64.0}, {"name": "simvq", "code_dim": 1},
-    {"name": "ema_vq", "code_dim": 0}, {"name": "ema_vq", "decay": 1.0}, {"name": "ema_vq", "decay": 0.0},
+    {"name": "simvq", "codebook_size": 0}, {"name": "simvq", "codebook_size": 64.0}, {"name": "simvq", "transform": "pca"},
+    {"name": "simvq", "code_dim": 1, "transform": "cosine"}, {"name": "simvq", "decay": 1},
+    {"name": "ema_vq", "code_dim": -1}, {"name": "ema_vq", "decay": 1.0}, {"name": "ema_vq", "decay": 0.0},
     EMA | {"codebooks": 0}, EMA | {"codebooks": 2, "combine": "sum"}, EMA | {"codebooks": 16, "code_dim": 16},
     EMA | {"codebooks": 4, "combine": "product"}, EMA | {"codebooks": 2, "random_depth": 2},
     EMA | {"codebooks": 2, "combine": "product", "random_depth": 0.5},
@@ -200,10 +208,14 @@ def test_without_a_quantizer_tokens_pass():
             function(argument)
 
 
-def test_code_dim_none_is_that_of_the_tokens():
+def test_code_dim_none_quantizes_the_tokens_themselves_and_0_is_their_dim():
     quantizer = build_quantizer("simvq", DIM, codebook_size=10, code_dim=None)
     assert quantizer.code_dim == DIM and isinstance(quantizer.project_in, nn.Identity)
-    assert build_quantizer("simvq", DIM, codebook_size=10).code_dim == 8
+    quantizer = build_quantizer("simvq", DIM, codebook_size=10, code_dim=0)
+    assert quantizer.code_dim == DIM and isinstance(quantizer.project_in, nn.Linear)
+    for kind, channels in ((FSQ(levels=[8, 8, 8]), 3), (DDCL(), 4)):  # without dim: as many channels as numbers
+        z_q, _, indices = kind.eval()(torch.randn(2, channels, 5, 5))
+        assert not [*kind.parameters()] and torch.equal(kind.indices_to_codes(indices), z_q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,34 +287,53 @@ def test_ddcl_is_fsq_in_eval_mode():
 # ---------------------------------------------------------------------------------------------------------------------
 # SimVQ
 
-def test_simvq_takes_the_code_of_highest_cosine_similarity():
-    simvq, z = build("simvq"), torch.randn(2, 100, DIM)
-    codes = simvq.frozen_codebook.double() @ simvq.code_transform.weight.double().T
-    x = simvq.project_in(z).double()
-    cosine = x @ codes.T / x.norm(dim=-1, keepdim=True) / codes.norm(dim=-1)
-    assert torch.equal(simvq(z)[2], cosine.argmax(-1))
-    assert torch.allclose(simvq(z)[1].double(), 1.25 * (2 - 2 * cosine.amax(-1)).mean())  # of |x - code|^2
-
-
-def test_simvq_is_the_librarys_on_normalised_vectors():
-    ours, z = SimVQ(8, 300), torch.randn(2, 100, 8)
-    x = F.normalize(z, dim=-1).requires_grad_()
+@pytest.mark.parametrize("kind", ["learned", "cosine"])
+def test_simvq_is_the_librarys(kind):
+    ours, z = SimVQ(8, 300, None, kind), torch.randn(2, 100, 8)
 
     def transform(codes):
-        return F.normalize(ours.code_transform(codes), dim=-1)
+        return ours.normalize(ours.code_transform(codes))
 
     theirs = library.SimVQ(8, 300, codebook_transform=transform, rotation_trick=False)
     theirs.frozen_codebook.copy_(ours.frozen_codebook)
-    expected, indices, loss = theirs(x)
-    z_q, our_loss, our_indices = ours(x)
+    expected, indices, loss = theirs(F.normalize(z, dim=-1) if kind == "cosine" else z)
+    z_q, our_loss, our_indices = ours(z)
     assert torch.equal(our_indices, indices) and torch.allclose(z_q, expected, atol=1e-6)
     assert torch.allclose(our_loss, 8 * loss, atol=1e-6)  # squared distances instead of means over 8 numbers
     gradients = [torch.autograd.grad(out, ours.code_transform.weight)[0] for out in (our_loss, 8 * loss)]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
+@pytest.mark.parametrize("width, rank", [(16, 16), (64, 64), (96, 12)])
+def test_matched_codes_are_those_of_a_gaussian_channel_and_stay_alive(width, rank):
+    """Against the definition in fp64, by eigenvalues and bisection: Gaussian tokens of unequal variances."""
+    spread = torch.randn(rank, width) * torch.exp(-torch.arange(rank) / 6)[:, None]
+    simvq = SimVQ(width, 1024, None)
+    for _ in range(30):
+        _, _, indices = simvq(3 + torch.randn(1, 8192, rank) @ spread)
+    sums, mean = simvq.moments.double() / simvq.moments[-1, -1], simvq.code_transform.bias.double()
+    variances, axes = torch.linalg.eigh(sums[:-1, :-1] - mean[:, None] * mean)
+    low, high = 1e-6, 1e3
+    for _ in range(100):
+        s = (low * high) ** 0.5
+        low, high = (s, high) if (1 + variances.clamp(min=0) / s).log().sum() > 2 * math.log(1024) else (low, s)
+    expected = axes * (variances**2 / (variances + s)) @ axes.T
+    actual = simvq.code_transform.weight.double() @ simvq.code_transform.weight.double().T / width
+    assert torch.allclose(actual, expected, atol=2e-3 * expected.abs().max().item())
+    assert torch.allclose(mean, torch.full_like(mean, 3), atol=0.1)
+    p = torch.bincount(indices.flatten(), minlength=1024) / indices.numel()
+    assert (p > 0).float().mean() > 0.95 and torch.special.entr(p).sum().exp() > 0.8 * 1024
+
+
+def test_matched_codes_of_constant_tokens_stay_finite():
+    simvq = SimVQ(6, 20, None)
+    for _ in range(3):
+        z_q, loss, _ = simvq(torch.ones(1, 9, 6))
+    assert torch.allclose(z_q, torch.ones(1, 9, 6), atol=1e-3) and loss.isfinite()
+
+
 def test_a_step_of_simvq_moves_codes_that_no_token_used():
-    simvq = build("simvq")
+    simvq = build("learned")
     before = simvq.get_codebook_entry(torch.arange(500))
     simvq(torch.randn(1, 3, DIM))[1].backward()
     simvq.code_transform.weight.data -= simvq.code_transform.weight.grad
@@ -336,7 +367,7 @@ def check_update(before, after, x):
 
 
 def test_ema_update_follows_the_formula():
-    quantizer, dead = EMAVQ(6, 10, 6, decay=0.93), []
+    quantizer, dead = EMAVQ(6, 10, None, decay=0.93), []
     for tokens in (25, 3, 30, 30, 1, 1, 200, 200):  # some codes are dead at times
         before, x = copy.deepcopy(quantizer), 3 * torch.randn(1, tokens, 6)
         quantizer(x)
@@ -345,7 +376,7 @@ def test_ema_update_follows_the_formula():
 
 
 def test_ema_laplace_smoothing_of_codes_with_few_tokens():
-    quantizer = EMAVQ(2, 2, 2)
+    quantizer = EMAVQ(2, 2, None)
     quantizer.codebook.copy_(torch.tensor([[-1.0, 0], [1, 0]]))
     quantizer.token_counts.copy_(torch.tensor([1e-4, 1e-3])), quantizer.token_sums.copy_(quantizer.codebook)
     quantizer.update(torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
@@ -356,7 +387,7 @@ def test_ema_laplace_smoothing_of_codes_with_few_tokens():
 
 def test_a_dead_code_soon_is_the_mean_of_its_tokens():
     """As 1 / (1 + 5 k / 100) of the old code is left after k steps, when it restarts at 0.2 times the average."""
-    quantizer, (first, z) = EMAVQ(6, 10, 6), torch.randn(2, 1, 1000, 6)
+    quantizer, (first, z) = EMAVQ(6, 10, None), torch.randn(2, 1, 1000, 6)
     quantizer(first)
     start = quantizer.codebook.clone()
     assert not torch.isin(start, first[0, :10]).all()  # random tokens, not the first ones
@@ -368,7 +399,7 @@ def test_a_dead_code_soon_is_the_mean_of_its_tokens():
 
 
 def test_ema_vq_is_the_librarys():
-    ours, theirs = EMAVQ(6, 10, 6, decay=0.8), library.VectorQuantize(6, 10, decay=0.8, rotation_trick=False)
+    ours, theirs = EMAVQ(6, 10, None, decay=0.8), library.VectorQuantize(6, 10, decay=0.8, rotation_trick=False)
     ours.codebook.copy_(torch.randn(10, 6)), ours.token_counts.fill_(30), ours.token_sums.copy_(30 * ours.codebook)
     book = theirs._codebook
     book.embed[0], book.cluster_size[0], book.embed_avg[0] = ours.codebook, ours.token_counts, ours.token_sums
@@ -384,7 +415,7 @@ def test_ema_vq_is_the_librarys():
 def test_ema_codes_of_several_processes_learn_from_all_their_tokens(monkeypatch):
     """Process 0 sends those at which dead codes restart: no more of them than each process has tokens, here 2."""
     sent = torch.randn(10, 6)
-    quantizer, x = EMAVQ(6, 10, 6), torch.randn(1, 30, 6)
+    quantizer, x = EMAVQ(6, 10, None), torch.randn(1, 30, 6)
     quantizer.token_counts[:5], quantizer.token_sums[:5] = 1, quantizer.codebook[:5]
     alone = copy.deepcopy(quantizer)
     alone(torch.cat([x, x], 1))
@@ -399,13 +430,25 @@ def test_ema_codes_of_several_processes_learn_from_all_their_tokens(monkeypatch)
     assert torch.allclose(quantizer.codebook[~dead], alone.codebook[~dead], atol=1e-6)
 
 
+def test_matched_codes_of_several_processes_learn_from_all_their_tokens(monkeypatch):
+    quantizer, x = SimVQ(6, 50, None), torch.randn(1, 30, 6)
+    alone, others = copy.deepcopy(quantizer), torch.randn(1, 30, 6)
+    alone(torch.cat([x, others], 1))
+    ones = F.pad(others[0], (0, 1), value=1.0)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda moments: moments.add_(ones.T @ ones))
+    quantizer(x)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(quantizer.buffers(), alone.buffers()))
+    assert torch.allclose(quantizer.code_transform.weight, alone.code_transform.weight, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several codebooks
 
 @pytest.mark.parametrize("combine", ["residual", "product"])
 def test_each_of_several_codebooks_is_an_ema_codebook(combine):
     """Of what the ones before it leave, or of its channels."""
-    quantizer = build_quantizer("ema_vq", 6, codebooks=3, combine=combine, codebook_size=8, code_dim=6, decay=0.93)
+    quantizer = build_quantizer("ema_vq", 6, codebooks=3, combine=combine, codebook_size=8, code_dim=None, decay=0.93)
     for _ in range(5):
         before, z = copy.deepcopy(quantizer), torch.randn(1, 40, 6)
         z_q, loss, indices = quantizer(z)
@@ -425,7 +468,7 @@ def test_each_of_several_codebooks_is_an_ema_codebook(combine):
 
 @pytest.mark.parametrize("combine", ["residual", "product"])
 def test_several_codebooks_are_the_librarys(combine):
-    ours = build_quantizer("ema_vq", 6, codebooks=2, combine=combine, codebook_size=20, code_dim=6).eval()
+    ours = build_quantizer("ema_vq", 6, codebooks=2, combine=combine, codebook_size=20, code_dim=None).eval()
     options = {"dim": 6, "codebook_size": 20, "rotation_trick": False}
     theirs = (library.ResidualVQ(num_quantizers=2, **options) if combine == "residual"
               else library.GroupedResidualVQ(groups=2, num_quantizers=1, **options)).eval()
@@ -452,7 +495,7 @@ def test_decoding_from_the_first_codebooks():
 
 
 def test_random_depth_is_drawn_for_each_image_and_only_in_training():
-    quantizer, z = build("residual", 6, codebooks=3, random_depth=0.5), torch.randn(400, 4, 6)
+    quantizer, z = build("residual", 6, codebooks=3, random_depth=0.5, code_dim=None), torch.randn(400, 4, 6)
     before = copy.deepcopy(quantizer)
     z_q, loss, indices = quantizer(z)
     full = before.eval()(z)[2]
@@ -474,7 +517,7 @@ def test_random_depth_is_drawn_for_each_image_and_only_in_training():
 def test_a_residual_codebook_that_gets_no_token_stays_finite(steps):
     """Be it in its first step, or after one with tokens."""
     for _ in range(10):
-        quantizer = build_quantizer("ema_vq", 6, codebooks=3, codebook_size=16, code_dim=6)
+        quantizer = build_quantizer("ema_vq", 6, codebooks=3, codebook_size=16, code_dim=None)
         for random_depth in (0,) * steps + (1,) * 5:
             quantizer.random_depth = random_depth
             z_q, loss, _ = quantizer(torch.randn(1, 50, 6))
