@@ -226,9 +226,9 @@ class SimVQ(Quantizer):
     - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
       Wide codes collapse: A follows the few strongest directions of the tokens, and tokens follow the codes.
 
-    Matched codes are Shannon's random code for Gaussian tokens (Cover and Thomas, section 10.3). K codes tell tokens
-    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as the means of tokens
-    seen through this noise: A A' = C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes.
+    Matched codes are Shannon's random code for Gaussian tokens (Cover and Thomas, section 10.3): K codes tell tokens
+    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as the best guesses of
+    tokens seen in this noise: A A' = C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes.
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",

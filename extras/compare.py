@@ -1,10 +1,12 @@
-"""Train the quantizers at equal bits a token, and write a table and a figure.
+"""Train quantizers at equal bits a token, or with 16,384 codes of several widths, and write a table and a figure.
 
-    python -m extras.compare                             all of LINES, with train.py's constants
-    python -m extras.compare "BITS=(16,)" DATASET=...    some sizes; other arguments go to train.py
+    python -m extras.compare                                           all of LINES, with train.py's constants
+    python -m extras.compare "BITS=(16,)" DATASET=...                  some sizes; other arguments go to train.py
+    python -m extras.compare "WIDTHS=(8,16,64,256,1536)" DATASET=...   all of WIDTH_LINES
 
 outputs/quantizers.md and .png grow with each run. The same command resumes.
 """
+import csv
 import json
 import math
 import subprocess
@@ -13,10 +15,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from evaluate import COLUMNS, format_table
+from data import Dataset, load_dataset
+from evaluate import COLUMNS, format_table, linear_probe, tokenize
 from quantizers import check
 from utils import load_checkpoint, one_line_errors, read_constants, replace_file, save_figure
 
+DATASET = "cifar10"  # or another of train.py's
+PROBE_IMAGES = 2_000  # for training the probes, and for testing them
+WIDTHS = (0,)  # numbers of a code, to be compared instead of BITS
 BITS = (10, 13, 16, 20)
 LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
@@ -28,23 +34,34 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
 }
 
+WIDTH_LINES = {
+    "SimVQ, matched": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={}",
+    "SimVQ, cosine": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=cosine",
+    "SimVQ, learned": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=learned",
+    "EMA-VQ": "QUANTIZER=ema_vq CODEBOOK_SIZE=16384 CODE_DIM={}",
+}
+
 
 def main():
-    arguments, rows = [word for word in sys.argv[1:] if not word.startswith("BITS=")], {}
-    read_constants(globals(), [word for word in sys.argv[1:] if word not in arguments])
-    for bits in BITS:
-        for line, (constants, values) in LINES.items():
-            if bits in values:
-                run = train([*arguments, *constants.format(values[bits]).split()])
-                rows[f"{line} {values[bits]}"] = {"line": line, **measure_run(run)}
-                table = format_table(rows, {"a token": ("token_bits", ".1f"), **COLUMNS}, "quantizer")
+    own = [word for word in sys.argv[1:] if word.partition("=")[0] in ("BITS", "WIDTHS", "DATASET", "PROBE_IMAGES")]
+    others = [word for word in sys.argv[1:] if word not in own]
+    read_constants(globals(), own)
+    widths = {line: (constants, {x: x for x in WIDTHS}) for line, constants in WIDTH_LINES.items()}
+    by_width, rows, data = WIDTHS != (0,), {}, load_dataset(DATASET)
+    for x in WIDTHS if by_width else BITS:
+        for line, (constants, values) in (widths if by_width else LINES).items():
+            if x in values:
+                run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[x]).split()])
+                rows[f"{line} {values[x]}"] = {"line": line, "width": x, **measure_run(run, data)}
+                table = format_table(rows, {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": (
+                    "perplexity", ",.0f"), "ms a step": ("milliseconds", ",.0f")}, "quantizer")
                 with replace_file("outputs/quantizers.md") as temporary:
                     temporary.write_text(f"{table}\n")
-                plot(rows)
+                plot(rows, "width" if by_width else "token_bits")
     print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
 
 
-def train(arguments: list[str]) -> str:
+def train_run(arguments: list[str]) -> str:
     """Run train.py. Returns the run's name, from the last line."""
     process = subprocess.Popen([sys.executable, "train.py", *arguments], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -53,22 +70,42 @@ def train(arguments: list[str]) -> str:
     return line.partition("outputs/")[2].partition("/")[0]
 
 
-def measure_run(run: str) -> dict:
-    """The results of a finished run, with its bits a token and their entropy."""
+def measure_run(run: str, data: Dataset) -> dict:
+    """The results of a finished run, with its bits a token, their entropy, probes, history, and time of a step."""
     results = json.loads(Path("outputs", run, "results.json").read_text())
-    codes = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt"))).quantizer.codebook_size
-    return results | {"token_bits": math.log2(codes), "entropy": math.log2(results["perplexity"])}
+    with open(Path("outputs", run, "metrics.csv"), newline="") as file:
+        history = list(csv.DictReader(file))
+    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))
+    probes = {}
+    if data.train_labels is not None:
+        train = tokenize(model, data.train_images[:PROBE_IMAGES])
+        test = tokenize(model, data.test_images[:PROBE_IMAGES])
+        labels = data.train_labels[:PROBE_IMAGES], data.test_labels[:PROBE_IMAGES]
+        for name in test.keys() & {"z_q", "predicted"}:
+            probes[f"probe_{name}"] = linear_probe(train[name], labels[0], test[name], labels[1])
+    return results | probes | {
+        "token_bits": math.log2(model.quantizer.codebook_size), "entropy": math.log2(results["perplexity"]),
+        "history": [float(row["perplexity"]) for row in history],
+        "milliseconds": 1000 * results["constants"]["BATCH_SIZE"] / float(history[-1]["images_per_second"])}
 
 
-def plot(rows: dict[str, dict]):
-    """PSNR over bits a token, a line for each of LINES."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for line in LINES:
-        points = sorted((row["token_bits"], row["psnr"]) for row in rows.values() if row["line"] == line)
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=line)
-    axes.set(xlabel="bits a token", ylabel="PSNR, dB")
-    axes.legend()
+def plot(rows: dict[str, dict], x: str):
+    """PSNR and perplexity over bits a token or a code's width, and the perplexity over training of the last ones."""
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    quality, usage, training = figure.subplots(1, 3)
+    for line in dict.fromkeys(row["line"] for row in rows.values()):
+        points = sorted(((row[x], row["psnr"], row["perplexity"], row["history"]) for row in rows.values()
+                         if row["line"] == line), key=lambda point: point[0])
+        for axes, column in ((quality, 1), (usage, 2)):
+            axes.plot([point[0] for point in points], [point[column] for point in points], "o-", label=line)
+        training.plot(range(1, len(points[-1][3]) + 1), points[-1][3], "o-", label=f"{line}, {points[-1][0]:.4g}")
+    label = {"token_bits": "bits a token", "width": "numbers of a code"}[x]
+    scale = "log" if x == "width" else "linear"
+    quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
+    usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
+    training.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    for axes in (quality, usage, training):
+        axes.legend()
     save_figure(Path("outputs/quantizers.png"), figure)
 
 

@@ -93,10 +93,13 @@ def test_a_table_of_runs(run, trained, monkeypatch):
     monkeypatch.setattr(compare, "save_figure", lambda path, figure: figures.append(figure))
     names, _, first, *_, last = run(compare, "SEED=3", BITS=(20,))[-8:-2]
     row, results = dict(zip(names, first)), json.loads((outputs / "results.json").read_text())
-    assert commands[0] == ["train.py", "SEED=3", "QUANTIZER=fsq", "FSQ_LEVELS=(8,8,8,8,8,6,5)"] and len(commands) == 4
+    assert commands[0][2:] == ["SEED=3", "QUANTIZER=fsq", "FSQ_LEVELS=(8,8,8,8,8,6,5)"] and len(commands) == 4
+    assert commands[0][:2] == ["train.py", f"DATASET={compare.DATASET}"]
     assert (row["quantizer"], row["a token"], row["PSNR"]) == ("FSQ (8,8,8,8,8,6,5)", "6.0", f"{results['psnr']:.2f}")
     assert row["entropy"] == f"{math.log2(results['perplexity']):.2f}" and last[0] == "product EMA-VQ 1024"
     assert figures[-1].axes[0].lines[1].get_xydata().tolist() == [[6, results["psnr"]]]
+    assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0"  # two classes
+    assert len(figures[-1].axes[2].lines[0].get_ydata()) == 3  # epochs
     with pytest.raises(ValueError, match="train.py"):
         run(compare, "SEED=3")
 
