@@ -227,7 +227,7 @@ class SimVQ(Quantizer):
       Wide codes collapse: A follows the few strongest directions of the tokens, and tokens follow the codes.
 
     Matched codes are Shannon's random code for Gaussian tokens (Cover and Thomas, section 10.3): K codes tell tokens
-    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as the best guesses of
+    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as best guesses of
     tokens seen in this noise: A A' = C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes.
     """
 
