@@ -75,8 +75,13 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size[0] > 1 and self.stride == (1, 1):
+            n = self.kernel_size[0] // 2
             with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
-                x = F.pad(x, (self.kernel_size[0] // 2,) * 4, mode="replicate")
+                if torch.compiler.is_compiling():  # slices fuse; F.pad's gradient has wrong strides (torch 2.14.1)
+                    for dim in (2, 3):
+                        x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
+                else:
+                    x = F.pad(x, (n,) * 4, mode="replicate")
         return super().forward(x)
 
 

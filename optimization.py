@@ -57,23 +57,28 @@ class Muon(torch.optim.Optimizer):
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            updates = orthogonalize([update.flatten(1) for update in updates])
+            updates = orthogonalize([update.movedim(1, -1).flatten(1) for update in updates])  # a view of channels_last
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(update.shape) ** 0.5 for update in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, [update.view_as(p) for update, p in zip(updates, matrices)])
+            updates = [update.view_as(p.movedim(1, -1)).movedim(-1, 1) for update, p in zip(updates, matrices)]
+            torch._foreach_add_(matrices, updates)
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Take all singular values of each matrix towards 1: five Newton-Schulz steps, with Muon's coefficients."""
+    """Take all singular values of each matrix towards 1: five Newton-Schulz steps, with Muon's coefficients.
+
+    Matrices of equal height are stacked; on a GPU of about equal height, as it multiplies in tiles anyway.
+    """
     wide = [x if len(x) <= x.shape[1] else x.mT for x in matrices]
     dtype = torch.bfloat16 if fast_bf16(wide[0].device.type) else torch.float32
-    for rows in {len(x) for x in wide}:
-        stack = [x for x in wide if len(x) == rows]
+    tile = 256 if wide[0].is_cuda else 1
+    for rows in {math.ceil(len(x) / tile) * tile for x in wide}:
+        stack = [x for x in wide if rows - tile < len(x) <= rows]
         y = stack[0].new_zeros(len(stack), rows, max(x.shape[1] for x in stack), dtype=dtype)  # zeros stay zeros
-        torch._foreach_copy_([padded[:, : x.shape[1]] for padded, x in zip(y, stack)], stack)
+        torch._foreach_copy_([padded[: len(x), : x.shape[1]] for padded, x in zip(y, stack)], stack)
         y /= y.norm(dim=(1, 2), keepdim=True) + 1e-7
         for _ in range(5):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-        torch._foreach_copy_(stack, [padded[:, : x.shape[1]] for padded, x in zip(y, stack)])
+        torch._foreach_copy_(stack, [padded[: len(x), : x.shape[1]] for padded, x in zip(y, stack)])
     return matrices

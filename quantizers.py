@@ -48,16 +48,17 @@ def straight_through(x: Tensor, codes: Tensor) -> Tensor:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The index (...) of the code in codebook (K, D) nearest to each vector of x (..., D), by Euclidean distance.
 
-    As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x.
+    As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x,
+    of 16 MB on a CPU and 1 GB on a GPU.
     """
-    bias, group = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256)
-    chunks = x.flatten(0, -2).split(max(1, (2**26 if x.is_cuda else 2**22) // len(codebook)))
+    bias, size = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256)
+    chunks = x.flatten(0, -2).split(max(1, (2**28 if x.is_cuda else 2**22) // len(codebook)))
     scores = codebook.new_empty(len(chunks[0]), len(codebook))  # reused: new memory costs as much as the product
     found = []
-    for chunk in chunks:  # the best group of codes, then the best in it: three times as fast as one argmax
-        groups = torch.addmm(bias, chunk, codebook.T, out=scores[: len(chunk)]).unflatten(1, (-1, group))
-        best = groups.amax(2).argmax(1)
-        found.append(best * group + groups[torch.arange(len(chunk), device=x.device), best].argmax(1))
+    for chunk in chunks:  # the best group of `size` codes, then the best in it: three times as fast as one argmax
+        grouped_scores = torch.addmm(bias, chunk, codebook.T, out=scores[: len(chunk)]).unflatten(1, (-1, size))
+        group = grouped_scores.amax(2, keepdim=True).argmax(1, keepdim=True)
+        found.append(group[:, 0, 0] * size + grouped_scores.take_along_dim(group, 1)[:, 0].argmax(1))
     return torch.cat(found).view(x.shape[:-1])
 
 
@@ -307,12 +308,14 @@ class EMAVQ(Quantizer):
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
 
-    def quantize(self, x: Tensor) -> Quantized:
+    def quantize(self, x: Tensor, used: Tensor | None = None) -> Quantized:
+        """used (B,): whether an image's tokens count, in the loss and in the moving averages; None: all do."""
         indices = self.nearest(x)
         codes = self.lookup(indices)
+        weight = x.new_ones(x.shape[:2]) if used is None else used[:, None].expand(x.shape[:2]).type_as(x)
         if self.training:
-            self.update(x.detach().flatten(0, 1), indices.flatten())
-        loss = (x - codes).square().sum() / max(1, x.numel())  # 0 where a residual codebook gets no token
+            self.update(x.detach().flatten(0, 1), indices.flatten(), weight.flatten())
+        loss = ((x - codes).square().mean(-1) * weight).sum() / weight.sum().clamp(min=1)  # 0 if no image is used
         return straight_through(x, codes), self.commitment_cost * loss, indices
 
     def nearest(self, codes: Tensor) -> Tensor:
@@ -322,13 +325,15 @@ class EMAVQ(Quantizer):
         return self.codebook[indices]
 
     @torch.no_grad()
-    def update(self, x: Tensor, indices: Tensor):
-        """A step of the moving averages, equal in all processes: tokens x (N, code_dim) at codes `indices` (N,)."""
-        counts = torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x)))
-        sums = torch.zeros_like(self.token_sums).index_add_(0, indices, x)
-        distributed, most = dist.is_available() and dist.is_initialized(), len(x)
+    def update(self, x: Tensor, indices: Tensor, weight: Tensor):
+        """A step of the moving averages, equal in all processes, with shapes that do not depend on values.
+
+        Tokens x (N, code_dim) are at codes `indices` (N,); weight (N,): 1 if a token counts, or else 0.
+        """
+        counts = torch.zeros_like(self.token_counts).index_add_(0, indices, weight)
+        sums = torch.zeros_like(self.token_sums).index_add_(0, indices, weight[:, None] * x)
+        distributed, most = dist.is_available() and dist.is_initialized(), weight.sum()
         if distributed:
-            most = torch.tensor(most, device=x.device)
             dist.all_reduce(counts), dist.all_reduce(sums), dist.all_reduce(most, dist.ReduceOp.MIN)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
@@ -337,12 +342,16 @@ class EMAVQ(Quantizer):
         torch.div(self.token_sums, smoothed[:, None], out=self.codebook)
 
         average = counts.mean()
-        dead = (self.token_counts < 0.1 * average).nonzero()[:most, 0]
-        tokens = x[torch.randperm(len(x), device=x.device)[: len(dead)]]
+        dead = self.token_counts < 0.1 * average
+        number = dead.cumsum(0)  # the first dead code is 1, the second 2: each restarts at another token
+        dead &= number <= most
+        order = (torch.rand_like(weight) - weight).argsort()  # random; tokens that do not count are the last
+        tokens = x[order[(number - 1).clamp(0, len(x) - 1)]]  # of the dead; any for the others
         if distributed:
             dist.broadcast(tokens, 0)
-        self.codebook[dead], self.token_counts[dead] = tokens, 0.2 * average
-        self.token_sums[dead] = 0.2 * average * tokens
+        self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
+        self.token_sums.copy_(torch.where(dead[:, None], 0.2 * average * tokens, self.token_sums))
+        self.token_counts.masked_fill_(dead, 0.2 * average)
 
 
 class MultiCodebook(Quantizer):
@@ -367,37 +376,40 @@ class MultiCodebook(Quantizer):
         self.codebooks = nn.ModuleList(made)
 
     def quantize(self, x: Tensor) -> Quantized:
-        depth = torch.full((len(x),), len(self.codebooks))  # of each image
+        depth = torch.full(x.shape[:1], len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
-            random = torch.randint(1, len(self.codebooks) + 1, depth.shape)
-            depth = torch.where(torch.rand(len(x)) < self.random_depth, random, depth)
-        codes, indices, loss = torch.zeros_like(x), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device), 0
+            random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
+            depth = torch.where(torch.rand(len(x), device=x.device) < self.random_depth, random, depth)
+        codes, sub_indices, loss = torch.zeros_like(x), [], 0
         for i, codebook in enumerate(self.codebooks):
-            images = (depth > i).nonzero()[:, 0].to(x.device)
-            code, part_loss, index = codebook.quantize(self._part(x, codes, i)[images])
-            codes.index_add_(0, images, self._widen(code.detach(), i))
-            indices.index_add_(0, images, index * math.prod(self.codebook_sizes[:i]))
-            loss = loss + part_loss
-        return straight_through(x, codes), loss, indices
+            used = depth > i
+            code, codebook_loss, index = codebook.quantize(self._input_of(i, x, codes), used)
+            codes = codes + used[:, None, None] * self._to_code_dim(i, code.detach())
+            sub_indices.append(used[:, None] * index)
+            loss = loss + codebook_loss
+        return straight_through(x, codes), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
 
     def nearest(self, codes: Tensor) -> Tensor:
         """Codebook by codebook, as in quantize. With residual codebooks another code may be nearer."""
         found, sub_indices = torch.zeros_like(codes), []
         for i, codebook in enumerate(self.codebooks):
-            sub_indices.append(codebook.nearest(self._part(codes, found, i)))
-            found = found + self._widen(codebook.lookup(sub_indices[-1]), i)
+            sub_indices.append(codebook.nearest(self._input_of(i, codes, found)))
+            found = found + self._to_code_dim(i, codebook.lookup(sub_indices[-1]))
         return join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
 
     def lookup(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         sub_indices = split_indices(indices, self.codebook_sizes).unbind(-1)[:codebooks]
-        return sum(self._widen(self.codebooks[i].lookup(index), i) for i, index in enumerate(sub_indices))
+        return sum(self._to_code_dim(i, self.codebooks[i].lookup(index)) for i, index in enumerate(sub_indices))
 
-    def _part(self, x: Tensor, codes: Tensor, i: int) -> Tensor:
-        """What codebook i quantizes of x (..., code_dim), for which the codebooks before it found `codes`."""
+    def _input_of(self, i: int, x: Tensor, codes: Tensor) -> Tensor:
+        """What codebook i quantizes: what `codes`, found before, leave of x (..., code_dim), or x's dimensions of its own.
+
+        Of x = [1, 2, 3, 4], two residual codebooks get [1, 2, 3, 4] and x - codes, two of a product [1, 2] and [3, 4].
+        """
         return x - codes.detach() if self.residual else x[..., i * self.width : (i + 1) * self.width]
 
-    def _widen(self, code: Tensor, i: int) -> Tensor:
-        """A code (..., width) of codebook i, widened to (..., code_dim)."""
+    def _to_code_dim(self, i: int, code: Tensor) -> Tensor:
+        """A code of codebook i as (..., code_dim): of a product's second, [3, 4] becomes [0, 0, 3, 4]."""
         return code if self.residual else F.pad(code, (i * self.width, self.code_dim - (i + 1) * self.width))
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -82,6 +82,7 @@ EPOCHS = (30, 10) if gpu else (8, 2)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
 LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
+COMPILE = ""  # of a GPU's steps, "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
 FLIP = gpu  # mirror half of the training images; helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; at the end, and with 0, all
 
@@ -89,9 +90,9 @@ bf16 = fast_bf16(device)  # in training; figures are measured in fp32
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z: Tensor | None,
-              target: Tensor | None, lpips: nn.Module | None, discriminator: nn.Module | None) -> tuple[dict, Tensor]:
-    """What a step minimises: all losses, their weighted sum as "loss", and the reconstructions.
+def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z: Tensor | None, target: Tensor | None,
+              lpips: nn.Module | None, discriminator: nn.Module | None) -> dict[str, Tensor]:
+    """All losses: "loss" is what the model minimises, a weighted sum, "discriminator_loss" what the discriminator does.
 
     images (B, 3, H, W) in [0, 1]; teacher_z, target (B, C, h, w): features of the frozen encoder, `teacher`, and of its
     last layer alone; all None for an encoder that learns from scratch. discriminator: None while the GAN is off.
@@ -100,7 +101,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     z_q, quantizer_loss, _ = model.quantize(z)
     output = model.decode(z_q)
     l2_loss = F.mse_loss(output, images)
-    perceptual_loss = distill_loss = predict_loss = gan_loss = torch.zeros_like(l2_loss)
+    perceptual_loss = distill_loss = predict_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher is not None:
         distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z, target)
     perceptual_weight = of_stage(PERCEPTUAL_WEIGHT, model.stage)
@@ -111,13 +112,30 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     image_loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
     loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
     if discriminator is not None:
-        gan_loss = -discriminator(output).float().mean()
+        real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
+        gan_loss = -fake.mean()
+        discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
         # its gradient at the decoder's last layer gets the norm of the L2 loss's (as VQGAN, 2012.09841, eq. 7)
         norms = [torch.autograd.grad(term, model.decoder.head.weight, retain_graph=True)[0].norm()
                  for term in (16 * l2_loss, gan_loss)]
         loss = loss + GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * gan_loss
     return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
-            "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss}, output
+            "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
+            "discriminator_loss": discriminator_loss}
+
+
+def add_gradients(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
+                  discriminator: nn.Module | None) -> dict[str, Tensor]:
+    """Forward and backward pass of a micro-batch: what a step does before its optimizers. Returns its losses."""
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
+            teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
+        losses = objective(model, images, teacher, teacher_z, target, lpips, discriminator)
+    (losses["loss"] / ACCUMULATE).backward(inputs=[p for p in model.parameters() if p.requires_grad],
+                                           retain_graph=discriminator is not None)
+    if discriminator is not None:
+        (losses["discriminator_loss"] / ACCUMULATE).backward(inputs=[*discriminator.parameters()])
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, data: Dataset,
@@ -130,9 +148,9 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     optimizers = build_optimizers(model, stage)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
     state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    first_epoch, autocast = run.resume(state, stage), torch.autocast(device, torch.bfloat16, enabled=bf16)
+    first_epoch = run.resume(state, stage)
     epochs, steps_per_epoch = of_stage(EPOCHS, stage), (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    steps = epochs * steps_per_epoch
+    steps, forward_and_backward = epochs * steps_per_epoch, compiled(add_gradients) if COMPILE else add_gradients
 
     for epoch in range(first_epoch, epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
@@ -142,18 +160,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                          f"stage {stage} epoch {epoch}/{epochs}", leave=False, disable=rank > 0):
             gan_on = stage == 1 and GAN_WEIGHT > 0 and step >= steps / 2
             for images in islice(batches, ACCUMULATE):
-                with autocast:
-                    with torch.no_grad():
-                        teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
-                    losses, output = objective(model, images, teacher, teacher_z, target, lpips,
-                                               discriminator.requires_grad_(False) if gan_on else None)
-                (losses["loss"] / ACCUMULATE).backward()
-                losses["discriminator_loss"] = torch.zeros_like(losses["loss"])
-                if gan_on:
-                    with autocast:
-                        losses["discriminator_loss"] = discriminator_loss(discriminator, images, output.detach())
-                    (losses["discriminator_loss"] / ACCUMULATE).backward()
-                log.append(torch.stack([loss.detach() for loss in losses.values()]))
+                losses = forward_and_backward(model, images, teacher, lpips, discriminator if gan_on else None)
+                log.append(torch.stack([*losses.values()]))
             average([p.grad for p in model.parameters() if p.grad is not None])
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             take_step(optimizers, step, steps)
@@ -165,10 +173,13 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 
         seconds, means = time.time() - start, torch.stack(log).mean(0)
         average([means])
+        losses, good = dict(zip(losses, means.tolist())), all(w.isfinite().all() for w in model.state_dict().values())
+        check(good and math.isfinite(losses["loss"]), f"loss of stage {stage}, epoch {epoch}", losses["loss"],
+              "a finite number, and finite weights; a lower LEARNING_RATE may help")
         if rank == 0:
             tested = data.test_images[: EVAL_IMAGES or None]
             metrics, _, reconstructions = evaluate(model, tested, BATCH_SIZE // ranks // ACCUMULATE)
-            row = {"stage": stage, "epoch": epoch, **dict(zip(losses, means.tolist())), **metrics,
+            row = {"stage": stage, "epoch": epoch, **losses, **metrics,
                    "images_per_second": steps_per_epoch * BATCH_SIZE / seconds, "seconds": seconds}
             save_epoch(run, row, model, state, torch.cat([tested[:8], reconstructions[:8]]))
             print(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
@@ -178,10 +189,11 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
 # ----------------------------------------
 # What a step is built from
 
-def discriminator_loss(discriminator: nn.Module, images: Tensor, output: Tensor) -> Tensor:
-    """Hinge loss: logits of images (B, 3, H, W) are to be above 1, those of reconstructions below -1."""
-    real, fake = discriminator.requires_grad_(True)(torch.cat([images, output])).float().chunk(2)
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+def compiled(function: Callable) -> Callable:
+    """`function` as one graph for each size of images, or an error."""
+    torch._dynamo.config.trace_autograd_ops = True  # the backward pass is in it
+    torch._dynamo.config.recompile_limit = 4 * len(sizes())  # stages, with and without GAN
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
 
 
 def average(tensors: list[Tensor]):
@@ -341,7 +353,8 @@ def finish(run: utils.Run, data: Dataset):
 
 def check_constants():
     """ValueError that names a constant, its value and what is allowed."""
-    for name, allowed in {"QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
+    modes = ("", "default", "reduce-overhead", "max-autotune")
+    for name, allowed in {"COMPILE": modes, "QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
                           "STAGES": ((1,), (1, 2), (2,))}.items():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name in ("BATCH_SIZE", "ACCUMULATE", "GRID", "CODEBOOKS"):

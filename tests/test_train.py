@@ -72,8 +72,13 @@ def parts(monkeypatch):
             model.decoder.head.weight *= 4  # some pixels are out of range
         teacher = build_encoder("cifar", 4).eval().requires_grad_(False)
         images, critic = torch.rand(5, 3, 16, 16), PatchDiscriminator(16).requires_grad_(False) if gan else None
-        terms = train.objective(model.set_stage(stage).train(), images, teacher, *teacher(images, True), lpips, critic)
-        return model, images, teacher, critic, *terms
+        if gan:
+            critic.layers[-1].weight.mul_(20)  # some logits are beyond -1 and 1
+            critic.layers[-1].bias.sub_(critic(images).mean())
+        decode, outputs = model.decode, []
+        monkeypatch.setattr(model, "decode", lambda z_q: outputs.append(decode(z_q)) or outputs[0])
+        losses = train.objective(model.set_stage(stage).train(), images, teacher, *teacher(images, True), lpips, critic)
+        return model, images, teacher, critic, losses, *outputs
 
     return build
 
@@ -86,9 +91,12 @@ def test_the_loss_is_the_weighted_sum_of_all_losses(stage, perceptual, distilled
     weights = {"l2": 16, "perceptual": perceptual, "quantizer": 1, "predict": 0.3, "distill": 0.9,
                "gan": 0.5 * 16 * of_l2 / of_gan}
     weighted = {name: (weight * losses[f"{name}_loss"]).item() for name, weight in weights.items()}
-    assert losses["loss"].item() == pytest.approx(sum(weighted.values()), rel=1e-4) and len(losses) == 7
+    assert losses["loss"].item() == pytest.approx(sum(weighted.values()), rel=1e-4) and len(losses) == 8
     assert {name for name in weights if abs(weighted[name]) < 1e-3} == (set() if distilled else {"distill"})
+    above, below = (1 - discriminator(images)).relu(), (1 + discriminator(output)).relu()  # hinge losses
+    assert 0 < (above == 0).float().mean() < 1 > (below == 0).float().mean() > 0
     expected = {"l2_loss": F.mse_loss(output, images), "gan_loss": -discriminator(output).mean(),
+                "discriminator_loss": (above.mean() + below.mean()) / 2,
                 "perceptual_loss": F.mse_loss(teacher(output)[[0, 2, 4]], teacher(images)[[0, 2, 4]]),
                 "distill_loss": F.mse_loss(model.encoder(images), teacher(images)) * distilled}
     torch.testing.assert_close({name: losses[name] for name in expected}, expected)
@@ -100,7 +108,7 @@ def test_the_loss_is_the_weighted_sum_of_all_losses(stage, perceptual, distilled
 def test_each_loss_teaches_the_parts_that_it_should(parts):
     model, *_, losses, _ = parts(2, gan=True)
     reached = {}
-    for name, loss in losses.items():
+    for name, loss in [*losses.items()][:-1]:  # the discriminator's is for the discriminator alone
         gradients = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True)
         reached[name] = {parameter.split(".")[0] for (parameter, _), g in zip(model.named_parameters(), gradients)
                          if g is not None and g.abs().max() > 0}
@@ -122,12 +130,6 @@ def test_lpips_sees_all_images_clamped(parts, main, monkeypatch):
     monkeypatch.setattr(train, "LearnedPerceptualImagePatchSimilarity", LPIPS)
     first, second = table(main("PERCEPTUAL=lpips", "PERCEPTUAL_WEIGHT=(0.1, 0)", "EPOCH_IMAGES=4"))
     assert 2 < first["perceptual_loss"] < 3 and second["perceptual_loss"] == 0  # of weight 0, it is not computed
-
-
-def test_discriminator_loss_is_the_hinge_loss():
-    """Logits of images above 1 and of reconstructions below -1 are good enough."""
-    loss = train.discriminator_loss(nn.Identity(), torch.tensor([[2.0], [0.5]]), torch.tensor([[-3.0], [0.25]]))
-    assert loss == ((0 + 0.5) / 2 + (0 + 1.25) / 2) / 2
 
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine():
@@ -217,16 +219,17 @@ def test_training_is_what_the_table_of_stages_says(main, folder, monkeypatch):
         batches = [x for epoch in range(epochs) for x in train.epoch_batches(images, stage, epoch + 1, 3)]
         for step, x in enumerate(batches):
             gan_on = stage == 1 and step >= 3
-            losses, output = train.objective(model, x, teacher, *teacher(x, True), None, critic if gan_on else None)
+            losses = train.objective(model, x, teacher, *teacher(x, True), None, critic if gan_on else None)
             model.zero_grad()
+            if gan_on:
+                gradients = torch.autograd.grad(losses["discriminator_loss"], [*critic.parameters()], retain_graph=True)
             losses["loss"].backward()
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             adamw.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
             adamw.step()
-            losses["discriminator_loss"] = train.discriminator_loss(critic, x, output.detach()) * gan_on
-            critic.zero_grad()
-            losses["discriminator_loss"].backward()
             if gan_on:
+                for p, p.grad in zip(critic.parameters(), gradients):
+                    pass
                 gan_adamw.step()
             log.append([losses[name].item() for name in names])
         weights = load_torch(checkpoint(outputs, f"stage{stage}_epoch_{epochs}"))["model"]
@@ -242,6 +245,30 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(main, monkeypa
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
     main("QUANTIZER=fsq", "STAGES=(1,)"), main("QUANTIZER=fsq", "STAGES=(1,)", "ACCUMULATE=2")
     assert len(norms) == 4 and norms[:2] == pytest.approx(norms[2:], rel=1e-3)
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_what_is_not_finite_ends_the_run_in_one_line_and_is_not_saved(what, main, monkeypatch):
+    """A loss, or weights after the last step. The checkpoints are those of the epoch before."""
+    steps, take_step, objective = [], train.take_step, train.objective
+
+    def broken_step(optimizers, *args):
+        take_step(optimizers, *args)
+        steps.append(1)
+        if what == "weights" and len(steps) == 4:  # the last of epoch 2
+            optimizers[0].param_groups[0]["params"][0].data.fill_(math.nan)
+
+    def broken_objective(*args):
+        losses = objective(*args)
+        return {name: loss * (math.inf if what == "loss" and len(steps) == 2 else 1) for name, loss in losses.items()}
+
+    monkeypatch.setattr(train, "take_step", broken_step), monkeypatch.setattr(train, "objective", broken_objective)
+    with pytest.raises(SystemExit, match=r"^train.py: loss of stage 1, epoch 2 = [\w.]+, allowed: a finite .*$") as exit:
+        main("EPOCHS=3")
+    assert "\n" not in exit.value.code and ("= inf" in exit.value.code or "= nan" in exit.value.code) == (what == "loss")
+    last, = Path("checkpoints").glob("*/last.pt")
+    assert load_torch(last)["epoch"] == 1 and len([*last.parent.glob("*.pt")]) == 3
+    assert load_checkpoint(*last.parent.glob("*_best.pt")).stage == 1
 
 
 @pytest.fixture
