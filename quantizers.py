@@ -347,8 +347,9 @@ class EMAVQ(Quantizer):
         dead &= number <= most
         order = (torch.rand_like(weight) - weight).argsort()  # random; tokens that do not count are the last
         tokens = x[order[(number - 1).clamp(0, len(x) - 1)]]  # of the dead; any for the others
-        if distributed:
-            dist.broadcast(tokens, 0)
+        if distributed:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
+            tokens = tokens if dist.get_rank() == 0 else torch.zeros_like(tokens)
+            dist.all_reduce(tokens)
         self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
         self.token_sums.copy_(torch.where(dead[:, None], 0.2 * average * tokens, self.token_sums))
         self.token_counts.masked_fill_(dead, 0.2 * average)
@@ -402,7 +403,7 @@ class MultiCodebook(Quantizer):
         return sum(self._to_code_dim(i, self.codebooks[i].lookup(index)) for i, index in enumerate(sub_indices))
 
     def _input_of(self, i: int, x: Tensor, codes: Tensor) -> Tensor:
-        """What codebook i quantizes: what `codes`, found before, leave of x (..., code_dim), or x's dimensions of its own.
+        """What codebook i quantizes of x (..., code_dim), for which the codebooks before it found `codes`.
 
         Of x = [1, 2, 3, 4], two residual codebooks get [1, 2, 3, 4] and x - codes, two of a product [1, 2] and [3, 4].
         """

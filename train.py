@@ -353,9 +353,8 @@ def finish(run: utils.Run, data: Dataset):
 
 def check_constants():
     """ValueError that names a constant, its value and what is allowed."""
-    modes = ("", "default", "reduce-overhead", "max-autotune")
-    for name, allowed in {"COMPILE": modes, "QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
-                          "STAGES": ((1,), (1, 2), (2,))}.items():
+    for name, allowed in {"QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
+                          "COMPILE": ("", "default", "reduce-overhead"), "STAGES": ((1,), (1, 2), (2,))}.items():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name in ("BATCH_SIZE", "ACCUMULATE", "GRID", "CODEBOOKS"):
         check(constants[name] >= 1, name, constants[name], "1 or more")
