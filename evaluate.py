@@ -2,6 +2,7 @@
 
     python evaluate.py                               those that ship, on CIFAR-10
     python evaluate.py <path> DATASET=my_images      another, on a folder
+    python evaluate.py METRICS=rfid,lpips            with the field's metrics, by torchmetrics
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
@@ -18,25 +19,31 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
 from data import Dataset, load_dataset, to_float
 from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder
 from quantizers import check
-from utils import load_checkpoint, one_line_errors, read_constants
+from utils import load_checkpoint, one_line_errors, read_constants, summarize
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # for the probes, at most
+IMAGE_SIZE = 0  # pixels a side; 0: the smallest that the checkpoints were trained on
+METRICS = ""  # "rfid", "lpips" or "rfid,lpips", in networks that are downloaded once
 BATCH_SIZE = 250
 
+# files of torchvision and torch-fidelity are loaded as tensors only: nothing in them is executed
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
-           "Fréchet": ("frechet", ".3f"), "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"),
-           "usage": ("usage", ".1%"), "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"),
-           "last layer": ("probe_last_layer", ".1%"), "z_q": ("probe_z_q", ".1%"),
-           "predicted": ("probe_predicted", ".1%")}
+           "Fréchet": ("frechet", ".3f"), "rFID": ("rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
+           "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"), "usage": ("usage", ".1%"),
+           "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"), "last layer": ("probe_last_layer", ".1%"),
+           "z_q": ("probe_z_q", ".1%"), "predicted": ("probe_predicted", ".1%")}
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
@@ -91,11 +98,27 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
 
 def main():
     models = {os.path.relpath(path): load_checkpoint(path) for path in read_arguments(globals())}
-    sizes = {model.config["image_size"] for model in models.values()}
-    check(len(sizes) == 1, "image sizes", sizes, "checkpoints of one IMAGE_SIZE")
+    sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
+    check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as the checkpoints have several: {sizes}")
+    metrics = load_metrics(METRICS)
     data = load_dataset(DATASET, sizes.pop())
-    rows = {path: measure(model, data) for path, model in models.items()}
+    rows = {path: measure(model, data, metrics) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
+
+
+def load_metrics(names: str) -> dict[str, Metric]:
+    """torchmetrics' "rfid" and "lpips" of comma-separated names. OSError where a network cannot be loaded."""
+    builders = {"rfid": lambda: FrechetInceptionDistance(2048, antialias=False),  # resizes as the original Inception
+                "lpips": lambda: LearnedPerceptualImagePatchSimilarity("vgg", normalize=True)}
+    metrics = {}
+    for name in names.split(",") if names else []:
+        check(name in builders, "METRICS", names, "rfid, lpips or rfid,lpips")
+        try:
+            metrics[name] = builders[name]().to(device)
+        except Exception as error:  # torchmetrics, torch.hub and a broken file raise many kinds
+            raise OSError(f"METRICS={names}: rfid needs torch-fidelity and downloads its Inception, lpips downloads "
+                          f"torchvision's VGG16; {name} does not load: {summarize(error)}") from None
+    return metrics
 
 
 def read_arguments(namespace: dict) -> list[Path]:
@@ -106,17 +129,20 @@ def read_arguments(namespace: dict) -> list[Path]:
 
 
 @torch.no_grad()
-def measure(model: VQRAE, data: Dataset) -> dict[str, float]:
-    """A model's figures, by their names in COLUMNS. Those that it cannot have are missing."""
+def measure(model: VQRAE, data: Dataset, metrics: dict[str, Metric] = {}) -> dict[str, float]:
+    """A model's figures, by their names in COLUMNS; metrics: those of load_metrics. What it cannot have is missing."""
     model = model.to(device)
     train, test = (tokenize(model, images) for images in (data.train_images[:TRAIN_IMAGES], data.test_images))
-    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, test.pop("indices"))
+    indices = test.pop("indices")
+    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, indices)
     if codes := model.quantizer.codebook_size:
-        figures["bits"] = model.config["grid"] ** 2 * math.log2(codes)
+        figures["bits"] = indices[0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
         figures["entropy"] = math.log2(figures["perplexity"])
     encoder = build_encoder("cifar", model.token_size).eval().to(device)
     figures["frechet"] = frechet_distance(*(pooled_features(encoder, x) for x in (data.test_images, output)))
+    for name, metric in metrics.items():
+        figures[name] = compare_images(metric, data.test_images, output)
     if data.train_labels is not None:
         labels = data.train_labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
         for name in test:
@@ -147,6 +173,20 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W) -> their mean features (N, C)."""
     batches = tqdm(images.split(BATCH_SIZE), "encoding", leave=False)
     return torch.cat([encoder(to_float(batch.to(device))).mean((2, 3)) for batch in batches])
+
+
+def compare_images(metric: Metric, images: Tensor, reconstructions: Tensor) -> float:
+    """torchmetrics' rFID or mean LPIPS of uint8 images (N, 3, H, W)."""
+    metric.reset()
+    pairs = [*zip(images.split(BATCH_SIZE), reconstructions.split(BATCH_SIZE))]
+    for pair in tqdm(pairs, "comparing", leave=False):
+        batch, output = (x.to(device) for x in pair)
+        if isinstance(metric, FrechetInceptionDistance):
+            metric.update(batch, real=True)
+            metric.update(output, real=False)
+        else:
+            metric.update(to_float(batch), to_float(output))
+    return metric.compute().item()
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:

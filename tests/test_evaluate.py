@@ -1,7 +1,9 @@
 """evaluate.py: figures against their formulas, on small models and images."""
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_a_table_has_dashes_and_no_empty_columns():
 
 
 def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, capsys):
-    for name in ("DATASET", "TRAIN_IMAGES", "BATCH_SIZE"):  # restored at the end
+    for name in ("DATASET", "TRAIN_IMAGES", "BATCH_SIZE", "IMAGE_SIZE"):  # restored at the end
         monkeypatch.setattr(module, name, getattr(module, name))
     best, = trained.glob("checkpoints/*/*stage2_best.pt")
     results = json.loads(next(trained.glob("outputs/*/results.json")).read_text())
@@ -138,8 +140,69 @@ def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, c
     assert (row["PSNR"], row["SSIM"]) == (f"{results['psnr']:.2f}", f"{results['ssim']:.4f}")
     assert row["usage"] == f"{results['usage']:.1%}" and (row["bits"], row["ratio"]) == ("384", "64.0")
     save_checkpoint("small.pt", small()), monkeypatch.setattr("sys.argv", [*arguments, "small.pt"])
-    with pytest.raises(ValueError, match="one IMAGE_SIZE"):
+    with pytest.raises(ValueError, match="IMAGE_SIZE = 0, allowed: not 0"):
         module.main()
+    monkeypatch.setattr("sys.argv", [*arguments, "small.pt", "IMAGE_SIZE=(16, 24)"])  # as train.py: at the largest
+    module.main()
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert "| 216 " in first and f"| {36 * math.log2(12):.0f} " in second  # bits of 6 x 6 tokens
+
+
+def test_rfid_and_lpips(torch_home, monkeypatch):
+    """Networks of random weights, in the files that torch-fidelity and torchvision load; of the same uint8 images."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        weights = fidelity.FeatureExtractorInceptionV3("inception", ["2048"]).state_dict()
+    for name, weight in weights.items():  # batch norms do nothing; convolutions keep the variance
+        scale = math.sqrt(2 / weight[0].numel()) * torch.randn(weight.shape) if weight.ndim > 1 else 1
+        weights[name] = torch.ones(weight.shape) * scale * (not name.endswith(("bias", "running_mean")))
+    torch.save(weights, torch_home / fidelity.URL_INCEPTION_V3.split("/")[-1])
+    monkeypatch.setattr(module, "BATCH_SIZE", 2)  # the last batch is of one image
+    monkeypatch.setattr("torchmetrics.image.fid._compute_fid", lambda mean, _, other, __: (mean - other).square().sum())
+    metrics, images = module.load_metrics("rfid,lpips"), noise(3)
+    others = images // 2 + 50
+    inception = fidelity.FeatureExtractorInceptionV3("inception", ["2048"])  # resizes as TensorFlow did
+    means = [inception(x)[0].mean(0) for x in (images, others)]
+    lpips = metrics["lpips"].net(images / 127.5 - 1, others / 127.5 - 1).mean().item()
+    expected = {"rfid": (means[0] - means[1]).square().sum().item(), "lpips": lpips}
+    for _ in range(2):  # a second checkpoint starts anew
+        found = {name: module.compare_images(metric, images, others) for name, metric in metrics.items()}
+        assert found == pytest.approx(expected, rel=1e-3) and min(found.values()) > 1e-3
+        images, others = others, images
+
+
+class Code:
+    """Executed by a careless torch.load."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("metrics, message", [("fid", "METRICS = 'fid'"), ("lpips", "offline"), ("rfid", "fidelity")])
+def test_a_metric_without_its_network_is_one_line_before_anything_is_measured(metrics, message, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    for name in ("METRICS", "DATASET"):  # restored at the end
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline), monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.setattr(module, "load_dataset", None)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", f"METRICS={metrics}"])
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        module.main()
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_in_a_downloaded_file_is_executed(torch_home):
+    for path in torch_home.iterdir():
+        torch.save(Code(), path)
+    with pytest.raises(OSError, match="lpips does not load"):
+        module.load_metrics("lpips")
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("call, message", [
