@@ -67,8 +67,7 @@ def trained(folder, tmp_path_factory):
 
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch):
-    """The folder of torch.hub's files, with nothing but a VGG16 of random weights, in the file that torchvision loads.
-    """
+    """The folder of torch.hub's downloads, with torchvision's VGG16 of random weights."""
     import torch
     from torchvision.models import VGG16_Weights, vgg16
 
@@ -77,8 +76,8 @@ def torch_home(tmp_path, monkeypatch):
     for name, weight in weights.items():  # LPIPS ignores the classifier: one number stands for its 124 million
         random = name.startswith("features")
         weights[name] = 0.05 * torch.randn(weight.shape) if random else torch.zeros(()).expand(weight.shape)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    path = tmp_path / "torch" / "hub" / "checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints"
     path.mkdir(parents=True)
     torch.save(weights, path / Path(VGG16_Weights.DEFAULT.url).name)
     return path

@@ -1,7 +1,6 @@
 """evaluate.py: figures against their formulas, on small models and images."""
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -98,15 +97,21 @@ def test_measured_figures(options, monkeypatch):
     model, (images, _) = small(*options, **vit).eval(), draw_shapes(50, 16)
     labels = torch.arange(50) % 2  # such as nothing tells: a probe that has seen them knows them, another guesses
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], ["a", "b"])
-    figures, (expected, _, output) = measure(model, data), evaluate(model, data.test_images)
+    figures = measure(model, data, *module.load_judges(16))
+    expected, _, output = evaluate(model, data.test_images)
     if codes := model.quantizer.codebook_size:
         expected |= {"bits": 16 * math.log2(codes), "ratio": 24 * 256 / (16 * math.log2(codes)),
                      "entropy": math.log2(expected["perplexity"])}
-    reference = build_encoder("cifar", 4).eval()  # of all models alike
-    expected["frechet"] = frechet_distance(*(reference(x / 255).mean((2, 3)) for x in (data.test_images, output)))
+    for name, encoder in (("cifar", "cifar"), ("lite0", "efficientnet_lite0")):
+        judge = build_encoder(encoder, 4, 0)  # of all models alike
+        real, found = (judge(x / 255) for x in (data.test_images, output))
+        expected[f"frechet_{name}"] = frechet_distance(real.mean((2, 3)), found.mean((2, 3)))
+        expected[f"distance_{name}"] = (real - found).square().mean().item()
     probes = {name: figures.pop(name) for name in list(figures) if "probe" in name}
-    assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet"] > 0.1
-    assert not any("probe" in name for name in measure(model, data._replace(train_labels=None, test_labels=None)))
+    assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet_lite0"] > 0.1
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # no package, no labels
+    found = measure(model, data._replace(train_labels=None, test_labels=None), *module.load_judges(16))
+    assert found.keys() == figures.keys() - {"frechet_lite0", "distance_lite0"}
 
     z = model.encoder(images / 255)
     z_q = model.quantize(z)[0]
@@ -162,47 +167,28 @@ def test_rfid_and_lpips(torch_home, monkeypatch):
     torch.save(weights, torch_home / fidelity.URL_INCEPTION_V3.split("/")[-1])
     monkeypatch.setattr(module, "BATCH_SIZE", 2)  # the last batch is of one image
     monkeypatch.setattr("torchmetrics.image.fid._compute_fid", lambda mean, _, other, __: (mean - other).square().sum())
-    metrics, images = module.load_metrics("rfid,lpips"), noise(3)
-    others = images // 2 + 50
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    model, images, (judges, lpips) = small().eval(), noise(3), module.load_judges(16, "rfid,lpips")
+    figures, output = measure(model, Dataset(images, None, images, None, []), judges, lpips), evaluate(model, images)[2]
     inception = fidelity.FeatureExtractorInceptionV3("inception", ["2048"])  # resizes as TensorFlow did
-    means = [inception(x)[0].mean(0) for x in (images, others)]
-    lpips = metrics["lpips"].net(images / 127.5 - 1, others / 127.5 - 1).mean().item()
-    expected = {"rfid": (means[0] - means[1]).square().sum().item(), "lpips": lpips}
-    for _ in range(2):  # a second checkpoint starts anew
-        found = {name: module.compare_images(metric, images, others) for name, metric in metrics.items()}
-        assert found == pytest.approx(expected, rel=1e-3) and min(found.values()) > 1e-3
-        images, others = others, images
-
-
-class Code:
-    """Executed by a careless torch.load."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
+    means = [inception(x)[0].mean(0) for x in (images, output)]
+    expected = {"frechet_rfid": (means[0] - means[1]).square().sum().item(),
+                "lpips": lpips(images / 127.5 - 1, output / 127.5 - 1).mean().item()}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert min(expected.values()) > 1e-3 and list(judges) == ["rfid"]
+    torch.save(Path(), next(torch_home.glob("vgg16*")))  # more than tensors
+    with pytest.raises(OSError, match="Weights only"):
+        module.load_judges(16, "lpips")
 
 
 @pytest.mark.parametrize("metrics, message", [("fid", "METRICS = 'fid'"), ("lpips", "offline"), ("rfid", "fidelity")])
-def test_a_metric_without_its_network_is_one_line_before_anything_is_measured(metrics, message, tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("offline")
-
-    for name in ("METRICS", "DATASET"):  # restored at the end
-        monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline), monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: open("offline"))
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    monkeypatch.setattr(module, "load_dataset", None)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", f"METRICS={metrics}"])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises((OSError, ValueError), match=message) as error:
-        module.main()
+        module.load_judges(16, metrics)
     assert "\n" not in str(error.value)
-
-
-def test_nothing_in_a_downloaded_file_is_executed(torch_home):
-    for path in torch_home.iterdir():
-        torch.save(Code(), path)
-    with pytest.raises(OSError, match="lpips does not load"):
-        module.load_metrics("lpips")
-    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("call, message", [
