@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from utils import digest, replace_file, summarize
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # Pillow has others: EPS is code to run
 
 
 class Dataset(NamedTuple):
@@ -45,7 +45,8 @@ class ImageFiles(torch.utils.data.Dataset):
     device = "cpu"
 
     def __init__(self, files: list[Path], size: int):
-        self.files, self.size = np.array([str(file) for file in files]), size  # each worker would copy a list
+        self.files = np.array([str(file) for file in files])  # each worker would copy a list
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -105,9 +106,14 @@ def load_cifar10(data_dir: str) -> list[CIFAR10]:
 def find_images(folder: Path) -> list[Path]:
     """All image files below a folder, sorted. Prints what is ignored: other files, folders that cannot be read."""
     files, errors = [], []
-    for root, _, names in os.walk(folder, followlinks=True, onerror=errors.append):
+    seen = {Path(folder).resolve(), *Path(folder).resolve().parents}  # links to them, or twice to one, are not followed
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        found = {Path(root, name).resolve(): name for name in sorted(folders)}
+        folders[:] = [name for path, name in found.items() if path not in seen]
+        seen.update(found)
         files += [Path(root, name) for name in names]
-    images = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    images = [file for file in files if file.suffix.lower() in suffixes]
     others = Counter(file.suffix for file in files) - Counter(file.suffix for file in images)
     for reason in (*errors, *(f"{count} files {kind or 'without extension'}" for kind, count in others.items())):
         print(f"ignored in {folder}: {reason}")
@@ -128,38 +134,38 @@ def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
 
 def load_folder(folder: str, image_size: int | tuple[int, ...], data_dir: str) -> Dataset:
     """Training images stay in their files for crops of several sizes, or where they would take more than DECODE_GB."""
-    size, content = image_size if isinstance(image_size, int) else max(image_size), []
-    classes = sorted(set(list_split(folder, "train")[1]))
-    for split in ("train", "test"):
-        files, names, _ = list_split(folder, split)
-        check(set(names) == set(classes), "DATASET", folder, "the same class folders in each split")
-        large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
-        content.append(ImageFiles(files, size) if large and split == "train" else decode(folder, split, size, data_dir))
-        content.append(None if classes == [""] else torch.tensor([classes.index(name) for name in names]))
-    return Dataset(*content, [] if classes == [""] else classes)
+    size = image_size if isinstance(image_size, int) else max(image_size)
+    files, names, _ = list_split(folder, "train")
+    test_names = list_split(folder, "test")[1]
+    classes = sorted(set(names))
+    check(set(test_names) == set(classes), "DATASET", folder, "the same class folders in each split")
+    large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
+    train_images = ImageFiles(files, size) if large else decode(folder, "train", size, data_dir)
+    test_images = decode(folder, "test", size, data_dir)
+    if classes == [""]:
+        return Dataset(train_images, None, test_images, None, [])
+    labels, test_labels = (torch.tensor([classes.index(name) for name in split]) for split in (names, test_names))
+    return Dataset(train_images, labels, test_images, test_labels, classes)
 
 
 def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
     """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
-    def try_image(file: Path) -> Tensor | str:
+    def decode_one(i: int):
         try:
-            return fit(read_image(file), size)
+            images[i] = fit(read_image(files[i]), size)
         except ValueError as error:
-            return str(error)
+            broken.append(str(error))
 
     files, _, state = list_split(folder, split)
+    broken = []
     path = Path(data_dir, f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         free = shutil.disk_usage(path.parent).free
         check(len(files) * 3 * size**2 < free, "free disk space", free, f"{len(files) * 3 * size**2} bytes")
         with replace_file(path) as temporary, ThreadPool() as pool:
-            images, broken = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size)), []
-            for i, image in enumerate(tqdm(pool.imap(try_image, files), "decoding", len(files), leave=False)):
-                if isinstance(image, str):
-                    broken.append(image)
-                else:
-                    images[i] = image
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size))
+            list(tqdm(pool.imap(decode_one, range(len(files))), "decoding", len(files), leave=False))
             check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -167,7 +173,7 @@ def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
 def read_image(path: str | Path) -> Tensor:
     """An image file -> (3, H, W), uint8, rotated as in its EXIF, on white where it is transparent."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")) as image:  # EPS is code to run
+        with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
             if image.has_transparency_data:
@@ -201,8 +207,8 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         source = DataLoader(images, batch_sampler=samples, num_workers=workers)
     for batch in source:
         batch = to_float(batch.to(device))
-        mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < 0.5 * flip
-        yield torch.where(mirrored, batch.flip(3), batch)
+        mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < 0.5  # drawn in any case, for the same figures
+        yield torch.where(mirrored, batch.flip(3), batch) if flip else batch
 
 
 # ----------------------------------------
@@ -241,11 +247,8 @@ def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
     scale = uniform(0.45, 0.75)
     u, v = rotate(uniform(0, 2 * pi), x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2))
-    u, v = u / scale, v / scale
-    distance = torch.empty(len(labels), size, size)  # to the outline, in radii; negative inside
-    for label, shape in enumerate(SHAPES):
-        of_kind = labels == label
-        distance[of_kind] = outline_distance(shape, u[of_kind], v[of_kind])
+    distances = outline_distances(u / scale, v / scale)
+    distance = torch.stack([distances[label][i] for i, label in enumerate(labels)])
     coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
     background = texture()
     dark = background.mean((1, 2, 3), keepdim=True) < 0.5
@@ -254,30 +257,21 @@ def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
 
 
-def outline_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of points to the outline of a shape of radius 1, exact near it (roughly for the ellipse)."""
-    radius, angle = (x**2 + y**2).sqrt(), torch.atan2(y, x)
+def outline_distances(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Signed distances of points to the outline of each of SHAPES, of radius 1: exact near it but for the ellipse."""
+    def norm(x: Tensor, y: Tensor) -> Tensor:
+        return (x**2 + y**2).sqrt()
 
     def box(width: float, height: float) -> Tensor:
         return torch.maximum(x.abs() - width, y.abs() - height)
 
-    if shape == "circle":
-        return radius - 1
-    if shape == "ring":
-        return (radius - 0.75).abs() - 0.25
-    if shape == "ellipse":
-        return (x**2 + (2.2 * y) ** 2).sqrt() - 1
-    if sides := {"triangle": 3, "square": 4, "hexagon": 6}.get(shape):
-        sector = 2 * pi / sides
-        return radius * (angle % sector - sector / 2).cos() - cos(sector / 2)
-    if shape == "star":  # the line from a tip (1, 0) to the next notch, mirrored into ten sectors
-        folded = pi / 5 - (angle % (pi / 2.5) - pi / 5).abs()
-        px, py = radius * folded.cos(), radius * folded.sin()
-        notch = 0.42 * cos(pi / 5), 0.42 * sin(pi / 5)
-        return ((px - 1) * notch[1] + py * (1 - notch[0])) / hypot(1 - notch[0], notch[1])
-    if shape == "cross":
-        return torch.minimum(box(1, 0.33), box(0.33, 1))
-    if shape == "crescent":
-        return torch.maximum(radius - 1, 0.8 - ((x - 0.5) ** 2 + y**2).sqrt())
-    lobes = torch.minimum(((x - 0.5) ** 2 + y**2).sqrt(), (x**2 + (y - 0.5) ** 2).sqrt()) - 0.5
-    return torch.minimum(box(0.5, 0.5), lobes)  # heart: a square with a half disc on two sides
+    radius, angle = norm(x, y), torch.atan2(y, x)
+    polygons = [radius * (angle % (2 * pi / sides) - pi / sides).cos() - cos(pi / sides) for sides in (3, 4, 6)]
+    folded = pi / 5 - (angle % (pi / 2.5) - pi / 5).abs()  # a star is ten lines, from a tip (1, 0) to the next notch
+    notch = 0.42 * cos(pi / 5), 0.42 * sin(pi / 5)
+    star = (radius * folded.cos() - 1) * notch[1] + radius * folded.sin() * (1 - notch[0])
+    lobes = torch.minimum(norm(x - 0.5, y), norm(x, y - 0.5)) - 0.5  # of a heart: two discs on a square
+    star = star / hypot(1 - notch[0], notch[1])
+    return [radius - 1, (radius - 0.75).abs() - 0.25, norm(x, 2.2 * y) - 1, *polygons, star,
+            torch.minimum(box(1, 0.33), box(0.33, 1)), torch.maximum(radius - 1, 0.8 - norm(x - 0.5, y)),
+            torch.minimum(box(0.5, 0.5), lobes)]

@@ -96,6 +96,19 @@ def test_a_folder_that_is_no_dataset(files, message, tmp_path):
             load(name, size)
 
 
+def test_folders_are_read_once_and_files_of_all_suffixes(tmp_path, capsys):
+    """Links to the same folder, in circles, or to a folder above end; JPEG's rare suffixes and upper case are read."""
+    path = Path(write_images(tmp_path / "pets", dict.fromkeys(("train/ant/a", "train/cat/b", "test/ant/c"), RED)))
+    for link, target in (("train/ant/up", "train"), ("train/ant/top", ""), ("train/ant/c", "train/cat"),
+                         ("train/cat/a", "train/ant"), ("train/cat/self", "train/cat")):
+        (path / link).symlink_to(path / target)
+    for name in ("c.jfif", "d.JPE", "e.PNG", "f.gif"):
+        Image.new("RGB", (8, 8)).save(path / "train/cat" / name)
+    found = [str(file.relative_to(path / "train")) for file in module.find_images(path / "train")]
+    assert found == ["ant/a.png", "cat/b.png", "cat/c.jfif", "cat/d.JPE", "cat/e.PNG"]
+    assert capsys.readouterr().out.endswith(": 1 files .gif\n")
+
+
 def test_what_cannot_be_used_is_said(tmp_path, capsys, monkeypatch):
     """Other files and folders that cannot be read are left out, broken images are listed and refused."""
     path, scan = write_images(tmp_path / "photos", dict.fromkeys(("train/x/a", "train/cut", "val/b"), RED)), os.scandir
