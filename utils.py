@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -25,11 +26,15 @@ from quantizers import check
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
     """Replace constants in `namespace` by NAME=value arguments, and return all; --help prints them.
 
-    ValueError for an unknown name, a negative number, or another type than in the file.
+    A fraction, 1/15, is a number, too. ValueError for an unknown name, a negative number, or another type.
     """
     constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple))}
     if "--help" in arguments:
-        print(namespace["__doc__"], *(f"{name} = {value!r}" for name, value in constants.items()), sep="\n")
+        print(namespace["__doc__"])
+        source = Path(namespace["__file__"]).read_text()
+        for heading, name, comment in re.findall(r"^(# .*\n)?([A-Z_]+) = .*?(  # .*)?$", source, re.MULTILINE):
+            if name in constants:
+                print(f"{heading}{name} = {constants[name]!r}{comment}")
         sys.exit()
     for argument in arguments:
         name, sign, value = argument.partition("=")
@@ -38,7 +43,8 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
         if not isinstance(constants[name], str):
             several = isinstance(constants[name], tuple)
             old = constants[name][0] if several else constants[name]
-            with contextlib.suppress(SyntaxError, ValueError):
+            with contextlib.suppress(SyntaxError, ValueError, ZeroDivisionError):
+                value = re.sub(r"([\d.]+) */ *([\d.]+)", lambda pair: str(float(pair[1]) / float(pair[2])), value)
                 value = ast.literal_eval(value)
             numbers = value if isinstance(value, tuple) and (several or name == "IMAGE_SIZE") else [value]
             kinds = (float, int) if isinstance(old, float) else (type(old),)
@@ -136,9 +142,11 @@ class Run:
     """A run's folders, outputs/<name>/ and checkpoints/<name>/, locked for one process, and progress."""
 
     def __init__(self, name: str, first_process: bool = True):
-        self.name, self.outputs, self.checkpoints = name, Path("outputs", name), Path("checkpoints", name)
+        self.name = name
+        self.outputs, self.checkpoints = Path("outputs", name), Path("checkpoints", name)
         self.finished = (self.outputs / "results.json").exists()
-        self.last, self.lock = self.checkpoints / "last.pt", FileLock(self.checkpoints / "lock")
+        self.last = self.checkpoints / "last.pt"
+        self.lock = FileLock(self.checkpoints / "lock")
         if first_process and not self.finished:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
@@ -169,7 +177,8 @@ class Run:
         self.history.append(row)
         with replace_file(self.outputs / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
-            writer.writeheader(), writer.writerows(self.history)
+            writer.writeheader()
+            writer.writerows(self.history)
         progress = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
         save_torch(self.last, progress | {name: module.state_dict() for name, module in state.items()})
 

@@ -14,27 +14,31 @@ import models
 import utils
 from data import load_image
 
-CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "path": 1, "LAST": None}
+CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "RATES": (1.0,), "path": 1,
+             "LAST": None}
 
 
 @pytest.mark.parametrize("argument, expected", [
     ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("NAME='fsq'", "'fsq'"), ("SIZE=64", 64), ("SIZE=0", 0), ("RATE=2", 2),
-    ("RATE=1e-4", 1e-4), ("EPOCHS=(2,)", (2,)), ("EPOCHS=5", 5)])
+    ("RATE=1e-4", 1e-4), ("RATE=1/15", 1 / 15), ("RATE=3 / 0.5", 6.0), ("RATES=(1/3, 2)", (1 / 3, 2)),
+    ("EPOCHS=(2,)", (2,)), ("EPOCHS=5", 5)])
 def test_a_constant_is_replaced(argument, expected, capsys):
     namespace, name = dict(CONSTANTS), argument.partition("=")[0]
     constants = utils.read_constants(namespace, [argument])
     assert constants[name] == expected and type(constants[name]) is type(expected)
-    assert namespace == CONSTANTS | {name: expected} and list(constants) == ["NAME", "SIZE", "RATE", "EPOCHS"]
+    assert namespace == CONSTANTS | {name: expected} and list(constants) == ["NAME", "SIZE", "RATE", "EPOCHS", "RATES"]
     with pytest.raises(SystemExit, match="^$"):
-        utils.read_constants(dict(CONSTANTS), ["--help"])
-    assert capsys.readouterr().out == "Doc.\nNAME = 'fsq'\nSIZE = 32\nRATE = 0.001\nEPOCHS = (3, 1)\n"
+        Path("a.py").write_text("# one\nNAME = 2  # words\nX = 1\n# two\nRATE = f(3)\n# no heading\n\n")
+        utils.read_constants(CONSTANTS | {"__file__": "a.py"}, ["--help"])
+    assert capsys.readouterr().out == "Doc.\n# one\nNAME = 'fsq'  # words\n# two\nRATE = 0.001\n"
 
 
 @pytest.mark.parametrize("argument, message", [
     ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value with a NAME such as SIZE$"), ("size=64", "such as SIZE$"),
     ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("LAST=2", "NAME=value"), ("SIZE=-1", "SIZE = -1, allowed: int"),
     ("SIZE=3.5", "int"), ("SIZE=(16, 32)", "int"), ("SIZE='64'", "int"), ("SIZE=large", "int"), ("SIZE=True", "int"),
-    ("RATE=1e999", "float"), ("EPOCHS=(2, -1)", "int"), ("EPOCHS=()", "int")])
+    ("RATE=1e999", "float"), ("RATE=1/0", "float"), ("RATE=-1/2", "float"), ("SIZE=64/2", "int"),
+    ("EPOCHS=(2, -1)", "int"), ("EPOCHS=()", "int")])
 def test_a_constant_that_cannot_be(argument, message):
     namespace = dict(CONSTANTS)
     with refused(message):
