@@ -294,8 +294,8 @@ class VQRAE(nn.Module):
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
         # for in_strips, the receptive field's radius in tokens: 8 of the shipped encoder, 2 of a residual block, less
         # than 3 of the decoder's finer layers; of a ViT, None
-        self.encoder_reach = None if vit else 8 + 3 * 2
-        self.decoder_reach = None if vit else 3 + 2 * depth + post_quant_kernel // 2
+        self.encoder_radius = None if vit else 8 + 3 * 2
+        self.decoder_radius = None if vit else 3 + 2 * depth + post_quant_kernel // 2
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,7 +329,7 @@ class VQRAE(nn.Module):
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; without a ViT, large images in strips."""
-        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_reach)
+        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
@@ -340,7 +340,7 @@ class VQRAE(nn.Module):
         """
         height, width = self._image_size(indices, size)
         images = in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
-                           self.token_size, self.decoder_reach)
+                           self.token_size, self.decoder_radius)
         return images[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
@@ -352,16 +352,19 @@ class VQRAE(nn.Module):
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
-    def compute_distillation_loss(self, z: Tensor, z_q: Tensor, teacher_z: Tensor, target: Tensor) -> tuple:
-        """How well the frozen encoder's features (B, C, h, w) are kept: two mean squared errors.
+    def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
+        """Mean squared error of features z (B, C, h, w) to a frozen copy of the encoder's; 0 in stage 1."""
+        return F.mse_loss(z, teacher_z.detach())
 
-        The paper compares quantized and detached continuous features. Here z_q, of few dimensions, need not equal them:
-        target, of the last layer, is predicted from it. Returns distill_loss, of z, 0 in stage 1; and predict_loss,
-        of the prediction, plus ten times that of its mean, which tells most of the class.
+    def compute_prediction_loss(self, z_q: Tensor, target: Tensor) -> Tensor:
+        """Error of features predicted from z_q (B, C, h, w) to the frozen encoder's last ones, target (B, C, h, w).
+
+        The paper compares z_q itself; of few dimensions, it need not equal them here. The mean squared error, plus ten
+        times that of the means over the grid, which tell most of the class.
         """
         predicted = self.predict_features(z_q).float()
         mean_loss = F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3)))
-        return F.mse_loss(z, teacher_z), F.mse_loss(predicted, target) + 10 * mean_loss
+        return F.mse_loss(predicted, target) + 10 * mean_loss
 
     @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
@@ -400,21 +403,21 @@ class VQRAE(nn.Module):
         return height, width
 
 
-def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, reach: int | None,
+def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,
               strip_tokens: int = 3 * 2**16) -> Tensor:
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
-    A row of tokens is rows_in rows of x and rows_out of the result. Each strip has `reach` more rows of tokens above
-    and below, the receptive field's radius, so that results equal function(x). reach None: no strips.
+    A row of tokens is rows_in rows of x and rows_out of the result. radius: the receptive field's, in tokens; strips
+    have so many more rows above and below, so that results equal function(x). None: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
-    if reach is None or h <= 5 * reach or h * w * len(x) <= strip_tokens:
+    if radius is None or h <= 5 * radius or h * w * len(x) <= strip_tokens:
         return function(x)
-    rows = max(strip_tokens // (w * len(x)), 4 * reach) // 2 * 2
+    rows = max(strip_tokens // (w * len(x)), 4 * radius) // 2 * 2
     strips = []
     for top in tqdm(range(0, h, rows), "strips", leave=False):
-        start = max(0, (top - reach) // 2 * 2)  # even, as the encoder's deepest grid is half as fine
-        strip = function(x[..., start * rows_in : (top + rows + reach) * rows_in, :])
+        start = max(0, (top - radius) // 2 * 2)  # even, as the encoder's deepest grid is half as fine
+        strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
     return torch.cat(strips, -2)
 

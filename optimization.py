@@ -1,7 +1,9 @@
-"""Muon, the schedule of learning rates, and which arithmetic is fast."""
+"""Muon, the schedule of learning rates, which arithmetic is fast, and what processes do together."""
+import contextlib
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -18,6 +20,25 @@ def prepare_cpu():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_flush_denormal(True)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
+    several = dist.is_initialized()
+    if several and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if several and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def average(tensors: list[Tensor]):
+    """Replace each tensor by its mean over all processes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], step: int, steps: int):

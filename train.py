@@ -1,14 +1,13 @@
 """Train a VQRAE (2511.23386): images to discrete tokens in a pretrained encoder's feature space, and back.
 
     python train.py                                    with the constants below
-    python train.py QUANTIZER=simvq BATCH_SIZE=64      with some of them replaced
+    python train.py QUANTIZER=simvq EPOCHS=6           with some of them replaced; a pair may be one number for both
     torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE is their total
 
               stage 1                                          stage 2
     learns    all but a pretrained encoder                     all, the encoder too
     losses    L2, perceptual, quantizer, feature prediction;   L2, perceptual, quantizer, feature prediction,
               with GAN_WEIGHT a GAN in the second half         self-distillation
-    rates     LEARNING_RATE[0]                                 LEARNING_RATE[1]
 
 Grids and curves go to outputs/<run>/, the best and the last two checkpoints of a stage to checkpoints/<run>/. The same
 command resumes a run from its last completed epoch. Another constant or dataset makes another run.
@@ -34,8 +33,11 @@ import utils
 from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
 from evaluate import evaluate
 from models import VQRAE, PatchDiscriminator, build_encoder
-from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
+from optimization import adamw_and_muon, average, fast_bf16, first_process_first, prepare_cpu, take_step
 from quantizers import QUANTIZERS, check
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = device == "cuda"
 
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
@@ -71,13 +73,11 @@ DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, compared with the froze
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
-START_CHECKPOINT = ""  # start from its weights, and its quantizer unless QUANTIZER= is an argument
+START_CHECKPOINT = ""  # continue with its model: the constants from ENCODER to DECODER_HEADS are not used
 ACCUMULATE = 1  # micro-batches a step, to save memory. EMA-VQ's codebook moves with each
 OPTIMIZER = "muon"  # for the matrices of blocks, AdamW for all else; or "adamw" throughout, as in the papers
 SEED = 0
 # on a GPU and on a CPU
-device = "cuda" if torch.cuda.is_available() else "cpu"
-gpu = device == "cuda"
 EPOCHS = (30, 10) if gpu else (8, 2)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
@@ -103,8 +103,9 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = predict_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher is not None:
-        distill_loss, predict_loss = model.compute_distillation_loss(z, z_q, teacher_z, target)
-    perceptual_weight = of_stage(PERCEPTUAL_WEIGHT, model.stage)
+        distill_loss = model.compute_distillation_loss(z, teacher_z)
+        predict_loss = model.compute_prediction_loss(z_q, target)
+    perceptual_weight = stage_value(PERCEPTUAL_WEIGHT, model.stage)
     if perceptual_weight and lpips is not None:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and teacher is not None:  # on half of the images, to save time
@@ -149,8 +150,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
     state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
     first_epoch = run.resume(state, stage)
-    epochs, steps_per_epoch = of_stage(EPOCHS, stage), (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    steps, forward_and_backward = epochs * steps_per_epoch, compiled(add_gradients) if COMPILE else add_gradients
+    epochs = stage_value(EPOCHS, stage)
+    steps_per_epoch = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
+    steps = epochs * steps_per_epoch
+    forward_and_backward = compiled(add_gradients) if COMPILE else add_gradients
 
     for epoch in range(first_epoch, epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
@@ -171,9 +174,11 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                 gan_optimizer.step()
                 gan_optimizer.zero_grad()
 
-        seconds, means = time.time() - start, torch.stack(log).mean(0)
+        seconds = time.time() - start
+        means = torch.stack(log).mean(0)
         average([means])
-        losses, good = dict(zip(losses, means.tolist())), all(w.isfinite().all() for w in model.state_dict().values())
+        losses = dict(zip(losses, means.tolist()))
+        good = all(w.isfinite().all() for w in model.state_dict().values())
         check(good and math.isfinite(losses["loss"]), f"loss of stage {stage}, epoch {epoch}", losses["loss"],
               "a finite number, and finite weights; a lower LEARNING_RATE may help")
         if rank == 0:
@@ -184,6 +189,10 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             save_epoch(run, row, model, state, torch.cat([tested[:8], reconstructions[:8]]))
             print(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
                   f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
+            if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long as one of stage 1
+                minutes = (time.time() - start) / 60
+                minutes *= sum(stage_value(EPOCHS, other) * (1.4 if other > stage else 1) for other in STAGES)
+                print(f"the whole run takes about {minutes:.1f} minutes", flush=True)
 
 
 # ----------------------------------------
@@ -194,13 +203,6 @@ def compiled(function: Callable) -> Callable:
     torch._dynamo.config.trace_autograd_ops = True  # the backward pass is in it
     torch._dynamo.config.recompile_limit = 4 * len(sizes())  # stages, with and without GAN
     return torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
-
-
-def average(tensors: list[Tensor]):
-    """Replace each tensor by its mean over all processes."""
-    for tensor in tensors if ranks > 1 else ():
-        dist.all_reduce(tensor)
-        tensor /= ranks
 
 
 def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
@@ -217,37 +219,34 @@ def sizes() -> list[int]:
     return [IMAGE_SIZE] if isinstance(IMAGE_SIZE, int) else sorted(IMAGE_SIZE)
 
 
-def of_stage(value: object, stage: int) -> object:
-    """Of a pair, the value for this stage; a single value is for both."""
+def stage_value(value: object, stage: int) -> object:
+    """A constant in this stage: stage_value((30, 10), 2) is 10. A single number is for both stages."""
     return value[stage - 1] if isinstance(value, (tuple, list)) else value
 
 
 def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
     blocks = ("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
-    return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), of_stage(LEARNING_RATE, stage))
+    return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
 
 def build_model(meta: bool = False) -> VQRAE:
-    """The constants' model, with the weights of START_CHECKPOINT. meta: without weights."""
-    several = {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH} if CODEBOOKS > 1 else {}
-    codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM, "decay": EMA_DECAY, "commitment_cost": COMMITMENT}
-    options = {"fsq": {"levels": FSQ_LEVELS}, "ema_vq": codebook, "simvq": {**codebook, "transform": SIMVQ_TRANSFORM},
-               "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT}, "none": {}}.get(QUANTIZER, {}) | several
-    with torch.device("meta" if meta else "cpu"):
-        model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
-                      DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=not (meta or START_CHECKPOINT))
-    if START_CHECKPOINT and not meta:
-        start = utils.load_checkpoint(START_CHECKPOINT)
-        differ = {name: value for name, value in start.config.items() if value != model.config[name]
-                  and name not in ("quantizer", "quantizer_options", "image_size", "grid")}
-        check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
-        check(not differ and start.token_size == model.token_size, "START_CHECKPOINT", START_CHECKPOINT,
-              f"one made with these constants; it has {differ or start.token_size}")
-        if not new_quantizer:
-            model.quantizer = start.quantizer
-            model.config |= {name: start.config[name] for name in ("quantizer", "quantizer_options")}
-        start.quantizer = model.quantizer
-        model.load_state_dict(start.state_dict())
+    """The model of START_CHECKPOINT, else that of the constants. meta: on the meta device, without weights."""
+    if START_CHECKPOINT:
+        model = utils.load_checkpoint(START_CHECKPOINT)
+        check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
+    else:
+        codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM, "decay": EMA_DECAY,
+                    "commitment_cost": COMMITMENT}
+        options = {"fsq": {"levels": FSQ_LEVELS}, "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
+                   "ema_vq": codebook, "simvq": {**codebook, "transform": SIMVQ_TRANSFORM}}.get(QUANTIZER, {})
+        if CODEBOOKS > 1:
+            options |= {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH}
+        with torch.device("meta" if meta else "cpu"):
+            model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL,
+                          POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=not meta)
+    check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
+          f"16 or more, a multiple of a token's {model.token_size} pixels")
+    model.config |= {"image_size": sizes()[0], "grid": sizes()[0] // model.token_size}
     return model
 
 
@@ -255,44 +254,26 @@ def build_model(meta: bool = False) -> VQRAE:
 # Set-up and files
 
 def main():
-    global constants, new_quantizer, QUANTIZER
+    global constants
     constants = utils.read_constants(globals(), sys.argv[1:])
-    new_quantizer = not START_CHECKPOINT or any(argument.startswith("QUANTIZER=") for argument in sys.argv)
-    for argument in sys.argv[1:]:
-        ignored = not new_quantizer and argument.startswith(
-            ("CODE", "SIMVQ_", "EMA_", "COMM", "FSQ_", "DDCL_", "COMBINE", "RANDOM_"))
-        check(not ignored, "argument", argument, "with START_CHECKPOINT only if QUANTIZER= is given")
     check_constants()
     start_process()
-    if not new_quantizer:
-        QUANTIZER = constants["QUANTIZER"] = utils.load_checkpoint(START_CHECKPOINT).config["quantizer"]
-    build_model(meta=True)  # fails before anything is downloaded
-    if rank > 0:
-        dist.barrier()  # the first process downloads and decodes
-    dataset, files = find_dataset(DATASET)
-    constants["DATASET"] = Path(dataset).resolve().name
-    key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
-    name = f"{constants['DATASET']}_{Path(ENCODER).name}_{QUANTIZER}_{key}"
-    run = utils.Run(name, rank == 0)
-    if run.finished:
-        if rank == 0 and ranks > 1:
-            dist.barrier()
-        print(f"this run is finished: see {run.outputs}/. For another change a constant, or SEED if code changed")
-        return
-    data = load_dataset(dataset, IMAGE_SIZE)
-    most = EPOCH_IMAGES or len(data.train_images)
-    check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} images of an epoch")
-    utils.seed_everything(SEED)
-    model, teacher, lpips = build_model().to(device), None, None
-    if not model.from_scratch:
-        teacher = build_encoder(ENCODER, model.token_size, ENCODER_LAYERS).to(device).eval().requires_grad_(False)
-        for layer in teacher.modules() if bf16 else ():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.bfloat16()  # once, not by autocast in each step
-    if PERCEPTUAL == "lpips":
-        lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
-    if rank == 0 and ranks > 1:
-        dist.barrier()
+    config = build_model(meta=True).config  # fails before anything is downloaded
+    with first_process_first():  # it downloads and decodes, then the others find its files
+        dataset, files = find_dataset(DATASET)
+        constants["DATASET"] = Path(dataset).resolve().name
+        key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
+        name = f"{constants['DATASET']}_{Path(config['encoder']).name}_{config['quantizer']}_{key}"
+        run = utils.Run(name, rank == 0)
+        if run.finished:
+            print(f"this run is finished: see {run.outputs}/. For another change a constant, or SEED if code changed")
+            return
+        data = load_dataset(dataset, IMAGE_SIZE)
+        most = EPOCH_IMAGES or len(data.train_images)
+        check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} images of an epoch")
+        utils.seed_everything(SEED)
+        model = build_model().to(device)
+        teacher, lpips = build_loss_networks(model)
     if isinstance(data.train_images, Tensor) and data.train_images.nbytes < 8e9:
         data = data._replace(train_images=data.train_images.to(device))  # for fast batches
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
@@ -305,7 +286,7 @@ def main():
         if stage >= run.stage:
             train_stage(stage, model, teacher, lpips, data, run)
     if rank == 0:
-        finish(run, data)
+        finish(run, model, data)
 
 
 def start_process():
@@ -320,12 +301,27 @@ def start_process():
         sys.stdout = open(os.devnull, "w")
 
 
+def build_loss_networks(model: VQRAE) -> tuple[nn.Module | None, nn.Module | None]:
+    """The frozen encoder, unless it learns from scratch, and LPIPS if PERCEPTUAL says so."""
+    teacher = lpips = None
+    if not model.from_scratch:
+        teacher = build_encoder(model.config["encoder"], model.token_size, model.config["encoder_layers"])
+        teacher = teacher.to(device).eval().requires_grad_(False)
+        if bf16:
+            for layer in teacher.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.bfloat16()  # once, not by autocast in each step
+    if PERCEPTUAL == "lpips":
+        lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
+    return teacher, lpips
+
+
 def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, grid: Tensor):
     """Write an epoch's grid (two rows of originals, two of reconstructions), curves and checkpoints."""
     stage, epoch = row["stage"], row["epoch"]
     utils.save_grid(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", grid, columns=4)
     utils.plot_curves(run.outputs / "curves.png", [*run.history, row], run.name)
-    path = f"{run.checkpoints}/{QUANTIZER}_stage{stage}"
+    path = f"{run.checkpoints}/{model.config['quantizer']}_stage{stage}"
     metadata = {"run": run.name, "metrics": row, "constants": constants}
     if row["psnr"] >= max((earlier["psnr"] for earlier in run.history if earlier["stage"] == stage), default=0):
         utils.save_checkpoint(f"{path}_best.pt", model, **metadata)
@@ -334,9 +330,9 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, grid: Tenso
     Path(f"{path}_epoch_{epoch - 2}.pt").unlink(missing_ok=True)
 
 
-def finish(run: utils.Run, data: Dataset):
+def finish(run: utils.Run, model: VQRAE, data: Dataset):
     """Measure the last stage's best epoch on all test images; results.json ends a run."""
-    path = run.checkpoints / f"{QUANTIZER}_stage{STAGES[-1]}_best.pt"
+    path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "a checkpoint of this run")
     best = utils.load_checkpoint(path).to(device)
     metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
@@ -362,14 +358,18 @@ def check_constants():
         valid = not isinstance(constants[name], tuple) or len(constants[name]) == 2
         check(valid, name, constants[name], "a number, or a pair for both stages")
     check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
-    check(all(of_stage(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
-    check(all(size >= 16 and size * GRID % sizes()[0] == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
-          f"16 or more, a multiple of a token's pixels, with GRID = {GRID}")
+    check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     valid = BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE)
     check(valid, "BATCH_SIZE", BATCH_SIZE,
           f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES = {EPOCH_IMAGES}")
     check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
           'a file, or "" with 1 in STAGES')
+    if START_CHECKPOINT:
+        names = [*constants]
+        for name in names[names.index("ENCODER") : names.index("DECODER_HEADS") + 1]:
+            value = constants.pop(name)
+            given = any(argument.startswith(f"{name}=") for argument in sys.argv)
+            check(not given, name, value, "no argument with START_CHECKPOINT, whose model is used")
 
 
 if __name__ == "__main__":

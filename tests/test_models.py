@@ -270,7 +270,7 @@ def test_config_builds_the_model_again(encoder):
     again.load_state_dict(model.state_dict())
     images = torch.rand(1, 3, 32, 32)
     assert again.config == model.config and torch.equal(again(images)[0], model(images)[0])
-    assert model.config["decoder_width"] == (192 if model.encoder_reach else 32)
+    assert model.config["decoder_width"] == (192 if model.encoder_radius else 32)
 
 
 def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
@@ -290,7 +290,8 @@ def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
 def test_distillation_loss():
     model, (teacher_z, target) = build(), torch.randn(2, 2, 256, 4, 4)
     z, z_q = torch.randn(2, 2, 256, 4, 4).requires_grad_()
-    distill, predict = model.compute_distillation_loss(z, z_q, teacher_z, target)
+    distill = model.compute_distillation_loss(z, teacher_z)
+    predict = model.compute_prediction_loss(z_q, target)
     error = model.predictor(z_q) - target
     assert torch.allclose(distill, (z - teacher_z).square().mean())
     assert torch.allclose(predict, error.square().mean() + 10 * error.mean((2, 3)).square().mean())
@@ -298,7 +299,7 @@ def test_distillation_loss():
     assert torch.allclose(gradients[0][0], 2 * (z - teacher_z) / z.numel()) and gradients[0][1] is None
     assert gradients[1][0] is None and (gradients[1][1].abs().amax(1) > 0).all()
     with pytest.raises(ValueError, match="encoder = 'cnn'"):  # from scratch, without features to predict
-        build("cnn").compute_distillation_loss(z, z_q, teacher_z, target)
+        build("cnn").compute_prediction_loss(z_q, target)
 
 
 def test_codebook_usage_by_hand():
@@ -392,11 +393,11 @@ def test_large_images_in_strips_equal_the_whole(encoder, monkeypatch):
     assert all((calls.count(part) > 1) == (encoder in ("cifar", "cnn")) for part in ("encoder", "decoder"))
 
 
-def test_a_token_sees_no_further_than_its_reach():
+def test_a_token_sees_no_further_than_its_radius():
     model = build(decoder_depth=2, post_quant_kernel=3)
     for function, x, reach, rows in (
-            (lambda x: model.adapter(model.encoder(x)), torch.rand(1, 3, 240, 16), model.encoder_reach, 4),
-            (model.decode, torch.randn(1, 256, 60, 4), model.decoder_reach, 1)):
+            (lambda x: model.adapter(model.encoder(x)), torch.rand(1, 3, 240, 16), model.encoder_radius, 4),
+            (model.decode, torch.randn(1, 256, 60, 4), model.decoder_radius, 1)):
         x.requires_grad_()
         token = slice(30, 31) if rows == 4 else slice(120, 124)
         gradient, = torch.autograd.grad(function(x)[:, :, token].sum(), x)

@@ -221,6 +221,12 @@ def test_both_processes_of_a_finished_run_end(trained, folder, tmp_path):
     assert [exit_code(p) for p in [start(tmp_path, arguments, environment=e) for e in environments(2)]] == [0, 0]
 
 
+def test_both_processes_end_where_the_first_finds_a_mistake(folder, tmp_path):
+    arguments = [f"DATASET={folder}", *TINY, "BATCH_SIZE=100", "EPOCH_IMAGES=0"]
+    assert [exit_code(p) for p in [start(tmp_path, arguments, environment=e) for e in environments(2)]] == [1, 1]
+    assert "train.py: BATCH_SIZE = 100, allowed: at most the 90 images" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.slow
 def test_torchrun(folder):
     command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py", f"DATASET={folder}"]
