@@ -43,8 +43,8 @@ gpu = device == "cuda"
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
 IMAGE_SIZE = 32  # pixels a side of resized images; a tuple, (32,) or (32, 64): of random crops, one size a step
 # encoder
-ENCODER = "cifar"  # ships with the repository; "dinov2_s" and other ViTs are downloaded; "cnn" learns from scratch
-ENCODER_LAYERS = 0  # of a ViT: how many of its last layers are summed; 0: all
+ENCODER = "cifar"  # ships with the repository; "dinov3_s" and others are downloaded; "cnn" learns from scratch
+ENCODER_LAYERS = 0  # of a ViT: how many of its last layers are summed; of others: last strides side by side; 0: all
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4 pixels
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" bounds their PSNR
