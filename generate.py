@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import utils
 from data import DECODE_GB, Dataset, find_dataset, load_dataset, to_float
-from evaluate import frechet_distance, linear_probe, pooled_features
+from evaluate import frechet_distance, linear_probe, load_judges, pooled_features
 from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, build_encoder, transformer
 from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
 from quantizers import Quantizer, check, join_indices, split_indices
@@ -309,7 +309,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run):
     """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. These are
-    in features of the shipped encoder, which learned CIFAR-10's labels."""
+    in features of the shipped encoder, which learned CIFAR-10's labels. "lite0": of EfficientNet-Lite0."""
     labels, test = data.test_labels, tokens["test"]
     results = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
@@ -319,11 +319,16 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset
     samples, encoder = sample(prior, vqrae, classes), build_encoder("cifar", vqrae.token_size).eval().to(device)
     real, tested, drawn = (pooled_features(encoder, x) for x in (data.train_images, data.test_images, samples))
     results["frechet"], results["frechet_of_training"] = (frechet_distance(tested, x) for x in (drawn, real[:SAMPLES]))
+    for name, judge in load_judges(data.test_images.shape[-1])[0].items():
+        images = {"": samples, "_of_training": data.train_images[:SAMPLES]}
+        expected = pooled_features(judge, data.test_images)
+        for of, x in images.items():
+            results[f"frechet_{name}{of}"] = frechet_distance(expected, pooled_features(judge, x))
     for name, x, y in (("probe_test", tested, labels), ("probe_samples", drawn, classes)) if prior.classes else ():
         results[name] = linear_probe(real, data.train_labels.to(device), x, y.to(device))
     with utils.replace_file(run.outputs / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2))
-    print(*(f"{name:20} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
+    print(*(f"{name:25} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
 
 
 if __name__ == "__main__":

@@ -63,3 +63,21 @@ def trained(folder, tmp_path_factory):
     done = run_script(path, "train.py", f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)")
     assert done.returncode == 0, done.stderr
     return path
+
+
+@pytest.fixture
+def torch_home(tmp_path, monkeypatch):
+    """The folder of torch.hub's downloads, with torchvision's VGG16 of random weights."""
+    import torch
+    from torchvision.models import VGG16_Weights, vgg16
+
+    with torch.device("meta"):
+        weights = vgg16().state_dict()
+    for name, weight in weights.items():  # LPIPS ignores the classifier: one number stands for its 124 million
+        random = name.startswith("features")
+        weights[name] = 0.05 * torch.randn(weight.shape) if random else torch.zeros(()).expand(weight.shape)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints"
+    path.mkdir(parents=True)
+    torch.save(weights, path / Path(VGG16_Weights.DEFAULT.url).name)
+    return path

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,15 +97,21 @@ def test_measured_figures(options, monkeypatch):
     model, (images, _) = small(*options, **vit).eval(), draw_shapes(50, 16)
     labels = torch.arange(50) % 2  # such as nothing tells: a probe that has seen them knows them, another guesses
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], ["a", "b"])
-    figures, (expected, _, output) = measure(model, data), evaluate(model, data.test_images)
+    figures = measure(model, data, *module.load_judges(16))
+    expected, _, output = evaluate(model, data.test_images)
     if codes := model.quantizer.codebook_size:
         expected |= {"bits": 16 * math.log2(codes), "ratio": 24 * 256 / (16 * math.log2(codes)),
                      "entropy": math.log2(expected["perplexity"])}
-    reference = build_encoder("cifar", 4).eval()  # of all models alike
-    expected["frechet"] = frechet_distance(*(reference(x / 255).mean((2, 3)) for x in (data.test_images, output)))
+    for name, encoder in (("cifar", "cifar"), ("lite0", "efficientnet_lite0")):
+        judge = build_encoder(encoder, 4, 0)  # of all models alike
+        real, found = (judge(x / 255) for x in (data.test_images, output))
+        expected[f"frechet_{name}"] = frechet_distance(real.mean((2, 3)), found.mean((2, 3)))
+        expected[f"distance_{name}"] = (real - found).square().mean().item()
     probes = {name: figures.pop(name) for name in list(figures) if "probe" in name}
-    assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet"] > 0.1
-    assert not any("probe" in name for name in measure(model, data._replace(train_labels=None, test_labels=None)))
+    assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet_lite0"] > 0.1
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # no package, no labels
+    found = measure(model, data._replace(train_labels=None, test_labels=None), *module.load_judges(16))
+    assert found.keys() == figures.keys() - {"frechet_lite0", "distance_lite0"}
 
     z = model.encoder(images / 255)
     z_q = model.quantize(z)[0]
@@ -126,7 +133,7 @@ def test_a_table_has_dashes_and_no_empty_columns():
 
 
 def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, capsys):
-    for name in ("DATASET", "TRAIN_IMAGES", "BATCH_SIZE"):  # restored at the end
+    for name in ("DATASET", "TRAIN_IMAGES", "BATCH_SIZE", "IMAGE_SIZE"):  # restored at the end
         monkeypatch.setattr(module, name, getattr(module, name))
     best, = trained.glob("checkpoints/*/*stage2_best.pt")
     results = json.loads(next(trained.glob("outputs/*/results.json")).read_text())
@@ -138,8 +145,50 @@ def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, c
     assert (row["PSNR"], row["SSIM"]) == (f"{results['psnr']:.2f}", f"{results['ssim']:.4f}")
     assert row["usage"] == f"{results['usage']:.1%}" and (row["bits"], row["ratio"]) == ("384", "64.0")
     save_checkpoint("small.pt", small()), monkeypatch.setattr("sys.argv", [*arguments, "small.pt"])
-    with pytest.raises(ValueError, match="one IMAGE_SIZE"):
+    with pytest.raises(ValueError, match="IMAGE_SIZE = 0, allowed: not 0"):
         module.main()
+    monkeypatch.setattr("sys.argv", [*arguments, "small.pt", "IMAGE_SIZE=(16, 24)"])  # as train.py: at the largest
+    module.main()
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert "| 216 " in first and f"| {36 * math.log2(12):.0f} " in second  # bits of 6 x 6 tokens
+
+
+def test_rfid_and_lpips(torch_home, monkeypatch):
+    """Networks of random weights, in the files that torch-fidelity and torchvision load; of the same uint8 images."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        weights = fidelity.FeatureExtractorInceptionV3("inception", ["2048"]).state_dict()
+    for name, weight in weights.items():  # batch norms do nothing; convolutions keep the variance
+        scale = math.sqrt(2 / weight[0].numel()) * torch.randn(weight.shape) if weight.ndim > 1 else 1
+        weights[name] = torch.ones(weight.shape) * scale * (not name.endswith(("bias", "running_mean")))
+    torch.save(weights, torch_home / fidelity.URL_INCEPTION_V3.split("/")[-1])
+    monkeypatch.setattr(module, "BATCH_SIZE", 2)  # the last batch is of one image
+    monkeypatch.setattr("torchmetrics.image.fid._compute_fid", lambda mean, _, other, __: (mean - other).square().sum())
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    model, images, (judges, lpips) = small().eval(), noise(3), module.load_judges(16, "rfid,lpips")
+    figures, output = measure(model, Dataset(images, None, images, None, []), judges, lpips), evaluate(model, images)[2]
+    inception = fidelity.FeatureExtractorInceptionV3("inception", ["2048"])  # resizes as TensorFlow did
+    means = [inception(x)[0].mean(0) for x in (images, output)]
+    expected = {"frechet_rfid": (means[0] - means[1]).square().sum().item(),
+                "lpips": lpips(images / 127.5 - 1, output / 127.5 - 1).mean().item()}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert min(expected.values()) > 1e-3 and list(judges) == ["rfid"]
+    torch.save(Path(), next(torch_home.glob("vgg16*")))  # more than tensors
+    with pytest.raises(OSError, match="Weights only"):
+        module.load_judges(16, "lpips")
+
+
+@pytest.mark.parametrize("metrics, message", [("fid", "METRICS = 'fid'"), ("lpips", "offline"), ("rfid", "fidelity")])
+def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: open("offline"))
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        module.load_judges(16, metrics)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("call, message", [

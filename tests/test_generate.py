@@ -194,10 +194,13 @@ def test_a_run_and_one_that_was_stopped(small, folder, trained, tmp_path, monkey
     for name, images in (("train", torch.cat([train, train.flip(3)])), ("test", test)):  # mirrored ones follow
         assert (vqrae.encode_to_indices(images) == tokens[name]).float().mean() > 0.99
     with torch.no_grad():
+        judged = [build_encoder("efficientnet_lite0", 8, 0)(x).mean((2, 3)) for x in (test, drawn / 255, train[:20])]
         real, tested, drawn = (build_encoder("cifar", 4).eval()(x).mean((2, 3)) for x in (train, test, drawn / 255))
     expected = {"nominal_bits": 384, "bits": measure_bits(prior, tokens["test"], torch.full((38,), 2)),
                 "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels),
                 "frechet": frechet_distance(tested, drawn), "frechet_of_training": frechet_distance(tested, real[:20]),
+                "frechet_lite0": frechet_distance(*judged[:2]),
+                "frechet_lite0_of_training": frechet_distance(judged[0], judged[2]),
                 "probe_test": linear_probe(real, data.train_labels, tested, data.test_labels),
                 "probe_samples": linear_probe(real, data.train_labels, drawn, classes)}
     assert json.loads(results.read_text()) == pytest.approx(expected, rel=1e-3)
