@@ -360,7 +360,7 @@ class VQRAE(nn.Module):
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
-        return self.quantizer(self.adapter(z))
+        return self.quantizer(self.adapter(self._cast(z)))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
@@ -370,7 +370,7 @@ class VQRAE(nn.Module):
         """
         images = check_images(images, values=not self.training)
         check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a whole token or more")
-        return self.quantize(self.encoder(images))
+        return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode: clamping stops gradients.
@@ -378,11 +378,11 @@ class VQRAE(nn.Module):
         size: (H, W) of the images that were encoded; None: of whole tokens.
         """
         height, width = self._image_size(z_q, size)
-        images = self.decoder(self.post_quant_norm(self.post_quant_conv(z_q)))[..., :height, :width]
+        images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
         return images if self.training else images.clamp(0, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), loss (scalar), indices (B, h, w)."""
+        """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), fp32, loss (scalar), indices (B, h, w)."""
         z_q, loss, indices = self.encode(images)
         return self.decode(z_q, images.shape[2:]), loss, indices
 
@@ -406,7 +406,7 @@ class VQRAE(nn.Module):
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from the tokens."""
         check(self.predictor is not None, "encoder", "cnn", "a pretrained one, whose features are predicted")
-        return self.predictor(z_q)
+        return self.predictor(self._cast(z_q)).float()
 
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
@@ -454,6 +454,10 @@ class VQRAE(nn.Module):
         if self.frozen:
             self.encoder.eval()
         return self
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """x in the type of the weights outside the quantizer: bf16 after model.bfloat16()."""
+        return x.to(next(self.decoder.parameters()).dtype)
 
     def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
         """The (H, W) of images of these tokens (..., h, w). ValueError for a size of other tokens."""

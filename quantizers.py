@@ -89,6 +89,10 @@ class Quantizer(nn.Module, ABC):
         self.project_out = nn.Linear(code_dim, dim) if project else nn.Identity()
 
     @abstractmethod
+    def _apply(self, function, recurse: bool = True):
+        """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
+        return super()._apply(lambda x: function(x).float() if x.is_floating_point() else function(x), recurse)
+
     def quantize(self, x: Tensor) -> Quantized:
         """x (B, N, code_dim) -> codes (B, N, code_dim) with the gradient of x, loss (scalar), indices (B, N)."""
 

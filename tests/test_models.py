@@ -89,6 +89,33 @@ def test_shipped_models_know_a_photograph(name, least):
         assert F.mse_loss(model.features_from_indices(indices), z) < 0.35 * z.var()
 
 
+        decibels = -10 * F.mse_loss(model.decode_from_indices(indices), images).log10()
+        for dtype, equal in ((torch.float16, 0.98), (torch.bfloat16, 0.94)):
+            model.load_state_dict(load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt").state_dict())
+            reconstructions, _, found = model.to(dtype)(images.to(dtype))
+            assert (found == indices).float().mean() > equal and torch.equal(model.encode_to_indices(images), found)
+            assert abs(-10 * F.mse_loss(reconstructions, images).log10() - decibels) < 0.05
+            assert torch.equal(model.decode_from_indices(found), reconstructions)
+            assert reconstructions.dtype == model.features_from_indices(found).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fsq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ema_vq", "simvq"))])
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of each check
+def test_exported_models_take_other_sizes(name):
+    """Tokenizing and decoding by torch.export, ONNX Runtime and torch.jit."""
+    model = load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt")
+    for method, axes, x, other in (
+            (model.encode_to_indices, (0, 2, 3), torch.rand(2, 3, 32, 40), torch.rand(1, 3, 285, 17)),
+            (model.decode_from_indices, (0, 1, 2), torch.arange(160).view(2, 8, 10), torch.arange(120).view(1, 40, 3))):
+        model.forward, tolerance = method, 0 if x.is_floating_point() else 1e-4
+        program = torch.export.export(model, (x,), dynamic_shapes=(dict.fromkeys(axes, torch.export.Dim.DYNAMIC),))
+        torch.onnx.export(program, (x,), "model.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession("model.onnx")
+        output = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
+        traced = torch.jit.trace(model, x)
+        for result, expected in ((program.module()(other), method(other)), (output, method(other)),
+                                 (traced(x.flip(0)), method(x.flip(0)))):
+            assert result.dtype == expected.dtype and (result - expected).abs().max() <= tolerance
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit, tmp_path):
     """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""
