@@ -443,4 +443,7 @@ def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quant
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
     if options.get("code_dim") == 0:
         options["code_dim"] = dim
-    return QUANTIZERS[name](dim, **options) if codebooks == 1 else MultiCodebook(dim, codebooks, **options)
+    quantizer = QUANTIZERS[name](dim, **options) if codebooks == 1 else MultiCodebook(dim, codebooks, **options)
+    options |= {} if codebooks == 1 else {"codebooks": codebooks}
+    quantizer.config = {"quantizer": name, "quantizer_options": options}  # VQRAE's arguments, for checkpoints
+    return quantizer

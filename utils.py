@@ -225,8 +225,11 @@ def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.M
 
 def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
     """Write a self-describing checkpoint: config, weights, and metadata, such as metrics."""
-    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    save_torch(path, {"config": model.config, "stage": model.stage, "model": weights, **metadata})
+    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DistributedDataParallel or torch.compile
+    quantizer = getattr(model.quantizer, "config", None)
+    check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
+    weights = {name.replace("_orig_mod.", ""): value.detach().cpu() for name, value in model.state_dict().items()}
+    save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:

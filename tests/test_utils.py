@@ -1,4 +1,5 @@
 """utils.py without its class Run: constants, grids and plots, checkpoints."""
+import copy
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import evaluate
 import models
 import utils
 from data import load_image
+from quantizers import FSQ, build_quantizer
 
 CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "RATES": (1.0,), "path": 1,
              "LAST": None}
@@ -138,6 +140,27 @@ def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
     content["model"][name] = (scale, (weight / scale).round().to(torch.int8))
     utils.save_torch("small.pt", content)
     assert ((utils.load_checkpoint("small.pt").state_dict()[name] - weight).abs() <= scale * 0.51).all()
+
+
+def test_a_wrapped_model_and_another_quantizer_are_saved(saved):
+    model = copy.deepcopy(saved[0])
+    model.decoder = torch.compile(model.decoder)
+    utils.save_checkpoint("compiled.pt", torch.compile(model))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    utils.save_checkpoint("parallel.pt", torch.nn.parallel.DistributedDataParallel(copy.deepcopy(saved[0])))
+    torch.distributed.destroy_process_group()
+    for name in ("compiled.pt", "parallel.pt"):
+        weights, expected = utils.load_checkpoint(name).state_dict(), saved[0].state_dict()
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+    for options in ({"name": "fsq", "levels": [5, 8]}, {"name": "ema_vq", "codebooks": 2, "codebook_size": 16}):
+        model.quantizer = build_quantizer(dim=256, **options).eval()
+        utils.save_checkpoint("other.pt", model)
+        z, again = torch.randn(1, 256, 8, 8), utils.load_checkpoint("other.pt").quantizer
+        assert torch.equal(again(z)[0], model.quantizer(z)[0])
+    model.quantizer = FSQ(256, [8, 5])
+    with refused("^model.quantizer = 'FSQ', allowed: one made by build_quantizer"):
+        utils.save_checkpoint("direct.pt", model)
+    assert not Path("direct.pt").exists()
 
 
 @pytest.mark.parametrize("part, change", [
