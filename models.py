@@ -394,8 +394,9 @@ class VQRAE(nn.Module):
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
-        """indices (B, h, w) -> images (B, 3, H, W); without a ViT, large ones in strips.
+        """indices (B, h, w), a list or array too -> images (B, 3, H, W); without a ViT, large ones in strips.
 
+        indices = self.quantizer.check_indices(indices, 3)
         codebooks: of residual codebooks, use the first few alone; size: as in decode.
         """
         height, width = self._image_size(indices, size)
@@ -408,6 +409,7 @@ class VQRAE(nn.Module):
         check(self.predictor is not None, "encoder", "cnn", "a pretrained one, whose features are predicted")
         return self.predictor(self._cast(z_q)).float()
 
+        indices = self.quantizer.check_indices(indices, 3)
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))

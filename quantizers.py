@@ -125,15 +125,14 @@ class Quantizer(nn.Module, ABC):
         """
         valid = codebooks is None or self.residual and codebooks in range(1, len(self.codebook_sizes) + 1)
         check(valid, "codebooks", codebooks, "None, or with residual codebooks 1 to their number")
-        indices = self.check_indices(indices)
-        check(indices.ndim in (2, 3), "indices", tuple(indices.shape), "a tensor of shape (B, N) or (B, H, W)")
+        indices = self.check_indices(indices, 2, 3)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.lookup(indices.flatten(1), **({} if codebooks is None else {"codebooks": codebooks}))
             return self._to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """indices (N,) -> z_q (N, C). ValueError for an index out of range."""
-        return self.indices_to_codes(indices[None])[0]
+        return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
@@ -149,11 +148,17 @@ class Quantizer(nn.Module, ABC):
             best = best.maximum(score)
         return indices.view(shape)
 
-    def check_indices(self, indices: Tensor) -> Tensor:
-        """indices as int64 on the quantizer's device. ValueError unless they are in [0, codebook_size)."""
-        valid = isinstance(indices, Tensor) and not (indices.is_floating_point() or indices.dtype == torch.bool)
-        check(valid, "indices", getattr(indices, "dtype", type(indices)), "a tensor of whole numbers")
-        indices = indices.to(next((t.device for t in self.state_dict().values()), indices.device), torch.int64)
+    def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
+        """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
+        and of one of these numbers of dimensions."""
+        indices = torch.as_tensor(indices)
+        valid = not (indices.is_floating_point() or indices.dtype == torch.bool)
+        check(valid, "dtype of indices", indices.dtype, "whole numbers")
+        allowed = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
+        check(not dims or indices.ndim in dims, "shape of indices", tuple(indices.shape),
+              f"{allowed}: reshape them; indices[None] makes a batch of one image")
+        own = [*self.parameters(), *self.buffers(), indices]
+        indices = indices.to(own[0].device, torch.int64)
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 

@@ -5,6 +5,8 @@ import math
 
 import huggingface_hub
 import matplotlib.cbook
+import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -372,6 +374,19 @@ def test_distillation_loss():
     assert gradients[1][0] is None and (gradients[1][1].abs().amax(1) > 0).all()
     with pytest.raises(ValueError, match="encoder = 'cnn'"):  # from scratch, without features to predict
         build("cnn").compute_prediction_loss(z_q, target)
+
+
+def test_indices_as_lists_and_arrays_and_of_other_shapes():
+    model, grid = build(), torch.arange(64).view(1, 8, 8)
+    shapes = one_image, flat = grid[0], grid.view(1, 64).numpy()
+    for method, given, wrong_shapes in (
+            (model.decode_from_indices, grid, shapes), (model.features_from_indices, grid, shapes),
+            (model.get_codebook_usage, one_image, []), (model.quantizer.get_codebook_entry, grid.flatten(), [flat])):
+        for same in (given.tolist(), given.numpy().astype(np.uint16)):
+            assert torch.equal(method(same)[0], method(given)[0])
+        for wrong in (*wrong_shapes, given + 177, (given - 1).tolist(), given / 2):
+            with pytest.raises(ValueError, match=r"^[^\n]* of indices = [^\n]+, allowed: [^\n]+$"):
+                method(wrong)
 
 
 def test_codebook_usage_by_hand():

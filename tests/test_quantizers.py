@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ def test_indices_give_z_q_again_bit_for_bit_and_z_q_its_indices(kind, shape):
     assert indices.shape == ((3, 4, 5) if len(shape) == 4 else (3, 7)) and indices.dtype == torch.int64
     assert 0 <= indices.min() and indices.max() < quantizer.codebook_size and len(indices.unique()) > 5
     assert torch.equal(quantizer.indices_to_codes(indices), z_q)
-    assert torch.equal(quantizer.indices_to_codes(indices.to(torch.int16)), z_q)  # as they may be stored
+    for stored in (indices.to(torch.int16), indices.numpy().astype(np.uint16), indices.tolist()):
+        assert torch.equal(quantizer.indices_to_codes(stored), z_q)
     assert torch.equal(quantizer.codes_to_indices(z_q), indices)
     tokens = z_q.permute(0, 2, 3, 1) if len(shape) == 4 else z_q
     assert torch.allclose(quantizer.get_codebook_entry(indices.flatten()), tokens.reshape(-1, DIM), atol=1e-6)
@@ -179,7 +181,8 @@ def test_refused_options(options):
     ("codes_to_indices", torch.zeros(2, DIM)), ("codes_to_indices", torch.full((1, 1, DIM), math.nan)),
     ("indices_to_codes", torch.tensor([[0, 240]])), ("indices_to_codes", torch.tensor([[-1, 0]])),
     ("indices_to_codes", torch.tensor([[0.0]])), ("indices_to_codes", torch.tensor([[True]])),
-    ("indices_to_codes", torch.tensor([0])), ("indices_to_codes", [[0]]), ("get_codebook_entry", torch.tensor([240])),
+    ("indices_to_codes", torch.tensor([0])), ("indices_to_codes", [[0.5]]), ("get_codebook_entry", torch.tensor([240])),
+    ("get_codebook_entry", [[0]]), ("check_indices", np.array([240])),
 ])
 def test_refused_inputs(method, argument):
     with pytest.raises(ValueError, match=r"^[^\n]+ = [^\n]+, allowed: [^\n]+$"):
