@@ -86,7 +86,7 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
 def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
     """images (B, 3, H, W), padded by reflection to h x w whole tokens, and resized: (B, 3, h * patch, w * patch)."""
     height, width = images.shape[2:]
-    h, w = math.ceil(height / token_size), math.ceil(width / token_size)
+    h, w = ((side + token_size - 1) // token_size for side in (height, width))  # ONNX has no division of negative ints
     images = F.pad(images, (0, w * token_size - width, 0, h * token_size - height), mode="reflect")
     if token_size == patch:
         return images
@@ -149,8 +149,7 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
-        h, w = shallow.shape[2:]
-        deep = F.interpolate(self.deep(self.whiten(x)), scale_factor=2)[..., :h, :w]
+        deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # each twice, in both directions
         z = layer_norm(torch.cat([deep, shallow], dim=1))
         return (z, z) if with_last else z
 
@@ -365,8 +364,7 @@ class VQRAE(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
 
-        h = ceil(H / token_size), and w likewise: images are padded to whole tokens. ValueError for another shape and,
-        in eval mode, for values out of range. In train mode nobody looks at values: train.py looks at the loss.
+        h = ceil(H / token_size), and w likewise: images are padded to whole tokens. Only eval mode checks values.
         """
         images = check_images(images, values=not self.training)
         check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a whole token or more")
@@ -396,9 +394,9 @@ class VQRAE(nn.Module):
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w), a list or array too -> images (B, 3, H, W); without a ViT, large ones in strips.
 
-        indices = self.quantizer.check_indices(indices, 3)
         codebooks: of residual codebooks, use the first few alone; size: as in decode.
         """
+        indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
         images = in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
                            self.token_size, self.decoder_radius)
@@ -409,9 +407,9 @@ class VQRAE(nn.Module):
         check(self.predictor is not None, "encoder", "cnn", "a pretrained one, whose features are predicted")
         return self.predictor(self._cast(z_q)).float()
 
-        indices = self.quantizer.check_indices(indices, 3)
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
+        indices = self.quantizer.check_indices(indices, 3)
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
     def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
@@ -424,7 +422,7 @@ class VQRAE(nn.Module):
         The paper compares z_q itself; of few dimensions, it need not equal them here. The mean squared error, plus ten
         times that of the means over the grid, which tell most of the class.
         """
-        predicted = self.predict_features(z_q).float()
+        predicted = self.predict_features(z_q)
         mean_loss = F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3)))
         return F.mse_loss(predicted, target) + 10 * mean_loss
 
@@ -477,7 +475,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     have so many more rows above and below, so that results equal function(x). None: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
-    if radius is None or h <= 5 * radius or h * w * len(x) <= strip_tokens:
+    if radius is None or torch.compiler.is_exporting() or h <= 5 * radius or h * w * len(x) <= strip_tokens:
         return function(x)
     rows = max(strip_tokens // (w * len(x)), 4 * radius) // 2 * 2
     strips = []

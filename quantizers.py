@@ -32,11 +32,10 @@ def check(ok: bool, name: str, value: object, allowed: str):
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """ValueError unless x lies in [low, high]. Compiling, exporting and tracing skip it: there x has no values yet."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.numel():
-        return
-    least, most = torch.stack(x.aminmax()).tolist()  # with a NaN both are NaN, and the comparison is False
-    check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
+    """ValueError unless x lies in [low, high]; not while torch compiles or exports: x has no values then."""
+    if not torch.compiler.is_compiling() and x.numel():
+        least, most = torch.stack(x.aminmax()).tolist()  # with a NaN both are NaN, and the comparison is False
+        check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
@@ -44,21 +43,23 @@ def straight_through(x: Tensor, codes: Tensor) -> Tensor:
     return codes.detach() + (x - x.detach())
 
 
-@torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The index (...) of the code in codebook (K, D) nearest to each vector of x (..., D), by Euclidean distance.
 
     As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x,
     of 16 MB on a CPU and 1 GB on a GPU.
     """
-    bias, size = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256)
-    chunks = x.flatten(0, -2).split(max(1, (2**28 if x.is_cuda else 2**22) // len(codebook)))
-    scores = codebook.new_empty(len(chunks[0]), len(codebook))  # reused: new memory costs as much as the product
-    found = []
+    x, codebook = x.detach(), codebook.detach()  # torch.jit.trace would not record no_grad
+    bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
+    rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
+    chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)  # an exported graph has no loop
+    scores, found = None, []
     for chunk in chunks:  # the best group of `size` codes, then the best in it: three times as fast as one argmax
-        grouped_scores = torch.addmm(bias, chunk, codebook.T, out=scores[: len(chunk)]).unflatten(1, (-1, size))
+        out = None if scores is None else scores[: len(chunk)]  # reused: new memory costs as much as the product
+        scores = torch.addmm(bias, chunk, codebook.T, out=out)
+        grouped_scores = scores.unflatten(1, (-1, size))
         group = grouped_scores.amax(2, keepdim=True).argmax(1, keepdim=True)
-        found.append(group[:, 0, 0] * size + grouped_scores.take_along_dim(group, 1)[:, 0].argmax(1))
+        found.append(group[:, 0, 0] * size + grouped_scores.gather(1, group.expand(-1, -1, size))[:, 0].argmax(1))
     return torch.cat(found).view(x.shape[:-1])
 
 
@@ -88,11 +89,11 @@ class Quantizer(nn.Module, ABC):
         self.project_in = nn.Linear(dim, code_dim) if project else nn.Identity()
         self.project_out = nn.Linear(code_dim, dim) if project else nn.Identity()
 
-    @abstractmethod
     def _apply(self, function, recurse: bool = True):
         """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
         return super()._apply(lambda x: function(x).float() if x.is_floating_point() else function(x), recurse)
 
+    @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
         """x (B, N, code_dim) -> codes (B, N, code_dim) with the gradient of x, loss (scalar), indices (B, N)."""
 
@@ -108,8 +109,8 @@ class Quantizer(nn.Module, ABC):
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar >= 0), indices (B, H, W) or (B, N), int64.
 
         The gradient of z_q reaches z. In train mode EMA-VQ's codebook moves, and DDCL adds noise. ValueError for
-        another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode never waits for the
-        device to look at values: watch the loss there, which a NaN in z reaches through z_q.
+        another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode does not look at values,
+        so as not to wait for the device: look at your loss, which a NaN in z reaches.
         """
         tokens, shape = self._to_tokens(z, "z")
         if not self.training:
@@ -168,7 +169,7 @@ class Quantizer(nn.Module, ABC):
         check(valid, name, getattr(z, "shape", type(z)), "floating-point numbers (B, C, H, W) or (B, N, C)")
         tokens = (z.permute(0, 2, 3, 1) if z.ndim == 4 else z).float()
         check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's dim, {self.dim}")
-        return tokens.reshape(len(z), -1, self.dim), tokens.shape[:-1]
+        return tokens.flatten(1, -2), tokens.shape[:-1]
 
     def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         z = tokens.view(*shape, self.dim)
@@ -433,7 +434,7 @@ class NoQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         return x, x.new_zeros(()), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
 
-    def nearest(self, codes: Tensor) -> Tensor:
+    def nearest(self, codes: Tensor, *_) -> Tensor:
         raise ValueError("quantizer = 'none', allowed: one that has codes")
 
     lookup = check_indices = nearest

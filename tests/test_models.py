@@ -89,8 +89,6 @@ def test_shipped_models_know_a_photograph(name, least):
         indices, z = model.encode_to_indices(images), model.encoder(images)
         assert -10 * F.mse_loss(model.decode_from_indices(indices), images).log10() > least
         assert F.mse_loss(model.features_from_indices(indices), z) < 0.35 * z.var()
-
-
         decibels = -10 * F.mse_loss(model.decode_from_indices(indices), images).log10()
         for dtype, equal in ((torch.float16, 0.98), (torch.bfloat16, 0.94)):
             model.load_state_dict(load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt").state_dict())
@@ -118,6 +116,8 @@ def test_exported_models_take_other_sizes(name):
         for result, expected in ((program.module()(other), method(other)), (output, method(other)),
                                  (traced(x.flip(0)), method(x.flip(0)))):
             assert result.dtype == expected.dtype and (result - expected).abs().max() <= tolerance
+
+
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit, tmp_path):
     """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""

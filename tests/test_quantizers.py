@@ -81,12 +81,12 @@ def test_in_bf16_it_computes_in_fp32(kind):
         assert all(torch.equal(a, b) for a, b in zip(quantizer(z), expected))
         assert torch.equal(quantizer.indices_to_codes(torch.arange(16).view(2, 8)), codes)
         assert torch.equal(quantizer.codes_to_indices(expected[0]), expected[2])
-
-
     rounded = copy.deepcopy(quantizer).bfloat16()
     assert all(torch.equal(w, v.bfloat16().float()) for w, v in zip(rounded.parameters(), quantizer.parameters()))
     assert all(output.dtype in (torch.float32, torch.int64) for output in rounded(z))
     assert torch.equal(rounded.indices_to_codes(rounded(z)[2]), rounded(z)[0])
+
+
 def loss_by_hand(kind, quantizer, x, codes, indices):
     """The loss of x (B, N, code_dim) at these codes, as the papers write it."""
     if KINDS[kind]["name"] == "simvq":
