@@ -229,8 +229,11 @@ def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
 
-def build_model(meta: bool = False) -> VQRAE:
-    """The model of START_CHECKPOINT, else that of the constants. meta: on the meta device, without weights."""
+def build_model(meta: bool = False, pretrained: bool = True) -> VQRAE:
+    """The model of START_CHECKPOINT, else that of the constants. meta: on the meta device, without weights.
+
+    pretrained: False leaves the encoder's weights random, for extras.bench.
+    """
     if START_CHECKPOINT:
         model = utils.load_checkpoint(START_CHECKPOINT)
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
@@ -243,7 +246,7 @@ def build_model(meta: bool = False) -> VQRAE:
             options |= {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH}
         with torch.device("meta" if meta else "cpu"):
             model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL,
-                          POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained=not meta)
+                          POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained and not meta)
     check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
           f"16 or more, a multiple of a token's {model.token_size} pixels")
     model.config |= {"image_size": sizes()[0], "grid": sizes()[0] // model.token_size}
@@ -301,11 +304,11 @@ def start_process():
         sys.stdout = open(os.devnull, "w")
 
 
-def build_loss_networks(model: VQRAE) -> tuple[nn.Module | None, nn.Module | None]:
+def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
     """The frozen encoder, unless it learns from scratch, and LPIPS if PERCEPTUAL says so."""
     teacher = lpips = None
     if not model.from_scratch:
-        teacher = build_encoder(model.config["encoder"], model.token_size, model.config["encoder_layers"])
+        teacher = build_encoder(model.config["encoder"], model.token_size, model.config["encoder_layers"], pretrained)
         teacher = teacher.to(device).eval().requires_grad_(False)
         if bf16:
             for layer in teacher.modules():

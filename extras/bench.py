@@ -1,7 +1,12 @@
 """Time what this repository claims to be fast.
 
-    python -m extras.bench      a training step, and quantizers: medians of alternate ROUNDS
+    python -m extras.bench                                        a training step, and quantizers
+    python -m extras.bench ENCODER=dinov2_b IMAGE_SIZE=224 GRID=16 TOKENS=0        a step with train.py's constants
+
+Medians of ROUNDS; weights are random. On a GPU steps are timed compiled, too, and with CUDA graphs. Launches are calls
+of the driver. "of peak": the multiplications of forward and backward pass, against those of a large matrix product.
 """
+import math
 import statistics
 import sys
 import time
@@ -11,18 +16,18 @@ import torch
 import torch.nn.functional as F
 import vector_quantize_pytorch as library
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
-from models import build_encoder
 from optimization import take_step
 from quantizers import EMAVQ, SimVQ
 
 ROUNDS = 5
-BATCH_SIZE = 64
-CODEBOOKS = (65536, 16384, 8192)  # sizes, and widths of codes
+COMPILED = train.gpu  # time compiled steps; on a CPU they take minutes to compile, and gain nothing
+CODEBOOK_SIZES = (65536, 16384, 8192)
 CODE_DIMS = (16, 1536, 8)
-TOKENS = 2048
+TOKENS = 2048  # 0: quantizers are not timed
 device = train.device
 
 
@@ -41,30 +46,50 @@ def compare(name: str, first: Callable, second: Callable):
     print(f"{name:52} {a:9.1f} ms {b:9.1f} ms {statistics.median(x / y for x, y in times):7.2f}", flush=True)
 
 
-def step():
-    """A step of stage 1, in fp32 with AdamW and the squared error only, against train.py's."""
-    print(f"\n{f'stage 1, {BATCH_SIZE} images':52} {'ordinary':>12} {'train.py':>12}   ratio")
-    images = torch.rand(BATCH_SIZE, 3, 32, 32, device=device)
-    teacher = build_encoder("cifar", 4).to(device).eval().requires_grad_(False)
-    models = [train.build_model().to(device).train() for _ in range(2)]
-    adamw = torch.optim.AdamW(models[0].parameters(), lr=1e-5)
-    optimizers = train.build_optimizers(models[1], 1)
+def ordinary_gradients(model: nn.Module, images: Tensor, *_):
+    output, loss, _ = model(images)
+    (16 * F.mse_loss(output, images) + loss).backward()
 
-    def ordinary():
-        output, loss, _ = models[0](images)
-        (16 * F.mse_loss(output, images) + loss).backward()
-        adamw.step(), adamw.zero_grad()
 
-    def ours():
-        with torch.autocast(device, torch.bfloat16, enabled=train.bf16):
-            with torch.no_grad():
-                frozen = teacher(images, with_last=True)
-            train.objective(models[1], images, teacher, *frozen, None, None)[0]["loss"].backward()
-        nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
-        take_step(optimizers, 500, 1000)
-        models[1].zero_grad()
+def steps():
+    """Steps of stage 1 in an ordinary loop, fp32 with AdamW and the squared error only, and in train.py's."""
+    images = torch.rand(train.BATCH_SIZE, 3, *[train.sizes()[-1]] * 2, device=device)
+    networks = train.build_loss_networks(train.build_model(pretrained=False), pretrained=False)
+    side, dtype = 8192 if train.gpu else 1024, torch.bfloat16 if train.bf16 else torch.float32
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    peak = 2 * len(matrix) ** 3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
+    print(f"\n{f'{train.ENCODER}, {train.QUANTIZER}, {len(images)} images of {images.shape[-1]} pixels':44} ms a step "
+          f"launches  images/s  of peak's {peak / 1e12:.1f} TFLOP/s  GB  compiling, s")
+    for mode in ("", "default", "reduce-overhead")[: 3 if COMPILED and train.gpu else 1 + COMPILED]:
+        for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
+            train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
+            optimizers = train.build_optimizers(model, 1)
+            if name == "ordinary":
+                optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5)]
+            with FlopCounterMode(display=False) as counter:
+                gradients(model, images, *networks, None)
+            torch.compiler.reset()
+            function = train.compiled(gradients) if mode else gradients
 
-    compare("EMA-VQ 65,536 x 16", ordinary, ours)
+            def run():
+                function(model, images, *networks, None)
+                if name == "train.py":
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                take_step(optimizers, 500, 1000)
+                model.zero_grad()
+
+            model.zero_grad()
+            first = seconds(run)
+            run(), run()  # CUDA graphs are recorded
+            step, launches, memory = statistics.median(seconds(run) for _ in range(ROUNDS)), math.nan, math.nan
+            if train.gpu:
+                torch.cuda.reset_peak_memory_stats()
+                with torch.profiler.profile() as profile:
+                    seconds(run)
+                launches = sum(event.count for event in profile.key_averages() if "Launch" in event.key)
+                memory = torch.cuda.max_memory_allocated() / 1e9
+            print(f"{f'{name} {mode}':44} {1000 * step:9.1f} {launches:8} {len(images) / step:9,.0f} "
+                  f"{counter.get_total_flops() / step / peak:8.1%} {memory:19.1f} {first - step:13.0f}", flush=True)
 
 
 def quantizers():
@@ -75,7 +100,7 @@ def quantizers():
         outputs = quantizer(x.clone().requires_grad_())
         (outputs[0].sum() + outputs[loss_at].sum()).backward()
 
-    for size, width in zip(CODEBOOKS, CODE_DIMS):
+    for size, width in zip(CODEBOOK_SIZES, CODE_DIMS):
         x = torch.randn(1, TOKENS, width, device=device)
         for name, theirs, ours in (("EMA-VQ", library.VectorQuantize, EMAVQ), ("SimVQ", library.SimVQ, SimVQ)):
             theirs, ours = theirs(width, size, rotation_trick=False).to(device), ours(width, size, None).to(device)
@@ -84,7 +109,11 @@ def quantizers():
 
 if __name__ == "__main__":
     with utils.one_line_errors():
-        utils.read_constants(globals(), sys.argv[1:])
+        own = [word for word in sys.argv[1:] if word.partition("=")[0] in globals()]
+        train.constants = utils.read_constants(vars(train), [word for word in sys.argv[1:] if word not in own])
+        utils.read_constants(globals(), own), train.check_constants()
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"{name}, torch {torch.__version__}, medians of {ROUNDS} rounds")
-        step(), quantizers()
+        steps()
+        if TOKENS:
+            quantizers()

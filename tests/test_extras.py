@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 import utils
 from data import draw_shapes, load_dataset
 from evaluate import psnr, ssim
@@ -106,12 +107,20 @@ def test_a_table_of_runs(run, trained, monkeypatch):
 
 def test_what_is_timed(monkeypatch, capsys):
     first, second = iter([0, 3, 8, 10]), iter([0, 1, 2, 5])  # a warm-up, and three rounds
-    for name, value in {"BATCH_SIZE": 2, "ROUNDS": 3, "CODEBOOKS": (64,), "CODE_DIMS": (8,), "TOKENS": 32}.items():
+    for name, value in {"BATCH_SIZE": 2, "COMPILE": "", "compiled": lambda function: function}.items():
+        monkeypatch.setattr(train, name, value)
+    for name, value in {"ROUNDS": 3, "CODEBOOK_SIZES": (64,), "CODE_DIMS": (8,), "TOKENS": 9, "COMPILED": True}.items():
         monkeypatch.setattr(bench, name, value)
-    bench.step(), bench.quantizers(), monkeypatch.setattr(bench, "seconds", lambda run: run())
+    bench.steps(), bench.quantizers(), monkeypatch.setattr(bench, "seconds", lambda run: run())
     bench.compare("SimVQ", first.__next__, second.__next__)
-    rows = re.findall(r"^[ES].+VQ .* +([\d.]+) ms +([\d.]+) ms +([\d.]+)$", capsys.readouterr().out, re.M)
-    assert len(rows) == 4 and rows[3] == ("8000.0", "2000.0", "3.00")
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^[ES].+VQ .* +([\d.]+) ms +([\d.]+) ms +([\d.]+)$", printed, re.M)
+    assert len(rows) == 3 and rows[2] == ("8000.0", "2000.0", "3.00")
+    row = r"^(ordinary|train.py) (default)? +([\d.]+) +nan +([\d,]+) +([\d.]+)% +nan +-?\d+$"
+    rows = re.findall(row, printed, re.M)
+    assert [row[:2] for row in rows] == [(loop, mode) for mode in ("", "default") for loop in ("ordinary", "train.py")]
+    for _, _, milliseconds, rate, share in rows:
+        assert float(rate.replace(",", "")) == pytest.approx(2000 / float(milliseconds), abs=0.51) and float(share) > 0
 
 
 def test_pretraining_writes_what_the_encoder_loads(run, folder, monkeypatch):
