@@ -57,7 +57,7 @@ def steps():
     networks = train.build_loss_networks(train.build_model(pretrained=False), pretrained=False)
     side, dtype = 8192 if train.gpu else 1024, torch.bfloat16 if train.bf16 else torch.float32
     matrix = torch.randn(side, side, dtype=dtype, device=device)
-    peak = 2 * len(matrix) ** 3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
+    peak = 2 * side**3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
     print(f"\n{f'{train.ENCODER}, {train.QUANTIZER}, {len(images)} images of {images.shape[-1]} pixels':44} ms a step "
           f"launches  images/s  of peak's {peak / 1e12:.1f} TFLOP/s  GB  compiling, s")
     for mode in ("", "default", "reduce-overhead")[: 3 if COMPILED and train.gpu else 1 + COMPILED]:
