@@ -303,7 +303,7 @@ def test_what_is_not_finite_ends_the_run_in_one_line_and_is_not_saved(what, main
 
     def broken_objective(*args):
         losses = objective(*args)
-        return {name: loss * (math.inf if what == "loss" and len(steps) == 2 else 1) for name, loss in losses.items()}
+        return {name: loss + (math.inf if what == "loss" and len(steps) == 2 else 0) for name, loss in losses.items()}
 
     monkeypatch.setattr(train, "take_step", broken_step), monkeypatch.setattr(train, "objective", broken_objective)
     value = "inf|nan" if what == "loss" else r"0\.\d+"
