@@ -152,7 +152,7 @@ def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
     """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
     def decode_one(i: int):
         try:
-            images[i] = fit(read_image(files[i]), size)
+            images[i] = fit(read_image(files[i]), size).numpy()
         except ValueError as error:
             broken.append(str(error))
 
