@@ -233,7 +233,7 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook g, seen through one map: code e_i = A g_i + m.
 
     The map moves all codes, used or not. `transform` says where it comes from:
-    - "matched": the running mean m and covariance C of the tokens. No code dies, however wide the codes are.
+    - "matched": the running mean m and covariance C of the tokens. Codes of any width stay alive.
     - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
       Wide codes collapse: A follows the few strongest directions of the tokens, and tokens follow the codes.
 
