@@ -1,7 +1,7 @@
-"""Time what this repository claims to be fast.
+"""Time a training step of train.py beside an ordinary one.
 
-    python -m extras.bench                                        a training step, and quantizers
-    python -m extras.bench ENCODER=dinov2_b IMAGE_SIZE=224 GRID=16 TOKENS=0        a step with train.py's constants
+    python -m extras.bench                                             with train.py's constants
+    python -m extras.bench ENCODER=dinov2_b IMAGE_SIZE=224 GRID=16     with some of them replaced
 
 Medians of ROUNDS; weights are random. On a GPU steps are timed compiled, too, and with CUDA graphs. Launches are calls
 of the driver. "of peak": the multiplications of forward and backward pass, against those of a large matrix product.
@@ -14,20 +14,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import vector_quantize_pytorch as library
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
 from optimization import take_step
-from quantizers import EMAVQ, SimVQ
 
 ROUNDS = 5
 COMPILED = train.gpu  # time compiled steps; on a CPU they take minutes to compile, and gain nothing
-CODEBOOK_SIZES = (65536, 16384, 8192)
-CODE_DIMS = (16, 1536, 8)
-TOKENS = 2048  # 0: quantizers are not timed
 device = train.device
 
 
@@ -39,20 +34,13 @@ def seconds(run: Callable) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, first: Callable, second: Callable):
-    first(), second()  # warm-up
-    times = [(seconds(first), seconds(second)) for _ in range(ROUNDS)]
-    a, b = (1000 * statistics.median(column) for column in zip(*times))
-    print(f"{name:52} {a:9.1f} ms {b:9.1f} ms {statistics.median(x / y for x, y in times):7.2f}", flush=True)
-
-
 def ordinary_gradients(model: nn.Module, images: Tensor, *_):
     output, loss, _ = model(images)
     (16 * F.mse_loss(output, images) + loss).backward()
 
 
 def steps():
-    """Steps of stage 1 in an ordinary loop, fp32 with AdamW and the squared error only, and in train.py's."""
+    """Steps of stage 1: fp32 with AdamW and the squared error only, and train.py's."""
     images = torch.rand(train.BATCH_SIZE, 3, *[train.sizes()[-1]] * 2, device=device)
     networks = train.build_loss_networks(train.build_model(pretrained=False), pretrained=False)
     side, dtype = 8192 if train.gpu else 1024, torch.bfloat16 if train.bf16 else torch.float32
@@ -80,7 +68,8 @@ def steps():
 
             model.zero_grad()
             first = seconds(run)
-            run(), run()  # CUDA graphs are recorded
+            run()  # CUDA graphs are recorded
+            run()
             step, launches, memory = statistics.median(seconds(run) for _ in range(ROUNDS)), math.nan, math.nan
             if train.gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -92,28 +81,12 @@ def steps():
                   f"{counter.get_total_flops() / step / peak:8.1%} {memory:19.1f} {first - step:13.0f}", flush=True)
 
 
-def quantizers():
-    """Forward and backward passes, vector-quantize-pytorch's against ours."""
-    print(f"\n{f'{TOKENS:,} tokens, forward and backward':52} {'library':>12} {'ours':>12}   ratio")
-
-    def run(quantizer: nn.Module, x: Tensor, loss_at: int):
-        outputs = quantizer(x.clone().requires_grad_())
-        (outputs[0].sum() + outputs[loss_at].sum()).backward()
-
-    for size, width in zip(CODEBOOK_SIZES, CODE_DIMS):
-        x = torch.randn(1, TOKENS, width, device=device)
-        for name, theirs, ours in (("EMA-VQ", library.VectorQuantize, EMAVQ), ("SimVQ", library.SimVQ, SimVQ)):
-            theirs, ours = theirs(width, size, rotation_trick=False).to(device), ours(width, size, None).to(device)
-            compare(f"{name} {size:,} x {width:,}", lambda: run(theirs, x, 2), lambda: run(ours, x, 1))
-
-
 if __name__ == "__main__":
     with utils.one_line_errors():
         own = [word for word in sys.argv[1:] if word.partition("=")[0] in globals()]
         train.constants = utils.read_constants(vars(train), [word for word in sys.argv[1:] if word not in own])
-        utils.read_constants(globals(), own), train.check_constants()
+        utils.read_constants(globals(), own)
+        train.check_constants()
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"{name}, torch {torch.__version__}, medians of {ROUNDS} rounds")
         steps()
-        if TOKENS:
-            quantizers()

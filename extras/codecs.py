@@ -2,7 +2,6 @@
 
     python -m extras.codecs                                    the shipped checkpoints, on CIFAR-10's test images
     python -m extras.codecs <checkpoint> PHOTOS=my_photos      on photographs, each encoded whole
-    python -m extras.codecs <checkpoint> SEARCH=8 PRIOR=...    tokens of extras/search.py, also in bits under a prior
 
 Codecs get small images in one picture, so that headers do not count. They minimise the error "of MSE". "to AVIF" is
 the mean difference from AVIF's PSNR at nearly equal bits, with its standard error.
@@ -21,15 +20,11 @@ from tqdm import tqdm
 
 from data import find_images, load_dataset, read_image, to_float
 from evaluate import device, format_table, psnr, read_arguments, ssim
-from extras.search import search_tokens
-from generate import load_prior, measure_bits
 from utils import load_checkpoint, one_line_errors
 
 DATASET = "cifar10"
 PHOTOS = ""  # a folder, instead of DATASET
 COUNT = 961  # at most: 31 x 31 images in one picture, or photographs
-SEARCH = 0  # sweeps of extras/search.py; 0: the encoder's tokens
-PRIOR = ""  # a prior.pt, made for the checkpoint
 CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
           "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
 COLUMNS = {"bits": ("bits", ",.0f"), "a pixel": ("bits_a_pixel", ".3f"), "PSNR": ("psnr", ".2f"),
@@ -39,24 +34,19 @@ Encoded = tuple[float, Tensor, Tensor]  # bits, uint8 images (n * n, 3, H, W) of
 
 
 def main():
-    paths, rows = read_arguments(globals()), {}
-    prior = load_prior(PRIOR).to(device) if PRIOR else None
-    for path in paths:
-        model, name = load_checkpoint(path).to(device), f"{path.stem}{', searched' if SEARCH else ''}"
+    rows = {}
+    for path in read_arguments(globals()):
+        model = load_checkpoint(path).to(device)
         results = defaultdict(list)  # of each row, an Encoded for each picture
         for images in tqdm(pictures(model.config["image_size"]), "pictures"):
             batch = to_float(images.to(device))
-            indices = search_tokens(model, batch, SEARCH) if SEARCH else model.encode_to_indices(batch)
+            indices = model.encode_to_indices(batch)
             decoded = (model.decode_from_indices(indices, size=batch.shape[2:]).cpu() * 255).round().byte()
-            bits = {name: indices.numel() * math.log2(model.quantizer.codebook_size)}
-            if prior:
-                labels = torch.full((len(indices),), prior.classes)  # none
-                bits[f"{name}, with its prior"] = len(indices) * measure_bits(prior, indices, labels)
-            for row, count in bits.items():
-                results[row].append((count, images, decoded))
-                for codec in CODECS:
-                    results[f"{codec}, as {row}"].append(encode_to_bits(images, codec, count))
-        rows |= {row: average(encoded, results.get(f"AVIF, as {row}")) for row, encoded in results.items()}
+            bits = indices.numel() * math.log2(model.quantizer.codebook_size)
+            results[path.stem].append((bits, images, decoded))
+            for codec in CODECS:
+                results[f"{codec}, as {path.stem}"].append(encode_to_bits(images, codec, bits))
+        rows |= {row: average(encoded, results[f"AVIF, as {path.stem}"]) for row, encoded in results.items()}
     print(format_table(rows, COLUMNS, "images from"))
 
 
@@ -86,20 +76,18 @@ def encode_to_bits(images: Tensor, codec: str, bits: float) -> Encoded:
     return min((encode(images, codec, q) for q in (low, high)), key=lambda encoded: abs(encoded[0] - bits))
 
 
-def average(results: list[Encoded], avif: list[Encoded] | None) -> dict:
+def average(results: list[Encoded], avif: list[Encoded]) -> dict:
     """A row's figures, over the images of all its pictures."""
     def of_each(measure, results):
         return torch.cat([measure(a[None], b[None]) for _, x, y in results for a, b in zip(x, y)]).double()
 
     each, bits = of_each(psnr, results), sum(bits for bits, _, _ in results)
     mse = of_each(lambda a, b: (to_float(a) - to_float(b)).square().mean((1, 2, 3)), results)
-    row = {"bits": bits / len(each), "bits_a_pixel": bits / sum(x[:, 0].numel() for _, x, _ in results),
-           "psnr": each.mean().item(), "psnr_of_mse": -10 * mse.mean().log10().item(),
-           "ssim": of_each(ssim, results).mean().item()}
-    if avif:
-        difference = each - of_each(psnr, avif)
-        row |= {"difference": difference.mean().item(), "error": (difference.std() / len(difference) ** 0.5).item()}
-    return row
+    difference = each - of_each(psnr, avif)
+    return {"bits": bits / len(each), "bits_a_pixel": bits / sum(x[:, 0].numel() for _, x, _ in results),
+            "psnr": each.mean().item(), "psnr_of_mse": -10 * mse.mean().log10().item(),
+            "ssim": of_each(ssim, results).mean().item(),
+            "difference": difference.mean().item(), "error": (difference.std() / len(difference) ** 0.5).item()}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ DATASET = "cifar10"  # or another of train.py's
 PROBE_IMAGES = 2_000  # for training the probes, and for testing them
 WIDTHS = (0,)  # numbers of a code, to be compared instead of BITS
 BITS = (10, 13, 16, 20)
+TABLE = {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": ("perplexity", ",.0f"),
+         "ms a step": ("milliseconds", ",.0f")}
 LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
@@ -34,7 +36,7 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
 }
 
-WIDTH_LINES = {
+WIDTH_LINES = {  # {} is the width
     "SimVQ, matched": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={}",
     "SimVQ, cosine": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=cosine",
     "SimVQ, learned": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=learned",
@@ -46,18 +48,20 @@ def main():
     own = [word for word in sys.argv[1:] if word.partition("=")[0] in ("BITS", "WIDTHS", "DATASET", "PROBE_IMAGES")]
     others = [word for word in sys.argv[1:] if word not in own]
     read_constants(globals(), own)
-    widths = {line: (constants, {x: x for x in WIDTHS}) for line, constants in WIDTH_LINES.items()}
-    by_width, rows, data = WIDTHS != (0,), {}, load_dataset(DATASET)
-    for x in WIDTHS if by_width else BITS:
-        for line, (constants, values) in (widths if by_width else LINES).items():
-            if x in values:
-                run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[x]).split()])
-                rows[f"{line} {values[x]}"] = {"line": line, "width": x, **measure_run(run, data)}
-                table = format_table(rows, {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": (
-                    "perplexity", ",.0f"), "ms a step": ("milliseconds", ",.0f")}, "quantizer")
+    rows, data = {}, load_dataset(DATASET)
+    lines, points, x_axis = LINES, BITS, "token_bits"
+    if WIDTHS != (0,):
+        lines = {line: (constants, {width: width for width in WIDTHS}) for line, constants in WIDTH_LINES.items()}
+        points, x_axis = WIDTHS, "width"
+    for point in points:
+        for line, (constants, values) in lines.items():
+            if point in values:
+                run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[point]).split()])
+                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **measure_run(run, data)}
+                table = format_table(rows, TABLE, "quantizer")
                 with replace_file("outputs/quantizers.md") as temporary:
                     temporary.write_text(f"{table}\n")
-                plot(rows, "width" if by_width else "token_bits")
+                plot(rows, x_axis)
     print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
 
 
@@ -90,17 +94,16 @@ def measure_run(run: str, data: Dataset) -> dict:
 
 
 def plot(rows: dict[str, dict], x: str):
-    """PSNR and perplexity over bits a token or a code's width, and the perplexity over training of the last ones."""
+    """PSNR and perplexity over bits a token or a code's width, and each line's last perplexity over training."""
     figure = Figure(figsize=(16, 5), layout="constrained")
     quality, usage, training = figure.subplots(1, 3)
     for line in dict.fromkeys(row["line"] for row in rows.values()):
-        points = sorted(((row[x], row["psnr"], row["perplexity"], row["history"]) for row in rows.values()
-                         if row["line"] == line), key=lambda point: point[0])
-        for axes, column in ((quality, 1), (usage, 2)):
-            axes.plot([point[0] for point in points], [point[column] for point in points], "o-", label=line)
-        training.plot(range(1, len(points[-1][3]) + 1), points[-1][3], "o-", label=f"{line}, {points[-1][0]:.4g}")
-    label = {"token_bits": "bits a token", "width": "numbers of a code"}[x]
-    scale = "log" if x == "width" else "linear"
+        points = sorted((row for row in rows.values() if row["line"] == line), key=lambda row: row[x])
+        for axes, name in ((quality, "psnr"), (usage, "perplexity")):
+            axes.plot([row[x] for row in points], [row[name] for row in points], "o-", label=line)
+        history = points[-1]["history"]
+        training.plot(range(1, len(history) + 1), history, "o-", label=f"{line}, {points[-1][x]:.4g}")
+    label, scale = {"token_bits": ("bits a token", "linear"), "width": ("numbers of a code", "log")}[x]
     quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
     usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
     training.set(xlabel="epoch", ylabel="perplexity", yscale="log")

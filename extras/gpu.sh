@@ -9,6 +9,6 @@ start=$SECONDS
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
 git log -1 --format=%H
 timeout 150 python -m pytest -q tests/test_gpu.py -k "waits or fsq or COMPILE" --maxfail 3
-timeout 180 python -m extras.bench TOKENS=0
-timeout 120 python -m extras.bench TOKENS=0 ENCODER=dinov2_b IMAGE_SIZE=224 GRID=16 BATCH_SIZE=32 ROUNDS=3
+timeout 180 python -m extras.bench
+timeout 120 python -m extras.bench ENCODER=dinov2_b IMAGE_SIZE=224 GRID=16 BATCH_SIZE=32 ROUNDS=3
 timeout -s INT $((595 - SECONDS + start)) python train.py COMPILE=default

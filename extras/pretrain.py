@@ -92,7 +92,9 @@ def main():
             pixel_loss = F.mse_loss(F.pixel_shuffle(pixels.float(), encoder.patch), (batch - 0.5) / 0.25)
             (class_loss + pixel_loss).backward()
             for optimizer, schedule in zip(optimizers, schedules):
-                optimizer.step(), schedule.step(), optimizer.zero_grad()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
             with torch.no_grad():  # BatchNorm cancels the weights' norm: fixed, relative steps stay equal
                 for p in filters:
                     p.mul_(len(p) ** 0.5 / p.norm())
