@@ -64,9 +64,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tensor | None = None,
-             codebooks: int | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from indices (N, h, w), computed unless given; codebooks: how many to use.
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict, Tensor, Tensor]:
+    """Reconstruct uint8 images (N, 3, H, W) from their indices.
 
     Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). psnr is the mean over
     images, psnr_of_mse that of the MSE over all images, in dB; usage_1 ... are of several codebooks.
@@ -76,12 +75,11 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250, indices: Tenso
     tokens, figures, reconstructions = [], [], []
     try:
         model.eval()
-        for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
+        for batch in tqdm(images.split(batch_size), "measuring", leave=False):
             targets = to_float(batch.to(device))
             if quantizer.codebook_size:
-                given = None if indices is None else indices[i * batch_size :][: len(batch)]
-                tokens.append(model.encode_to_indices(targets) if given is None else given)
-                output = model.decode_from_indices(tokens[-1], codebooks, targets.shape[2:])
+                tokens.append(model.encode_to_indices(targets))
+                output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
             else:
                 output = model(targets)[0]
             mse = (output - targets).square().mean((1, 2, 3))
@@ -121,7 +119,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
     """A model's figures, by their names in COLUMNS, some of load_judges. Those that it cannot have are missing."""
     model = model.to(device)
     train, test = (tokenize(model, images) for images in (data.train_images[:TRAIN_IMAGES], data.test_images))
-    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, test.pop("indices"))
+    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE)
     if codes := model.quantizer.codebook_size:
         figures["bits"] = train["indices"][0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
@@ -135,7 +133,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
         figures["lpips"] = torch.cat(distances).mean().item()
     if data.train_labels is not None:
         labels = data.train_labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
-        for name in test:
+        for name in test.keys() - {"indices"}:
             figures[f"probe_{name}"] = linear_probe(train[name], labels[0], test[name], labels[1])
     return figures
 
@@ -203,7 +201,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     identity = nn.Identity()  # torchmetrics is given features instead of images
     identity.num_features = real.shape[1]
     distance = FrechetInceptionDistance(identity).to(real.device)
-    distance.update(real, real=True), distance.update(generated, real=False)
+    distance.update(real, real=True)
+    distance.update(generated, real=False)
     return distance.compute().item()
 
 
@@ -213,7 +212,8 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
-    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    for p in probe.parameters():
+        nn.init.zeros_(p)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -317,15 +317,15 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
     samples, encoder = sample(prior, vqrae, classes), build_encoder("cifar", vqrae.token_size).eval().to(device)
-    real, tested, drawn = (pooled_features(encoder, x) for x in (data.train_images, data.test_images, samples))
-    results["frechet"], results["frechet_of_training"] = (frechet_distance(tested, x) for x in (drawn, real[:SAMPLES]))
-    for name, judge in load_judges(data.test_images.shape[-1])[0].items():
-        images = {"": samples, "_of_training": data.train_images[:SAMPLES]}
+    lite0 = load_judges(data.test_images.shape[-1])[0]
+    for name, judge in {"frechet": encoder, **{f"frechet_{name}": judge for name, judge in lite0.items()}}.items():
         expected = pooled_features(judge, data.test_images)
-        for of, x in images.items():
-            results[f"frechet_{name}{of}"] = frechet_distance(expected, pooled_features(judge, x))
-    for name, x, y in (("probe_test", tested, labels), ("probe_samples", drawn, classes)) if prior.classes else ():
-        results[name] = linear_probe(real, data.train_labels.to(device), x, y.to(device))
+        for suffix, images in {"": samples, "_of_training": data.train_images[:SAMPLES]}.items():
+            results[name + suffix] = frechet_distance(expected, pooled_features(judge, images))
+    if prior.classes:
+        train = pooled_features(encoder, data.train_images), data.train_labels.to(device)
+        for name, images, y in (("test", data.test_images, labels), ("samples", samples, classes)):
+            results[f"probe_{name}"] = linear_probe(*train, pooled_features(encoder, images), y.to(device))
     with utils.replace_file(run.outputs / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2))
     print(*(f"{name:25} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")

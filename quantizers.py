@@ -344,7 +344,9 @@ class EMAVQ(Quantizer):
         sums = torch.zeros_like(self.token_sums).index_add_(0, indices, weight[:, None] * x)
         distributed, most = dist.is_available() and dist.is_initialized(), weight.sum()
         if distributed:
-            dist.all_reduce(counts), dist.all_reduce(sums), dist.all_reduce(most, dist.ReduceOp.MIN)
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+            dist.all_reduce(most, dist.ReduceOp.MIN)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum().clamp(min=1e-10)  # 0 before a residual codebook's first token

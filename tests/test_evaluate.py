@@ -57,19 +57,6 @@ def test_metrics_are_what_one_computes_by_hand():
         assert (reconstructions - output * 255).abs().max() <= 0.501  # rounded
 
 
-@torch.no_grad()
-def test_given_indices_and_the_first_codebook_alone():
-    model, images = small("cnn", "ema_vq", {"codebooks": 2, "codebook_size": 8, "code_dim": 4}), noise()
-    model(images / 255)  # in train mode: codes become tokens
-    indices = torch.randint(64, (7, 4, 4)) // 8 * 8 + torch.randint(2, (7, 4, 4))  # two of the first codebook's codes
-    metrics, counts, reconstructions = evaluate(model.eval(), images, 3, indices, codebooks=1)
-    output = model.decode_from_indices(indices, 1)
-    assert metrics["psnr"] == pytest.approx(psnr(output, images / 255).mean().item(), rel=1e-5)
-    assert torch.equal(counts, indices.flatten().bincount(minlength=64))
-    assert torch.equal(reconstructions, (output * 255).round().byte())
-    assert metrics["usage_1"] == 2 / 8 and metrics["usage_2"] == len((indices // 8).unique()) / 8 > 1 / 2
-
-
 def test_frechet_distance_is_its_formula():
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)); the last has the trace of (A^(1/2) B A^(1/2))^(1/2)."""
     a, b = torch.randn(50, 5).double(), torch.randn(40, 5).double() @ torch.randn(5, 5).double() + 1
@@ -197,10 +184,3 @@ def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, 
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_model_keeps_its_mode_after_an_error():
-    model = small().train()
-    with pytest.raises(ValueError, match="indices"):
-        evaluate(model, noise(), indices=torch.full((7, 4, 4), 12))
-    assert model.training

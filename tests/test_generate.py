@@ -12,7 +12,7 @@ import generate as module
 import utils
 from data import Dataset, load_dataset
 from evaluate import frechet_distance, linear_probe
-from generate import Prior, build_prior, code_dim, draw_masks, load_prior, measure_bits
+from generate import Prior, build_prior, code_dim, load_prior, measure_bits
 from models import PRETRAINED_DIR, build_encoder
 from quantizers import build_quantizer, join_indices, split_indices
 
@@ -141,14 +141,6 @@ def test_steps_fill_more_and_more_tokens_at_random_and_guidance_rises(monkeypatc
     prior.generate(torch.zeros(64).long(), steps=2, guidance=1.0)
     assert [masked.sum(1).unique().tolist() for masked in seen[-2:]] == [[4], [3]]  # a quarter first, as (1 / 2)**2
     assert seen[-1].sum(0).min() > 32  # any token may be first
-
-
-def test_masks_are_of_all_sizes_as_often():
-    masks = torch.stack([draw_masks(64, 3) for _ in range(100)])
-    assert all((masks.sum(2) == n).float().mean() == pytest.approx(1 / 3, abs=0.01) for n in (1, 2, 3))
-    assert masks.float().mean((0, 1)).tolist() == pytest.approx([2 / 3] * 3, abs=0.03)  # any tokens
-    assert len(masks[:, 0].sum(1).unique()) == 3  # whichever row an image is in
-    assert draw_masks(16, 16).sum(1).sort().values.tolist() == [*range(1, 17)]  # spread evenly
 
 
 def test_training(small, monkeypatch):
