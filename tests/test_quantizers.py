@@ -237,14 +237,6 @@ def test_fsq_table_by_hand():
     assert torch.equal(fsq.codes_to_indices(torch.tensor([table])), torch.arange(240)[None])
 
 
-def test_fsq_rounds_tanh_to_the_nearest_level():
-    fsq, z = FSQ(2, [8, 5]), 2 * torch.randn(4, 500, 2)
-    indices = fsq(z)[2]
-    for channel, (n, digit) in enumerate(((8, indices % 8), (5, indices // 8))):
-        levels = torch.linspace(-1, 1, n, dtype=torch.float64)
-        assert torch.equal(digit, (torch.tanh(z[..., channel, None].double()) - levels).abs().argmin(-1))
-
-
 def test_fsq_is_the_librarys():
     ours, theirs = FSQ(6), library.FSQ([8, 8, 8, 5, 5, 5], preserve_symmetry=True)
     z = torch.randn(2, 200, 6, requires_grad=True)
@@ -340,15 +332,6 @@ def test_matched_codes_of_constant_tokens_stay_finite():
     assert torch.allclose(z_q, torch.ones(1, 9, 6), atol=1e-3) and loss.isfinite()
 
 
-def test_a_step_of_simvq_moves_codes_that_no_token_used():
-    simvq = build("learned")
-    before = simvq.get_codebook_entry(torch.arange(500))
-    simvq(torch.randn(1, 3, DIM))[1].backward()
-    simvq.code_transform.weight.data -= simvq.code_transform.weight.grad
-    assert "frozen_codebook" in dict(simvq.named_buffers())
-    assert (simvq.get_codebook_entry(torch.arange(500)) - before).abs().amax(1).min() > 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # EMA-VQ
 
@@ -381,29 +364,6 @@ def test_ema_update_follows_the_formula():
         quantizer(x)
         dead.append(check_update(before, quantizer, x[0]))
     assert 0 in dead and any(0 < n < 10 for n in dead)
-
-
-def test_ema_laplace_smoothing_of_codes_with_few_tokens():
-    quantizer = EMAVQ(2, 2, None)
-    quantizer.codebook.copy_(torch.tensor([[-1.0, 0], [1, 0]]))
-    quantizer.token_counts.copy_(torch.tensor([1e-4, 1e-3])), quantizer.token_sums.copy_(quantizer.codebook)
-    quantizer.update(torch.rand(3, 2), torch.tensor([0, 1, 1]), torch.zeros(3))  # of three tokens none counts
-    n = 0.99 * torch.tensor([1e-4, 1e-3])
-    expected = 0.99 / ((n + 1e-5) / (n.sum() + 2e-5) * n.sum())
-    assert torch.allclose(quantizer.codebook[:, 0], expected * torch.tensor([-1, 1]))
-
-
-def test_a_dead_code_soon_is_the_mean_of_its_tokens():
-    """As 1 / (1 + 5 k / 100) of the old code is left after k steps, when it restarts at 0.2 times the average."""
-    quantizer, (first, z) = EMAVQ(6, 10, None), torch.randn(2, 1, 1000, 6)
-    quantizer(first)
-    start = quantizer.codebook.clone()
-    assert not torch.isin(start, first[0, :10]).all()  # random tokens, not the first ones
-    for _ in range(25):
-        indices = quantizer(z)[2]
-    means = torch.stack([z[indices == i].mean(0) for i in range(10)])
-    left = (quantizer.codebook - means).norm(dim=1) / (start - means).norm(dim=1)
-    assert left.median() < 0.6  # with all of the average it would be 0.8
 
 
 def test_ema_vq_is_the_librarys():
@@ -473,21 +433,6 @@ def test_each_of_several_codebooks_is_an_ema_codebook(combine):
         assert torch.allclose(z_q[0], codes, atol=1e-6) and torch.allclose(loss, losses, atol=1e-6)
     assert quantizer.codebook_sizes == (8, 8, 8) and quantizer.codebook_size == 512
     assert torch.equal(quantizer.nearest(z), quantizer.eval()(z)[2])  # with the codebooks as they are now
-
-
-@pytest.mark.parametrize("combine", ["residual", "product"])
-def test_several_codebooks_are_the_librarys(combine):
-    ours = build_quantizer("ema_vq", 6, codebooks=2, combine=combine, codebook_size=20, code_dim=None).eval()
-    options = {"dim": 6, "codebook_size": 20, "rotation_trick": False}
-    theirs = (library.ResidualVQ(num_quantizers=2, **options) if combine == "residual"
-              else library.GroupedResidualVQ(groups=2, num_quantizers=1, **options)).eval()
-    layers = theirs.layers if combine == "residual" else [group.layers[0] for group in theirs.rvqs]
-    for codebook, layer in zip(ours.codebooks, layers):
-        layer._codebook.embed[0] = codebook.codebook
-    z = torch.randn(2, 30, 6)
-    (z_q, _, indices), (expected, known, _) = ours(z), theirs(z)
-    known = known if combine == "residual" else known[..., 0].permute(1, 2, 0)
-    assert torch.equal(split_indices(indices, (20, 20)), known) and torch.allclose(z_q, expected, atol=1e-6)
 
 
 def test_decoding_from_the_first_codebooks():

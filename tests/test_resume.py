@@ -82,12 +82,14 @@ KILLS = [  # each is of the run that the one before left, and after it the epoch
     ("metrics.csv", 2, (2, 1)), ("results.json", 1, (2, 2))]
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(folder, tmp_path):
+@pytest.mark.parametrize("options, kills", [
+    ("EPOCHS=(2,2) CODEBOOKS=2 RANDOM_DEPTH=0.5 GAN_WEIGHT=0.5", KILLS),
+    ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", [("step", 3, (1, 1))])], ids=["all", "workers"])  # who read the files
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
     """Bit for bit, with all that draws random numbers."""
-    arguments = [f"DATASET={folder}", *TINY, "EPOCHS=(2, 2)", "CODEBOOKS=2", "RANDOM_DEPTH=0.5", "GAN_WEIGHT=0.5",
-                 "FLIP=True"]
+    arguments = [f"DATASET={folder}", *TINY, "FLIP=True", *options.split()]
     assert exit_code(start(tmp_path / "whole", arguments)) == 0, (tmp_path / "whole" / "log").read_text()
-    for event, count, saved in KILLS:
+    for event, count, saved in kills:
         code = exit_code(start(tmp_path / "killed", arguments, event, count))
         assert code == -signal.SIGKILL, (tmp_path / "killed" / "log").read_text()
         last = [load_torch(path) for path in tmp_path.glob("killed/checkpoints/*/last.pt")]
@@ -96,28 +98,6 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(folder, tmp_pa
     (*expected, whole), (*found, killed) = (outcome(tmp_path / name) for name in ("whole", "killed"))
     assert found == expected and len(whole) == 5  # model, two optimizers, discriminator and its optimizer
     torch.testing.assert_close(killed, whole, rtol=0, atol=0)
-
-
-def test_crops_that_workers_read_are_the_same_after_a_kill(folder, tmp_path):
-    """Images that stay in their files, of two sizes, cropped and mirrored at random: bit for bit."""
-    arguments = [f"DATASET={folder}", *TINY, "IMAGE_SIZE=(16, 24)", "EPOCHS=2", "STAGES=(1,)", "FLIP=True"]
-    assert exit_code(start(tmp_path / "whole", arguments)) == 0, (tmp_path / "whole" / "log").read_text()
-    assert exit_code(start(tmp_path / "killed", arguments, "step", 3)) == -signal.SIGKILL
-    assert exit_code(start(tmp_path / "killed", arguments)) == 0
-    (*expected, whole), (*found, killed) = (outcome(tmp_path / name) for name in ("whole", "killed"))
-    assert found == expected
-    torch.testing.assert_close(killed, whole, rtol=0, atol=0)
-
-
-def test_ctrl_c_says_that_the_run_can_go_on(folder, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("optimization.take_step", interrupt)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *TINY])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert exit.value.code == "train.py: stopped; the same command goes on after the last epoch above"
 
 
 def test_resume_gives_the_stage_that_was_stopped_its_state_and_no_other():
