@@ -14,6 +14,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import LayerNorm2d, PatchEmbed, RotaryEmbeddingCat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -313,7 +314,7 @@ class ViTDecoder(nn.Module):
 # ----------------------------------------
 # VQRAE
 
-class VQRAE(nn.Module):
+class VQRAE(nn.Module, PyTorchModelHubMixin):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386). `config`: its arguments."""
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
@@ -441,6 +442,18 @@ class VQRAE(nn.Module):
         counts = torch.bincount(indices, minlength=size) if few else indices.unique(return_counts=True)[1]
         p = counts[counts > 0].double() / len(indices)
         return counts, len(p) / size, (-p * p.log()).sum().exp().item()
+
+    def save_pretrained(self, folder: str, **options):
+        """Write model.safetensors and config.json into a folder. push_to_hub=True: to huggingface.co, too."""
+        super().save_pretrained(folder, config=self.config | self.quantizer.config | {"pretrained": False}, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options) -> "VQRAE":
+        """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError where it does not fit."""
+        try:
+            return super().from_pretrained(name, strict=True, **options)
+        except Exception as error:  # safetensors, torch and a wrong config raise many kinds
+            raise ValueError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
     def set_stage(self, stage: int):
         """Stage 1: a pretrained encoder is frozen and stays in eval mode. Stage 2: everything learns."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import refused
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import models
 import utils
@@ -158,6 +159,19 @@ def test_a_wrapped_model_and_another_quantizer_are_saved(saved):
     with refused("^model.quantizer = 'FSQ', allowed: one made by build_quantizer"):
         utils.save_checkpoint("direct.pt", model)
     assert not Path("direct.pt").exists()
+
+
+def test_a_model_is_shared_as_the_ecosystem_does(saved):
+    saved[0].save_pretrained("shared")
+    again, images = models.VQRAE.from_pretrained("shared"), torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(images)[0], saved[0](images)[0]) and again.config == saved[0].config
+    file = Path("shared/model.safetensors")
+    weights, content = load_file(file), file.read_bytes()
+    for damage in (lambda: file.write_bytes(content[:-9]), lambda: save_file({**weights, "more": torch.ones(1)}, file),
+                   lambda: file.write_bytes(content) and Path("shared/config.json").write_text('{"grid": 7}')):
+        damage()
+        with refused("^shared cannot be read: ."):
+            models.VQRAE.from_pretrained("shared")
 
 
 @pytest.mark.parametrize("part, change", [
