@@ -100,6 +100,7 @@ def test_shipped_models_know_a_photograph(name, least):
 
 
 @pytest.mark.parametrize("name", ["fsq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ema_vq", "simvq"))])
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="older versions export pooling of even sizes alone")
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of each check
 def test_exported_models_take_other_sizes(name):
     """Tokenizing and decoding by torch.export, ONNX Runtime and torch.jit."""
