@@ -190,7 +190,7 @@ class FSQ(Quantizer):
         n = len(levels)
         super().__init__(n if dim is None else dim, None if dim in (None, n) else n, (math.prod(levels),))
         self.levels = tuple(levels)  # the sizes of an index's sub-indices
-        self.register_buffer("spacing", 2 / (torch.tensor(levels) - 1), persistent=False)
+        self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)  # integers: half() rounds others
 
     def quantize(self, x: Tensor) -> Quantized:
         x = torch.tanh(x)
@@ -199,10 +199,10 @@ class FSQ(Quantizer):
 
     @torch.no_grad()
     def nearest(self, codes: Tensor) -> Tensor:
-        return join_indices(((codes.clamp(-1, 1) + 1) / self.spacing).round().long(), self.levels)
+        return join_indices(((codes.clamp(-1, 1) + 1) / 2 * self.steps).round().long(), self.levels)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return split_indices(indices, self.levels) * self.spacing - 1
+        return 2 * split_indices(indices, self.levels) / self.steps - 1
 
 
 class DDCL(FSQ):
@@ -233,13 +233,14 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook g, seen through one map: code e_i = A g_i + m.
 
     The map moves all codes, used or not. `transform` says where it comes from:
-    - "matched": the running mean m and covariance C of the tokens. Codes of any width stay alive.
+    - "matched": the running mean m and covariance C of the tokens. Codes of any width stay in use.
     - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
-      Wide codes collapse: A follows the few strongest directions of the tokens, and tokens follow the codes.
+      Wide codes collapsed here: A follows the few strongest directions of the tokens, and tokens follow the codes.
 
-    Matched codes are Shannon's random code for Gaussian tokens (Cover and Thomas, section 10.3): K codes tell tokens
-    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. Codes are distributed as best guesses of
-    tokens seen in this noise: A A' = C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes.
+    Matched codes are distributed as for Gaussian tokens seen in noise (Cover and Thomas, chapter 9). K codes tell them
+    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. The codes' covariance is that of the best
+    guesses of the tokens, C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal
+    variances this is Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
@@ -255,7 +256,7 @@ class SimVQ(Quantizer):
         if matched:
             self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # second moments of tokens with a 1 appended
             self.register_buffer("variance", torch.ones(()))  # of the tokens, the mean over their numbers
-            self.register_buffer("noise", torch.ones(()))  # s / variance
+            self.register_buffer("noise_ratio", torch.ones(()))  # s / variance
 
     def quantize(self, x: Tensor) -> Quantized:
         x = self.normalize(x)
@@ -263,7 +264,7 @@ class SimVQ(Quantizer):
             self.match(x.detach().flatten(0, 1))
         indices = self.nearest(x)
         codes = self.lookup(indices)
-        # learned codes move to tokens, and all tokens to codes; summed over code_dim as in the paper, or relative
+        # of codes (a constant if matched) and of tokens, the commitment; a sum over code_dim, or relative to variance
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
         scale = 1 / self.variance if self.transform == "matched" else self.code_dim
         return straight_through(x, codes), scale * loss, indices
@@ -282,14 +283,14 @@ class SimVQ(Quantizer):
     def match(self, x: Tensor):
         """Set A and m from the moving averages of the moments, equal in all processes, of tokens x (N, code_dim)."""
         x = F.pad(x, (0, 1), value=1.0)
-        moments = x.T @ x
+        moments = x.T @ x / len(x)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
         self.moments.lerp_(moments, 1 - self.decay)
         second, mean = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
-        covariance = second - mean.T @ mean
+        covariance = second - mean.T * mean
         self.variance.copy_(covariance.diagonal().mean().clamp(min=1e-10))
-        s = self.noise * self.variance
+        s = (self.noise_ratio * self.variance).maximum(1e-6 * second.trace())  # above the rounding of C
         factor, _ = torch.linalg.cholesky_ex(covariance + s * torch.eye(len(covariance), device=x.device))
         root = torch.linalg.solve_triangular(factor, covariance, upper=False)  # A' but for g's scale
         self.code_transform.weight.copy_(self.code_dim**0.5 * root.T)
@@ -297,7 +298,7 @@ class SimVQ(Quantizer):
         # a step of Newton's method for log s, which the next step of training uses
         excess = factor.diagonal().log().sum() - self.code_dim / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
-        self.noise.mul_((excess / slope).clamp(-1, 1).exp()).clamp_(1e-6, 1e6)
+        self.noise_ratio.mul_((excess / slope).clamp(-1, 1).exp()).clamp_(1e-6, 1e6)
 
 
 class EMAVQ(Quantizer):
@@ -306,7 +307,7 @@ class EMAVQ(Quantizer):
     A step has n_i tokens at code i, with the sum s_i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
     Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
-    Codes with N_i below 0.1 mean(n), at first all, are dead: they restart at random tokens, with N_i = 0.2 mean(n).
+    Codes with N_i below 0.1 mean(n), at first nearly all, are dead: they restart at random tokens, with 0.2 mean(n).
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
@@ -385,8 +386,7 @@ class MultiCodebook(Quantizer):
         n = self.code_dim
         check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
         self.width = n if self.residual else n // codebooks
-        made = (EMAVQ(self.width, codebook_size, None, **options) for _ in range(codebooks))
-        self.codebooks = nn.ModuleList(made)
+        self.codebooks = nn.ModuleList(EMAVQ(self.width, codebook_size, None, **options) for _ in range(codebooks))
 
     def quantize(self, x: Tensor) -> Quantized:
         depth = torch.full(x.shape[:1], len(self.codebooks), device=x.device)  # of each image

@@ -74,7 +74,7 @@ GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
 START_CHECKPOINT = ""  # continue with its model: the constants from ENCODER to DECODER_HEADS are not used
-ACCUMULATE = 1  # micro-batches a step, to save memory. EMA-VQ's codebook moves with each
+ACCUMULATE = 1  # micro-batches a step, to save memory. Codes of "ema_vq" and matched "simvq" move with each
 OPTIMIZER = "muon"  # for the matrices of blocks, AdamW for all else; or "adamw" throughout, as in the papers
 SEED = 0
 # on a GPU and on a CPU
@@ -116,7 +116,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
-        # its gradient at the decoder's last layer gets the norm of the L2 loss's (as VQGAN, 2012.09841, eq. 7)
+        # its gradient at the decoder's last layer gets the norm of the L2 loss's (VQGAN, 2012.09841, eq. 7: with LPIPS)
         norms = [torch.autograd.grad(term, model.decoder.head.weight, retain_graph=True)[0].norm()
                  for term in (16 * l2_loss, gan_loss)]
         loss = loss + GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * gan_loss

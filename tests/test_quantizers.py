@@ -237,6 +237,11 @@ def test_fsq_table_by_hand():
     assert torch.equal(fsq.codes_to_indices(torch.tensor([table])), torch.arange(240)[None])
 
 
+def test_rounded_weights_leave_the_levels_as_they_are():
+    fsq, z = FSQ(1, [512]).bfloat16().eval(), torch.linspace(-9, 9, 99)[None, :, None]
+    assert torch.equal(fsq(z)[2], FSQ(1, [512])(z)[2]) and fsq(z)[2].max() == 511
+
+
 def test_fsq_is_the_librarys():
     ours, theirs = FSQ(6), library.FSQ([8, 8, 8, 5, 5, 5], preserve_symmetry=True)
     z = torch.randn(2, 200, 6, requires_grad=True)
@@ -325,11 +330,14 @@ def test_matched_codes_are_those_of_a_gaussian_channel_and_stay_alive(width, ran
     assert (p > 0).float().mean() > 0.95 and torch.special.entr(p).sum().exp() > 0.8 * 1024
 
 
-def test_matched_codes_of_constant_tokens_stay_finite():
-    simvq = SimVQ(6, 20, None)
-    for _ in range(3):
-        z_q, loss, _ = simvq(torch.ones(1, 9, 6))
-    assert torch.allclose(z_q, torch.ones(1, 9, 6), atol=1e-3) and loss.isfinite()
+@pytest.mark.parametrize("tokens", [torch.randn(1, 1, 16), 9 + torch.randn(1, 1, 16).expand(4, 9, 16),
+                                    5 + torch.randn(1, 99, 1) * torch.randn(16)], ids=["one", "equal", "rank 1"])
+def test_matched_codes_of_few_directions_stay_finite(tokens):
+    simvq = SimVQ(16, 64, None)
+    for _ in range(50):
+        z_q, loss, _ = simvq(tokens)
+        assert loss.isfinite() and all(w.isfinite().all() for w in simvq.state_dict().values())
+    assert (z_q - tokens).square().mean() < 0.05 * tokens.square().mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,8 +413,9 @@ def test_matched_codes_of_several_processes_learn_from_all_their_tokens(monkeypa
     alone(torch.cat([x, others], 1))
     ones = F.pad(others[0], (0, 1), value=1.0)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda moments: moments.add_(ones.T @ ones))
+    monkeypatch.setattr(dist, "all_reduce", lambda moments: moments.add_(ones.T @ ones / 30))
     quantizer(x)
+    quantizer.moments /= 2  # a sum over processes, whose scale is of no effect
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(quantizer.buffers(), alone.buffers()))
     assert torch.allclose(quantizer.code_transform.weight, alone.code_transform.weight, atol=1e-4)
 
