@@ -107,6 +107,7 @@ def plot(rows: dict[str, dict], x: str):
     quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
     usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
     training.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    training.xaxis.get_major_locator().set_params(integer=True)
     for axes in (quality, usage, training):
         axes.legend()
     save_figure(Path("outputs/quantizers.png"), figure)
