@@ -64,8 +64,9 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from their indices.
+def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
+             indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
+    """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
 
     Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). psnr is the mean over
     images, psnr_of_mse that of the MSE over all images, in dB; usage_1 ... are of several codebooks.
@@ -75,10 +76,11 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250) -> tuple[dict,
     tokens, figures, reconstructions = [], [], []
     try:
         model.eval()
-        for batch in tqdm(images.split(batch_size), "measuring", leave=False):
+        for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
             targets = to_float(batch.to(device))
             if quantizer.codebook_size:
-                tokens.append(model.encode_to_indices(targets))
+                given = None if indices is None else indices[i * batch_size :][: len(batch)]
+                tokens.append(model.encode_to_indices(targets) if given is None else given)
                 output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
             else:
                 output = model(targets)[0]
@@ -119,7 +121,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
     """A model's figures, by their names in COLUMNS, some of load_judges. Those that it cannot have are missing."""
     model = model.to(device)
     train, test = (tokenize(model, images) for images in (data.train_images[:TRAIN_IMAGES], data.test_images))
-    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE)
+    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, test.pop("indices"))
     if codes := model.quantizer.codebook_size:
         figures["bits"] = train["indices"][0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
@@ -133,7 +135,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
         figures["lpips"] = torch.cat(distances).mean().item()
     if data.train_labels is not None:
         labels = data.train_labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
-        for name in test.keys() - {"indices"}:
+        for name in test:
             figures[f"probe_{name}"] = linear_probe(train[name], labels[0], test[name], labels[1])
     return figures
 

@@ -55,6 +55,8 @@ def test_metrics_are_what_one_computes_by_hand():
         assert metrics == pytest.approx(expected, rel=1e-4) and model.training == training
         assert torch.equal(found, counts) and reconstructions.dtype == torch.uint8
         assert (reconstructions - output * 255).abs().max() <= 0.501  # rounded
+    given = evaluate(model, images, 3, indices.flip(0))[2]
+    assert torch.equal(given, (model.decode_from_indices(indices.flip(0)) * 255).round().byte())
 
 
 def test_frechet_distance_is_its_formula():

@@ -475,7 +475,6 @@ def test_random_depth_is_drawn_for_each_image_and_only_in_training():
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_residual_codebook_that_gets_no_token_stays_finite(steps):
-    """Be it in its first step, or after one with tokens."""
     for _ in range(10):
         quantizer = build_quantizer("ema_vq", 6, codebooks=3, codebook_size=16, code_dim=None)
         for random_depth in (0,) * steps + (1,) * 5:

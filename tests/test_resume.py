@@ -125,7 +125,6 @@ def test_a_run_goes_on_in_one_process_alone():
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_whose_folder_is_removed_stops(again):
-    """Also where another process has begun it again."""
     run = Run("a")
     shutil.rmtree("checkpoints")
     other = Run("a") if again else None
