@@ -74,7 +74,7 @@ def join_indices(sub_indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 class Quantizer(nn.Module, ABC):
-    """Shapes, checks and projections of all quantizers. Each defines `quantize`, `nearest` and `lookup`."""
+    """Shapes, checks and projections of all quantizers. Each defines `quantize` and `lookup`."""
 
     residual = False  # whether the first few of several codebooks can be decoded alone
 
@@ -96,10 +96,6 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
         """x (B, N, code_dim) -> codes (B, N, code_dim) with the gradient of x, loss (scalar), indices (B, N)."""
-
-    @abstractmethod
-    def nearest(self, codes: Tensor) -> Tensor:
-        """Any vectors (..., code_dim) -> the indices (...) of the codes nearest to them."""
 
     @abstractmethod
     def lookup(self, indices: Tensor) -> Tensor:
@@ -385,8 +381,10 @@ class MultiCodebook(Quantizer):
         check(0 <= random_depth <= self.residual, "random_depth", random_depth, "0 to 1, 0 without residual codebooks")
         n = self.code_dim
         check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
-        self.width = n if self.residual else n // codebooks
-        self.codebooks = nn.ModuleList(EMAVQ(self.width, codebook_size, None, **options) for _ in range(codebooks))
+        width = n if self.residual else n // codebooks
+        self.codebooks = nn.ModuleList(EMAVQ(width, codebook_size, None, **options) for _ in range(codebooks))
+        # the dimensions that each quantizes: all, or of a product of two [:n/2] and [n/2:]
+        self.parts = [slice(0, n) if self.residual else slice(i, i + width) for i in range(0, codebooks * width, width)]
 
     def quantize(self, x: Tensor) -> Quantized:
         depth = torch.full(x.shape[:1], len(self.codebooks), device=x.device)  # of each image
@@ -394,36 +392,20 @@ class MultiCodebook(Quantizer):
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
             depth = torch.where(torch.rand(len(x), device=x.device) < self.random_depth, random, depth)
         codes, sub_indices, loss = torch.zeros_like(x), [], 0
-        for i, codebook in enumerate(self.codebooks):
+        for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
             used = depth > i
-            code, codebook_loss, index = codebook.quantize(self._input_of(i, x, codes), used)
-            codes = codes + used[:, None, None] * self._to_code_dim(i, code.detach())
+            code, codebook_loss, index = codebook.quantize((x - codes)[..., part], used)
+            codes[..., part] += used[:, None, None] * code.detach()
             sub_indices.append(used[:, None] * index)
             loss = loss + codebook_loss
         return straight_through(x, codes), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
 
-    def nearest(self, codes: Tensor) -> Tensor:
-        """Codebook by codebook, as in quantize. With residual codebooks another code may be nearer."""
-        found, sub_indices = torch.zeros_like(codes), []
-        for i, codebook in enumerate(self.codebooks):
-            sub_indices.append(codebook.nearest(self._input_of(i, codes, found)))
-            found = found + self._to_code_dim(i, codebook.lookup(sub_indices[-1]))
-        return join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
-
     def lookup(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         sub_indices = split_indices(indices, self.codebook_sizes).unbind(-1)[:codebooks]
-        return sum(self._to_code_dim(i, self.codebooks[i].lookup(index)) for i, index in enumerate(sub_indices))
-
-    def _input_of(self, i: int, x: Tensor, codes: Tensor) -> Tensor:
-        """What codebook i quantizes of x (..., code_dim), for which the codebooks before it found `codes`.
-
-        Of x = [1, 2, 3, 4], two residual codebooks get [1, 2, 3, 4] and x - codes, two of a product [1, 2] and [3, 4].
-        """
-        return x - codes.detach() if self.residual else x[..., i * self.width : (i + 1) * self.width]
-
-    def _to_code_dim(self, i: int, code: Tensor) -> Tensor:
-        """A code of codebook i as (..., code_dim): of a product's second, [3, 4] becomes [0, 0, 3, 4]."""
-        return code if self.residual else F.pad(code, (i * self.width, self.code_dim - (i + 1) * self.width))
+        codes = torch.zeros(*indices.shape, self.code_dim, device=indices.device)
+        for codebook, part, index in zip(self.codebooks, self.parts, sub_indices):
+            codes[..., part] += codebook.lookup(index)
+        return codes
 
 
 class NoQuantizer(Quantizer):
@@ -436,10 +418,10 @@ class NoQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         return x, x.new_zeros(()), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
 
-    def nearest(self, codes: Tensor, *_) -> Tensor:
+    def lookup(self, indices: Tensor, *_) -> Tensor:
         raise ValueError("quantizer = 'none', allowed: one that has codes")
 
-    lookup = check_indices = nearest
+    check_indices = lookup
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}
