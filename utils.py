@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 from models import VQRAE
 from quantizers import check
@@ -81,10 +80,9 @@ def seed_everything(*numbers: int):
 def save_grid(path: Path, images: Tensor, columns: int):
     """Write uint8 images (N, 3, H, W) as a grid, row by row. Small ones are enlarged: a viewer would blur them."""
     zoom = max(1, 128 // images.shape[-1])
-    images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     with replace_file(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        save_image(images / 255, temporary, format="PNG", nrow=columns, pad_value=1)
 
 
 def save_figure(path: Path, figure: Figure):
