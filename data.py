@@ -5,7 +5,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from math import cos, hypot, pi, sin
+from math import pi
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
@@ -214,7 +214,20 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
 # ----------------------------------------
 # Drawn images of ten shapes, for training without any download
 
-SHAPES = ["circle", "ring", "ellipse", "triangle", "square", "hexagon", "star", "cross", "crescent", "heart"]
+def polygon(corners: int) -> np.ndarray:
+    """A regular polygon's corners as complex numbers of magnitude 1. The last is the first again."""
+    return np.exp(np.linspace(0, 2j * pi, corners + 1))
+
+
+circle = polygon(60)
+half = circle[15:46]
+OUTLINES = {
+    "circle": circle, "ring": np.append(circle, circle[::-1] / 2), "ellipse": circle.real + 0.45j * circle.imag,
+    "triangle": polygon(3), "square": polygon(4), "hexagon": polygon(6), "star": polygon(10)[:-1] * ([1, 0.42] * 5),
+    "cross": np.outer(polygon(4)[:-1], [1 - 0.33j, 1 + 0.33j, 0.33 + 0.33j]).flatten(),
+    "crescent": np.append(half, 0.4 * half[::-1].real + 1j * half[::-1].imag),
+    "heart": 0.8 * circle + 0.6j * (abs(circle.real) ** 0.5 - 0.4)}
+SHAPES = list(OUTLINES)
 
 
 def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -226,52 +239,29 @@ def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """labels (B,) -> uint8 images (B, 3, size, size): anti-aliased, in random positions, sizes and textures."""
-    def uniform(low: float, high: float, shape: tuple[int, ...] = (1, 1)) -> Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
-
-    x = (torch.arange(size) + 0.5) / size * 2 - 1  # -1 to 1
-    y = x[:, None]
-
-    def rotate(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
 
     def texture() -> Tensor:
         """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks."""
-        u, v = rotate(uniform(0, 2 * pi), x, y)
-        frequency, phase = uniform(3, 12), uniform(0, 2 * pi)
+        x, angle, frequency = torch.linspace(-1, 1, size), uniform(0, 2 * pi, 1, 1), uniform(3, 12, 1, 1)
+        u = angle.cos() * x - angle.sin() * x[:, None]
+        v = angle.sin() * x + angle.cos() * x[:, None]
+        waves = (frequency * u + uniform(0, 2 * pi, 1, 1)).sin()
         kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
-        waves = (frequency * u + phase).sin()
         mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
-        first, second = uniform(0, 1, (3, 1, 1)), uniform(0, 1, (3, 1, 1))
-        return first + (second - first) * (mix[:, None] + 1) / 2
+        return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (mix[:, None] + 1) / 2)
 
-    scale = uniform(0.45, 0.75)
-    u, v = rotate(uniform(0, 2 * pi), x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2))
-    distances = outline_distances(u / scale, v / scale)
-    distance = torch.stack([distances[label][i] for i, label in enumerate(labels)])
-    coverage = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # the outline is one pixel wide
+    turns, centres = torch.polar(uniform(0.45, 0.75), uniform(0, 2 * pi)), torch.complex(*uniform(-0.2, 0.2, 2).T)
+    coverage = []
+    for label, turn, centre in zip(labels.tolist(), turns.tolist(), centres.tolist()):
+        corners = (OUTLINES[SHAPES[label]] * turn + centre + 1 + 1j) * 2 * size  # four times as large
+        image = Image.new("L", (4 * size, 4 * size))
+        ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=255)
+        coverage.append(np.array(image.reduce(4)))
+    coverage = torch.from_numpy(np.stack(coverage))[:, None] / 255
     background = texture()
     dark = background.mean((1, 2, 3), keepdim=True) < 0.5
     foreground = texture() / 2 + dark / 2  # bright on dark, dark on bright
-    noise = F.interpolate(uniform(-0.15, 0.15, (3, 5, 5)), size, mode="bicubic", align_corners=True)
+    noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
     return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
-
-
-def outline_distances(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Signed distances of points to the outline of each of SHAPES, of radius 1: exact near it but for the ellipse."""
-    def norm(x: Tensor, y: Tensor) -> Tensor:
-        return (x**2 + y**2).sqrt()
-
-    def box(width: float, height: float) -> Tensor:
-        return torch.maximum(x.abs() - width, y.abs() - height)
-
-    radius, angle = norm(x, y), torch.atan2(y, x)
-    polygons = [radius * (angle % (2 * pi / sides) - pi / sides).cos() - cos(pi / sides) for sides in (3, 4, 6)]
-    folded = pi / 5 - (angle % (pi / 2.5) - pi / 5).abs()  # a star is ten lines, from a tip (1, 0) to the next notch
-    notch = 0.42 * cos(pi / 5), 0.42 * sin(pi / 5)
-    star = (radius * folded.cos() - 1) * notch[1] + radius * folded.sin() * (1 - notch[0])
-    lobes = torch.minimum(norm(x - 0.5, y), norm(x, y - 0.5)) - 0.5  # of a heart: two discs on a square
-    star = star / hypot(1 - notch[0], notch[1])
-    return [radius - 1, (radius - 0.75).abs() - 0.25, norm(x, 2.2 * y) - 1, *polygons, star,
-            torch.minimum(box(1, 0.33), box(0.33, 1)), torch.maximum(radius - 1, 0.8 - norm(x - 0.5, y)),
-            torch.minimum(box(0.5, 0.5), lobes)]
