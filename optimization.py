@@ -25,11 +25,11 @@ def prepare_cpu():
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
-    several = dist.is_initialized()
-    if several and dist.get_rank() > 0:
+    rank = dist.get_rank() if dist.is_initialized() else None
+    if rank:
         dist.barrier()
     yield
-    if several and dist.get_rank() == 0:
+    if rank == 0:
         dist.barrier()
 
 
@@ -52,18 +52,19 @@ def take_step(optimizers: list[torch.optim.Optimizer], step: int, steps: int):
 
 def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon at twice the learning rate for matrices of layers whose names begin with one of `blocks`; else AdamW."""
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in learning.items() if name.startswith(blocks) and p.ndim in (2, 4)}
-    others = [p for name, p in learning.items() if name not in matrices]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if name.startswith(blocks) and p.ndim in (2, 4) else others).append(p)
     adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    return [adamw, Muon([*matrices.values()], 2 * learning_rate, weight_decay=0.01)] if matrices else [adamw]
+    return [adamw, Muon(matrices, 2 * learning_rate, weight_decay=0.01)] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum with all singular values set to about 1.
 
-    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as in
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but matrices of equal height are stacked, for speed.
+    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as with
+    torch.optim.Muon's "match_rms_adamw".
     """
 
     def __init__(self, matrices: list, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -88,7 +89,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     """Take all singular values of each matrix towards 1: five Newton-Schulz steps, with Muon's coefficients.
 
-    Matrices of equal height are stacked; on a GPU of about equal height, as it multiplies in tiles anyway.
+    Matrices of equal height are stacked, for speed; on a GPU of about equal height: it multiplies in tiles anyway.
     """
     wide = [x if len(x) <= x.shape[1] else x.mT for x in matrices]
     dtype = torch.bfloat16 if fast_bf16(wide[0].device.type) else torch.float32

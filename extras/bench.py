@@ -51,9 +51,8 @@ def steps():
     for mode in ("", "default", "reduce-overhead")[: 3 if COMPILED and train.gpu else 1 + COMPILED]:
         for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
             train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
-            optimizers = train.build_optimizers(model, 1)
-            if name == "ordinary":
-                optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5)]
+            ours = name == "train.py"
+            optimizers = train.build_optimizers(model, 1) if ours else [torch.optim.AdamW(model.parameters(), lr=1e-5)]
             with FlopCounterMode(display=False) as counter:
                 gradients(model, images, *networks, None)
             torch.compiler.reset()
@@ -61,7 +60,7 @@ def steps():
 
             def run():
                 function(model, images, *networks, None)
-                if name == "train.py":
+                if ours:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 take_step(optimizers, 500, 1000)
                 model.zero_grad()

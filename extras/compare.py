@@ -15,8 +15,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from data import Dataset, load_dataset
-from evaluate import COLUMNS, format_table, linear_probe, tokenize
+from data import load_dataset
+from evaluate import COLUMNS, device, format_table, probe, tokenize
 from quantizers import check
 from utils import load_checkpoint, one_line_errors, read_constants, replace_file, save_figure
 
@@ -36,28 +36,27 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
 }
 
-WIDTH_LINES = {  # {} is the width
-    "SimVQ, matched": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={}",
-    "SimVQ, cosine": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=cosine",
-    "SimVQ, learned": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM={} SIMVQ_TRANSFORM=learned",
-    "EMA-VQ": "QUANTIZER=ema_vq CODEBOOK_SIZE=16384 CODE_DIM={}",
-}
+WIDTH_LINES = {"SimVQ, matched": "QUANTIZER=simvq", "SimVQ, cosine": "QUANTIZER=simvq SIMVQ_TRANSFORM=cosine",
+               "SimVQ, learned": "QUANTIZER=simvq SIMVQ_TRANSFORM=learned", "EMA-VQ": "QUANTIZER=ema_vq"}
 
 
 def main():
-    own = [word for word in sys.argv[1:] if word.partition("=")[0] in ("BITS", "WIDTHS", "DATASET", "PROBE_IMAGES")]
+    own = [word for word in sys.argv[1:] if word.partition("=")[0] in {"--help", *globals()}]
     others = [word for word in sys.argv[1:] if word not in own]
     read_constants(globals(), own)
-    rows, data = {}, load_dataset(DATASET)
+    valid = isinstance(WIDTHS, tuple) and isinstance(BITS, tuple) and {*BITS} <= {10, 13, 16, 20}
+    check(valid, "BITS, WIDTHS", (BITS, WIDTHS), "tuples; of bits, 10, 13, 16 or 20")
+    rows = {}
     lines, points, x_axis = LINES, BITS, "token_bits"
     if WIDTHS != (0,):
-        lines = {line: (constants, {width: width for width in WIDTHS}) for line, constants in WIDTH_LINES.items()}
+        values = {width: width for width in WIDTHS}
+        lines = {line: (f"{words} CODEBOOK_SIZE=16384 CODE_DIM={{}}", values) for line, words in WIDTH_LINES.items()}
         points, x_axis = WIDTHS, "width"
     for point in points:
         for line, (constants, values) in lines.items():
             if point in values:
                 run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[point]).split()])
-                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **measure_run(run, data)}
+                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **measure_run(run)}
                 table = format_table(rows, TABLE, "quantizer")
                 with replace_file("outputs/quantizers.md") as temporary:
                     temporary.write_text(f"{table}\n")
@@ -74,20 +73,15 @@ def train_run(arguments: list[str]) -> str:
     return line.partition("outputs/")[2].partition("/")[0]
 
 
-def measure_run(run: str, data: Dataset) -> dict:
+def measure_run(run: str) -> dict:
     """The results of a finished run, with its bits a token, their entropy, probes, history, and time of a step."""
     results = json.loads(Path("outputs", run, "results.json").read_text())
-    with open(Path("outputs", run, "metrics.csv"), newline="") as file:
-        history = list(csv.DictReader(file))
-    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))
-    probes = {}
-    if data.train_labels is not None:
-        train = tokenize(model, data.train_images[:PROBE_IMAGES])
-        test = tokenize(model, data.test_images[:PROBE_IMAGES])
-        labels = data.train_labels[:PROBE_IMAGES], data.test_labels[:PROBE_IMAGES]
-        for name in test.keys() & {"z_q", "predicted"}:
-            probes[f"probe_{name}"] = linear_probe(train[name], labels[0], test[name], labels[1])
-    return results | probes | {
+    history = list(csv.DictReader(Path("outputs", run, "metrics.csv").read_text().splitlines()))
+    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt"))).to(device)
+    data = load_dataset(DATASET, model.config["image_size"])
+    test = tokenize(model, data.test_images[:PROBE_IMAGES])
+    test = {name: test[name] for name in test.keys() & {"z_q", "predicted"}}
+    return results | probe(model, data, PROBE_IMAGES, test) | {
         "token_bits": math.log2(model.quantizer.codebook_size), "entropy": math.log2(results["perplexity"]),
         "history": [float(row["perplexity"]) for row in history],
         "milliseconds": 1000 * results["constants"]["BATCH_SIZE"] / float(history[-1]["images_per_second"])}
@@ -108,7 +102,7 @@ def plot(rows: dict[str, dict], x: str):
     usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
     training.set(xlabel="epoch", ylabel="perplexity", yscale="log")
     training.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (quality, usage, training):
+    for axes in figure.axes:
         axes.legend()
     save_figure(Path("outputs/quantizers.png"), figure)
 

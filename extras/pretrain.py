@@ -3,12 +3,10 @@
     python -m extras.pretrain    writes OUT/cifar_encoder.pt, 16-bit weights with BatchNorm folded in
 
 Most is airbench's (2404.00498): network, whitened input, convolutions that start as the identity, label smoothing,
-alternating flips, Muon with weights of a fixed norm. The shipped encoder was padded with zeros in these 16 epochs, and
-by replication in five more at 0.4 of the rate.
+alternating flips, Muon with weights of a fixed norm. docs/NOTES.md has how the shipped encoder differs.
 """
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +28,11 @@ SEED = 0
 OUT = "outputs/pretrain"
 
 
-def augment(images: Tensor, mirror: Tensor, pad: int = 2) -> Tensor:
-    """Shift images (B, 3, H, W) by up to `pad` pixels, with reflected borders. Mirror those in `mirror` (B,) bool."""
+def augment(images: Tensor, mirror: Tensor) -> Tensor:
+    """Shift images (B, 3, H, W) by up to two pixels, with reflected borders. Mirror those in `mirror` (B,) bool."""
     b, _, h, w = images.shape
-    shifts = F.pad(images, (pad,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # (B, 3, y, x, H, W)
-    y, x = (torch.randint(2 * pad + 1, (b,), device=images.device) for _ in range(2))
+    shifts = F.pad(images, (2,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # (B, 3, y, x, H, W)
+    y, x = (torch.randint(5, (b,), device=images.device) for _ in range(2))
     images = shifts[torch.arange(b), :, y, x]
     return torch.where(mirror[:, None, None, None], images.flip(3), images)
 
@@ -59,7 +57,8 @@ def initialize(encoder: ConvEncoder, images: Tensor):
 
 
 def main():
-    prepare_cpu()
+    if device == "cpu":
+        prepare_cpu()
     read_constants(globals(), sys.argv[1:])
     data = load_dataset(DATASET)
     torch.manual_seed(SEED)
@@ -106,7 +105,7 @@ def main():
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
     encoder = encoder.half().float()
     train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)
-    save_torch(Path(OUT, "cifar_encoder.pt"), {name: w.half().cpu() for name, w in encoder.state_dict().items()})
+    save_torch(f"{OUT}/cifar_encoder.pt", {name: w.half().cpu() for name, w in encoder.state_dict().items()})
     probe = linear_probe(train, labels, test, data.test_labels.to(device))
     print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
 

@@ -86,7 +86,7 @@ def test_measured_figures(options, monkeypatch):
     model, (images, _) = small(*options, **vit).eval(), draw_shapes(50, 16)
     labels = torch.arange(50) % 2  # such as nothing tells: a probe that has seen them knows them, another guesses
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], ["a", "b"])
-    figures = measure(model, data, *module.load_judges(16))
+    figures = measure(model, data, *module.load_judges(4, data))
     expected, _, output = evaluate(model, data.test_images)
     if codes := model.quantizer.codebook_size:
         expected |= {"bits": 16 * math.log2(codes), "ratio": 24 * 256 / (16 * math.log2(codes)),
@@ -99,7 +99,7 @@ def test_measured_figures(options, monkeypatch):
     probes = {name: figures.pop(name) for name in list(figures) if "probe" in name}
     assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet_lite0"] > 0.1
     monkeypatch.setattr(module, "find_spec", lambda name: None)  # no package, no labels
-    found = measure(model, data._replace(train_labels=None, test_labels=None), *module.load_judges(16))
+    found = measure(model, data._replace(train_labels=None, test_labels=None), *module.load_judges(4, data))
     assert found.keys() == figures.keys() - {"frechet_lite0", "distance_lite0"}
 
     z = model.encoder(images / 255)
@@ -157,17 +157,19 @@ def test_rfid_and_lpips(torch_home, monkeypatch):
     monkeypatch.setattr(module, "BATCH_SIZE", 2)  # the last batch is of one image
     monkeypatch.setattr("torchmetrics.image.fid._compute_fid", lambda mean, _, other, __: (mean - other).square().sum())
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    model, images, (judges, lpips) = small().eval(), noise(3), module.load_judges(16, "rfid,lpips")
-    figures, output = measure(model, Dataset(images, None, images, None, []), judges, lpips), evaluate(model, images)[2]
+    model, images = small().eval(), noise(3)
+    data = Dataset(images, None, images, None, [])
+    judges, lpips = module.load_judges(4, data, "rfid,lpips")
+    figures, output = measure(model, data, judges, lpips), evaluate(model, images)[2]
     inception = fidelity.FeatureExtractorInceptionV3("inception", ["2048"])  # resizes as TensorFlow did
     means = [inception(x)[0].mean(0) for x in (images, output)]
     expected = {"frechet_rfid": (means[0] - means[1]).square().sum().item(),
                 "lpips": lpips(images / 127.5 - 1, output / 127.5 - 1).mean().item()}
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    assert min(expected.values()) > 1e-3 and list(judges) == ["rfid"]
+    assert min(expected.values()) > 1e-3 and list(judges) == ["cifar", "rfid"]
     torch.save(Path(), next(torch_home.glob("vgg16*")))  # more than tensors
     with pytest.raises(OSError, match="Weights only"):
-        module.load_judges(16, "lpips")
+        module.load_judges(4, data, "lpips")
 
 
 @pytest.mark.parametrize("metrics, message", [("fid", "METRICS = 'fid'"), ("lpips", "offline"), ("rfid", "fidelity")])
@@ -176,7 +178,7 @@ def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, 
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises((OSError, ValueError), match=message) as error:
-        module.load_judges(16, metrics)
+        module.load_judges(4, Dataset(None, None, noise(1), None, []), metrics)
     assert "\n" not in str(error.value)
 
 

@@ -48,11 +48,12 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     own, avif = run(codecs, SHIPPED, COUNT=5)[2:]
     vqrae, images = utils.load_checkpoint(SHIPPED), load_dataset(str(folder), 32).test_images[:4] / 255  # 2 x 2
     output = (vqrae.decode_from_indices(vqrae.encode_to_indices(images)) * 255).round() / 255
-    expected = ["vqrae_fsq", f"{64 * math.log2(64_000):,.0f}", f"{psnr(output, images).mean():.2f}"]
-    assert [own[0], own[1], own[3]] == expected and avif[0] == "AVIF, as vqrae_fsq"
+    name = os.path.relpath(SHIPPED)
+    expected = [name, f"{psnr(output, images).mean():.2f}", f"{64 * math.log2(64_000):,.0f}"]
+    assert [own[0], own[1], own[4]] == expected and avif[0] == f"AVIF, as {name}"
     encoded = codecs.encode_to_bits((images * 255).round().byte(), "AVIF", 4 * 64 * math.log2(64_000))
-    assert avif[1] == f"{encoded[0] / 4:,.0f}" != f"{codecs.encode(encoded[1], 'AVIF', 50)[0] / 4:,.0f}"
-    assert float(own[6]) == pytest.approx(float(own[3]) - float(avif[3]), abs=0.011)
+    assert avif[4] == f"{encoded[0] / 4:,.0f}" != f"{codecs.encode(encoded[1], 'AVIF', 50)[0] / 4:,.0f}"
+    assert float(own[6]) == pytest.approx(float(own[1]) - float(avif[1]), abs=0.011)
 
 
 def test_a_table_of_runs(run, trained, monkeypatch):
@@ -70,8 +71,9 @@ def test_a_table_of_runs(run, trained, monkeypatch):
     assert figures[-1].axes[0].lines[1].get_xydata().tolist() == [[6, results["psnr"]]]
     assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0"  # two classes
     assert len(figures[-1].axes[2].lines[0].get_ydata()) == 3  # epochs
-    with pytest.raises(ValueError, match="train.py"):
-        run(compare, "SEED=3")
+    for wrong, message in (({}, "train.py"), ({"BITS": (8,)}, "BITS, WIDTHS")):
+        with pytest.raises(ValueError, match=message):
+            run(compare, "SEED=3", **wrong)
 
 
 def test_what_is_timed(monkeypatch, capsys):

@@ -190,7 +190,8 @@ def test_a_run_and_one_that_was_stopped(small, folder, trained, tmp_path, monkey
         real, tested, drawn = (build_encoder("cifar", 4).eval()(x).mean((2, 3)) for x in (train, test, drawn / 255))
     expected = {"nominal_bits": 384, "bits": measure_bits(prior, tokens["test"], torch.full((38,), 2)),
                 "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels),
-                "frechet": frechet_distance(tested, drawn), "frechet_of_training": frechet_distance(tested, real[:20]),
+                "frechet_cifar": frechet_distance(tested, drawn),
+                "frechet_cifar_of_training": frechet_distance(tested, real[:20]),
                 "frechet_lite0": frechet_distance(*judged[:2]),
                 "frechet_lite0_of_training": frechet_distance(judged[0], judged[2]),
                 "probe_test": linear_probe(real, data.train_labels, tested, data.test_labels),
@@ -218,6 +219,13 @@ def test_a_run_and_one_that_was_stopped(small, folder, trained, tmp_path, monkey
 def test_what_is_refused(options, name):
     with pytest.raises(ValueError, match=name):
         random_prior().fill(**{"indices": torch.zeros(2, 2, 3).long(), "mask": torch.ones(2, 2, 3).bool()} | options)
+
+
+@pytest.mark.parametrize("name, value", [("SAMPLES", 1), ("GUIDANCE", 0.5), ("EVAL_IMAGES", 0), ("DIM", 130)])
+def test_a_constant_that_would_fail_after_training_is_refused_before(name, value, monkeypatch):
+    monkeypatch.setattr(module, name, value), monkeypatch.setattr("sys.argv", ["generate.py"])
+    with pytest.raises(ValueError, match=f"^{name} = "):
+        module.main()
 
 
 def test_the_prior_that_ships_is_of_the_checkpoint_that_ships():
