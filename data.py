@@ -5,7 +5,6 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from math import pi
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
-from torchvision.transforms.v2 import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
+from torchvision.transforms.v2 import CenterCrop, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
 
 from models import check_images
@@ -58,18 +57,19 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             image = read_image(self.files[i])
         except ValueError as error:
+            check(os.path.exists(self.files[i]), "DATASET", self.files[i], "files that stay until the run ends")
             tqdm.write(f"{error}; the next image is used")
             return self[(i + 1) % len(self), size]
         least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
         return RandomResizedCrop(size, (least, 1))(image)
 
 
-def find_dataset(name: str, data_dir: str = "data") -> tuple[str, str]:
+def find_dataset(name: str) -> tuple[str, str]:
     """A dataset's name, for "auto" too, and a digest of a folder's files."""
     check(name in DATASETS or Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)}, or a folder with train/")
     if name == "auto":
         try:
-            load_cifar10(data_dir)
+            load_cifar10()
             name = "cifar10"
         except OSError as error:
             print(f"{error}; taking DATASET=shapes instead")
@@ -77,30 +77,30 @@ def find_dataset(name: str, data_dir: str = "data") -> tuple[str, str]:
     return name, "" if name in DATASETS else digest([list_split(name, split)[2] for split in ("train", "test")])
 
 
-def load_dataset(name: str, image_size: int | tuple[int, ...] = 32, data_dir: str = "data") -> Dataset:
+def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
     Several sizes are for random crops of a folder's training images; test images have the largest. ValueError for an
     unknown name or a folder without images, OSError without CIFAR-10.
     """
-    name, _ = find_dataset(name, data_dir)
+    name, _ = find_dataset(name)
     if name not in DATASETS:
-        return load_folder(name, image_size, data_dir)
+        return load_folder(name, image_size)
     check(isinstance(image_size, int), "IMAGE_SIZE", image_size, f"one number with DATASET={name}")
     if name == "shapes":
         images, labels = draw_shapes(60_000, image_size)
         return Dataset(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:], SHAPES)
-    train, test = load_cifar10(data_dir)
+    train, test = load_cifar10()
     images = [fit(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)]
     return Dataset(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
-def load_cifar10(data_dir: str) -> list[CIFAR10]:
+def load_cifar10() -> list[CIFAR10]:
     socket.setdefaulttimeout(15)  # of a server that does not answer
     try:
-        return [CIFAR10(data_dir, train, download=True) for train in (True, False)]
+        return [CIFAR10("data", train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise OSError(f"CIFAR-10 is not in {data_dir}/ and cannot be downloaded: {error}") from None
+        raise OSError(f"CIFAR-10 is not in data/ and cannot be downloaded: {error}") from None
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -132,23 +132,22 @@ def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
     return files, classes, digest([(str(f.absolute()), os.path.getsize(f), os.path.getmtime(f)) for f in files])
 
 
-def load_folder(folder: str, image_size: int | tuple[int, ...], data_dir: str) -> Dataset:
+def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     """Training images stay in their files for crops of several sizes, or where they would take more than DECODE_GB."""
     size = image_size if isinstance(image_size, int) else max(image_size)
     files, names, _ = list_split(folder, "train")
-    test_names = list_split(folder, "test")[1]
-    classes = sorted(set(names))
-    check(set(test_names) == set(classes), "DATASET", folder, "the same class folders in each split")
+    classes, labels = np.unique(names, return_inverse=True)
+    test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
+    check([*classes] == [*test_classes], "DATASET", folder, "the same class folders in each split")
     large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
-    train_images = ImageFiles(files, size) if large else decode(folder, "train", size, data_dir)
-    test_images = decode(folder, "test", size, data_dir)
-    if classes == [""]:
+    train_images = ImageFiles(files, size) if large else decode(folder, "train", size)
+    test_images = decode(folder, "test", size)
+    if [*classes] == [""]:
         return Dataset(train_images, None, test_images, None, [])
-    labels, test_labels = (torch.tensor([classes.index(name) for name in split]) for split in (names, test_names))
-    return Dataset(train_images, labels, test_images, test_labels, classes)
+    return Dataset(train_images, torch.tensor(labels), test_images, torch.tensor(test_labels), classes.tolist())
 
 
-def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
+def decode(folder: str, split: str, size: int) -> Tensor:
     """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
     def decode_one(i: int):
         try:
@@ -158,12 +157,11 @@ def decode(folder: str, split: str, size: int, data_dir: str) -> Tensor:
 
     files, _, state = list_split(folder, split)
     broken = []
-    path = Path(data_dir, f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
     if not path.exists():
-        free = shutil.disk_usage(path.parent).free
-        check(len(files) * 3 * size**2 < free, "free disk space", free, f"{len(files) * 3 * size**2} bytes")
         with replace_file(path) as temporary, ThreadPool() as pool:
+            free = shutil.disk_usage(path.parent).free
+            check(len(files) * 3 * size**2 < free, "free disk space", free, f"{len(files) * 3 * size**2} bytes")
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size))
             list(tqdm(pool.imap(decode_one, range(len(files))), "decoding", len(files), leave=False))
             check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
@@ -178,7 +176,7 @@ def read_image(path: str | Path) -> Tensor:
             check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+            return PILToTensor()(image.convert("RGB")).contiguous()
     except Exception as error:  # Pillow raises nearly anything for a broken file
         raise ValueError(f"image {str(path)!r} cannot be read: {summarize(error)}") from None
 
@@ -211,12 +209,11 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         yield torch.where(mirrored, batch.flip(3), batch) if flip else batch
 
 
-# ----------------------------------------
 # Drawn images of ten shapes, for training without any download
 
 def polygon(corners: int) -> np.ndarray:
     """A regular polygon's corners as complex numbers of magnitude 1. The last is the first again."""
-    return np.exp(np.linspace(0, 2j * pi, corners + 1))
+    return np.exp(np.linspace(0, 2j * np.pi, corners + 1))
 
 
 circle = polygon(60)
@@ -233,7 +230,7 @@ SHAPES = list(OUTLINES)
 def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
     """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES, equally many of each."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count)[torch.randperm(count, generator=generator)] % len(SHAPES)
+    labels = torch.randperm(count, generator=generator) % len(SHAPES)
     return torch.cat([draw_batch(batch, size, generator) for batch in labels.split(1000)]), labels
 
 
@@ -244,15 +241,15 @@ def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
     def texture() -> Tensor:
         """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks."""
-        x, angle, frequency = torch.linspace(-1, 1, size), uniform(0, 2 * pi, 1, 1), uniform(3, 12, 1, 1)
+        x, angle, frequency = torch.linspace(-1, 1, size), uniform(0, 2 * np.pi, 1, 1), uniform(3, 12, 1, 1)
         u = angle.cos() * x - angle.sin() * x[:, None]
         v = angle.sin() * x + angle.cos() * x[:, None]
-        waves = (frequency * u + uniform(0, 2 * pi, 1, 1)).sin()
+        waves = (frequency * u + uniform(0, 2 * np.pi, 1, 1)).sin()
         kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
         mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
         return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (mix[:, None] + 1) / 2)
 
-    turns, centres = torch.polar(uniform(0.45, 0.75), uniform(0, 2 * pi)), torch.complex(*uniform(-0.2, 0.2, 2).T)
+    turns, centres = torch.polar(uniform(0.45, 0.75), uniform(0, 2 * np.pi)), torch.complex(*uniform(-0.2, 0.2, 2).T)
     coverage = []
     for label, turn, centre in zip(labels.tolist(), turns.tolist(), centres.tolist()):
         corners = (OUTLINES[SHAPES[label]] * turn + centre + 1 + 1j) * 2 * size  # four times as large

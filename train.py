@@ -90,13 +90,15 @@ bf16 = fast_bf16(device)  # in training; figures are measured in fp32
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z: Tensor | None, target: Tensor | None,
-              lpips: nn.Module | None, discriminator: nn.Module | None) -> dict[str, Tensor]:
+def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
+              discriminator: nn.Module | None) -> dict[str, Tensor]:
     """All losses: "loss" is what the model minimises, a weighted sum, "discriminator_loss" what the discriminator does.
 
-    images (B, 3, H, W) in [0, 1]; teacher_z, target (B, C, h, w): features of the frozen encoder, `teacher`, and of its
-    last layer alone; all None for an encoder that learns from scratch. discriminator: None while the GAN is off.
+    images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, None for one that learns from scratch; discriminator:
+    None while the GAN is off.
     """
+    with torch.no_grad():  # features (B, C, h, w), and those of its last layer alone
+        teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
     z = teacher_z if model.frozen else model.encoder(images)  # in stage 1 the encoder is the teacher
     z_q, quantizer_loss, _ = model.quantize(z)
     output = model.decode(z_q)
@@ -127,11 +129,9 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, teacher_z
 
 def add_gradients(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
                   discriminator: nn.Module | None) -> dict[str, Tensor]:
-    """Forward and backward pass of a micro-batch: what a step does before its optimizers. Returns its losses."""
+    """Forward and backward pass of a micro-batch: what COMPILE compiles. Returns its losses."""
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        with torch.no_grad():
-            teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
-        losses = objective(model, images, teacher, teacher_z, target, lpips, discriminator)
+        losses = objective(model, images, teacher, lpips, discriminator)
     (losses["loss"] / ACCUMULATE).backward(inputs=[p for p in model.parameters() if p.requires_grad],
                                            retain_graph=discriminator is not None)
     if discriminator is not None:
@@ -139,9 +139,8 @@ def add_gradients(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, data: Dataset,
-                run: utils.Run):
-    """Train one stage, from its first epoch or where the run was stopped."""
+def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: utils.Run):
+    """Train one stage, from its first epoch or where the run was stopped. networks: of build_loss_networks."""
     model.set_stage(stage).train()
     utils.seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(sizes()[0]).to(device)
@@ -163,7 +162,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                          f"stage {stage} epoch {epoch}/{epochs}", leave=False, disable=rank > 0):
             gan_on = stage == 1 and GAN_WEIGHT > 0 and step >= steps / 2
             for images in islice(batches, ACCUMULATE):
-                losses = forward_and_backward(model, images, teacher, lpips, discriminator if gan_on else None)
+                losses = forward_and_backward(model, images, *networks, discriminator if gan_on else None)
                 log.append(torch.stack([*losses.values()]))
             average([p.grad for p in model.parameters() if p.grad is not None])
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -186,16 +185,14 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             metrics, _, reconstructions = evaluate(model, tested, BATCH_SIZE // ranks // ACCUMULATE)
             row = {"stage": stage, "epoch": epoch, **losses, **metrics,
                    "images_per_second": steps_per_epoch * BATCH_SIZE / seconds, "seconds": seconds}
-            save_epoch(run, row, model, state, torch.cat([tested[:8], reconstructions[:8]]))
-            print(f"{stage:6} {epoch:6} {row['loss']:9.4f} {row['psnr']:6.2f} {row['ssim']:7.4f} {row['usage']:11.1%} "
-                  f"{row['perplexity']:11,.0f} {row['images_per_second']:9,.0f} {seconds:8.0f}", flush=True)
+            save_epoch(run, row, model, state, tested[:8], reconstructions[:8])
+            print("{stage:6} {epoch:6} {loss:9.4f} {psnr:6.2f} {ssim:7.4f} {usage:11.1%} {perplexity:11,.0f} "
+                  "{images_per_second:9,.0f} {seconds:8.0f}".format(**row), flush=True)
             if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long as one of stage 1
-                minutes = (time.time() - start) / 60
-                minutes *= sum(stage_value(EPOCHS, other) * (1.4 if other > stage else 1) for other in STAGES)
-                print(f"the whole run takes about {minutes:.1f} minutes", flush=True)
+                times = sum(stage_value(EPOCHS, other) * (1.4 if other > stage else 1) for other in STAGES)
+                print(f"the whole run takes about {(time.time() - start) / 60 * times:.1f} minutes", flush=True)
 
 
-# ----------------------------------------
 # What a step is built from
 
 def compiled(function: Callable) -> Callable:
@@ -229,13 +226,11 @@ def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
 
-def build_model(meta: bool = False, pretrained: bool = True) -> VQRAE:
-    """The model of START_CHECKPOINT, else that of the constants. meta: on the meta device, without weights.
-
-    pretrained: False leaves the encoder's weights random, for extras.bench.
-    """
+def build_model(pretrained: bool = True) -> VQRAE:
+    """The model of START_CHECKPOINT, else that of the constants. pretrained: as in VQRAE."""
     if START_CHECKPOINT:
-        model = utils.load_checkpoint(START_CHECKPOINT)
+        with torch.device("cpu"):  # not the meta device
+            model = utils.load_checkpoint(START_CHECKPOINT)
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
         codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM, "decay": EMA_DECAY,
@@ -244,16 +239,14 @@ def build_model(meta: bool = False, pretrained: bool = True) -> VQRAE:
                    "ema_vq": codebook, "simvq": {**codebook, "transform": SIMVQ_TRANSFORM}}.get(QUANTIZER, {})
         if CODEBOOKS > 1:
             options |= {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH}
-        with torch.device("meta" if meta else "cpu"):
-            model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL,
-                          POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained and not meta)
+        model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
+                      DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained)
     check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
           f"16 or more, a multiple of a token's {model.token_size} pixels")
     model.config |= {"image_size": sizes()[0], "grid": sizes()[0] // model.token_size}
     return model
 
 
-# ----------------------------------------
 # Set-up and files
 
 def main():
@@ -261,7 +254,8 @@ def main():
     constants = utils.read_constants(globals(), sys.argv[1:])
     check_constants()
     start_process()
-    config = build_model(meta=True).config  # fails before anything is downloaded
+    with torch.device("meta"):  # without weights: a wrong constant fails before anything is downloaded
+        config = build_model(pretrained=False).config
     with first_process_first():  # it downloads and decodes, then the others find its files
         dataset, files = find_dataset(DATASET)
         constants["DATASET"] = Path(dataset).resolve().name
@@ -276,7 +270,7 @@ def main():
         check(BATCH_SIZE <= most, "BATCH_SIZE", BATCH_SIZE, f"at most the {most} images of an epoch")
         utils.seed_everything(SEED)
         model = build_model().to(device)
-        teacher, lpips = build_loss_networks(model)
+        networks = build_loss_networks(model)
     if isinstance(data.train_images, Tensor) and data.train_images.nbytes < 8e9:
         data = data._replace(train_images=data.train_images.to(device))  # for fast batches
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
@@ -287,7 +281,7 @@ def main():
           " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds", flush=True)
     for stage in STAGES:
         if stage >= run.stage:
-            train_stage(stage, model, teacher, lpips, data, run)
+            train_stage(stage, model, networks, data, run)
     if rank == 0:
         finish(run, model, data)
 
@@ -295,6 +289,8 @@ def main():
 def start_process():
     """Choose this process's GPU, or a CPU's arithmetic, and connect the processes of torchrun."""
     if gpu:
+        gpus, local_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        check(local_ranks <= gpus, "--nproc_per_node", local_ranks, f"1 to {gpus}, a GPU each")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         prepare_cpu()
@@ -319,10 +315,11 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
     return teacher, lpips
 
 
-def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, grid: Tensor):
-    """Write an epoch's grid (two rows of originals, two of reconstructions), curves and checkpoints."""
+def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Tensor, reconstructions: Tensor):
+    """Write an epoch's grid, curves and checkpoints."""
+    run.check_folder()
     stage, epoch = row["stage"], row["epoch"]
-    utils.save_grid(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", grid, columns=4)
+    utils.save_pairs(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, reconstructions, columns=4)
     utils.plot_curves(run.outputs / "curves.png", [*run.history, row], run.name)
     path = f"{run.checkpoints}/{model.config['quantizer']}_stage{stage}"
     metadata = {"run": run.name, "metrics": row, "constants": constants}
@@ -339,8 +336,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "a checkpoint of this run")
     best = utils.load_checkpoint(path).to(device)
     metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
-    rows = zip(data.test_images[:64].split(16), output[:64].split(16))  # originals, and below them reconstructions
-    utils.save_grid(run.outputs / "final.png", torch.cat([images for pair in rows for images in pair]), columns=16)
+    utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
     with utils.replace_file(run.outputs / "results.json") as temporary:
@@ -351,11 +347,11 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
 
 
 def check_constants():
-    """ValueError that names a constant, its value and what is allowed."""
+    """ValueError for a constant that is not allowed."""
     for name, allowed in {"QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
                           "COMPILE": ("", "default", "reduce-overhead"), "STAGES": ((1,), (1, 2), (2,))}.items():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
-    for name in ("BATCH_SIZE", "ACCUMULATE", "GRID", "CODEBOOKS"):
+    for name in ("BATCH_SIZE", "ACCUMULATE", "CODEBOOKS"):
         check(constants[name] >= 1, name, constants[name], "1 or more")
     for name in ("EPOCHS", "LEARNING_RATE", "PERCEPTUAL_WEIGHT"):
         valid = not isinstance(constants[name], tuple) or len(constants[name]) == 2
@@ -364,15 +360,14 @@ def check_constants():
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     valid = BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE)
     check(valid, "BATCH_SIZE", BATCH_SIZE,
-          f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES = {EPOCH_IMAGES}")
+          f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES or all images")
     check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
           'a file, or "" with 1 in STAGES')
     if START_CHECKPOINT:
         names = [*constants]
         for name in names[names.index("ENCODER") : names.index("DECODER_HEADS") + 1]:
-            value = constants.pop(name)
             given = any(argument.startswith(f"{name}=") for argument in sys.argv)
-            check(not given, name, value, "no argument with START_CHECKPOINT, whose model is used")
+            check(not given, name, constants.pop(name), "no argument with START_CHECKPOINT, whose model is used")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,20 @@ def seed_everything(*numbers: int):
     torch.manual_seed(int(digest(numbers), 16))
 
 
-# ----------------------------------------
 # Grids and plots
 
 def save_grid(path: Path, images: Tensor, columns: int):
     """Write uint8 images (N, 3, H, W) as a grid, row by row. Small ones are enlarged: a viewer would blur them."""
     zoom = max(1, 128 // images.shape[-1])
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     with replace_file(path) as temporary:
-        save_image(images / 255, temporary, format="PNG", nrow=columns, pad_value=1)
+        save_image(nn.Upsample(scale_factor=zoom)(images / 255), temporary, format="PNG", nrow=columns, pad_value=1)
+
+
+def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
+    """As save_grid: rows of images, and below each the row of their reconstructions."""
+    count = max(1, len(images) // columns) * columns  # an incomplete row is left out, unless it is the only one
+    rows = zip(images[:count].split(columns), reconstructions[:count].split(columns))
+    save_grid(path, torch.cat([*map(torch.cat, rows)]), min(columns, len(images)))
 
 
 def save_figure(path: Path, figure: Figure):
@@ -118,7 +123,6 @@ def plot_curves(path: Path, history: list[dict], title: str):
     save_figure(path, figure)
 
 
-# ----------------------------------------
 # Files, runs and checkpoints
 
 @contextlib.contextmanager
@@ -146,7 +150,6 @@ class Run:
         self.last = self.checkpoints / "last.pt"
         self.lock = FileLock(self.checkpoints / "lock")
         if first_process and not self.finished:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
                 self.lock.acquire(blocking=False)
             except Timeout:
@@ -168,10 +171,13 @@ class Run:
             module.load_state_dict(self.saved.pop(name))
         return self.epoch + 1
 
-    def save(self, row: dict, state: dict):
-        """Add an epoch's row to metrics.csv, and write what resume needs."""
+    def check_folder(self):
+        """ValueError if the folder was removed: it may be another process's by now."""
         kept = os.path.exists(self.lock.lock_file) and os.stat(self.lock.lock_file).st_ino == self.inode
         check(kept, "run", str(self.checkpoints), "a folder that exists until the run ends")
+
+    def save(self, row: dict, state: dict):
+        """Add an epoch's row to metrics.csv, and write what resume needs."""
         self.history.append(row)
         with replace_file(self.outputs / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
@@ -236,5 +242,4 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     ValueError for a damaged or different file. Its metadata: load_torch(path).
     """
     model, content = load_model(path, VQRAE, pretrained=False)
-    check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")
-    return model.set_stage(content["stage"])
+    return model.set_stage(content.get("stage"))

@@ -39,25 +39,25 @@ def to_tensor(pixels):
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-def test_cifar_from_disk_or_drawn_images(tmp_path, monkeypatch, capsys):
+def test_cifar_from_disk_or_drawn_images(monkeypatch, capsys):
     """Files in CIFAR-10's own format are read. Without them "auto", alone, takes drawn images instead, and tells so."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.exists(path))
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/cifar")  # nobody listens there
-    base, data_dir, images = tmp_path / CIFAR10.base_folder, str(tmp_path), random_pixels(12, 3, 32, 32)
-    base.mkdir()
+    base, images = Path("data", CIFAR10.base_folder), random_pixels(12, 3, 32, 32)
+    base.mkdir(parents=True)
     for i, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
         (base / name).write_bytes(pickle.dumps({"data": images[2 * i :][:2].reshape(2, -1), "labels": [i, 9 - i]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     for name in ("auto", "cifar10"):
-        train, labels, test, test_labels, classes = load_dataset(name, 32, data_dir)
+        train, labels, test, test_labels, classes = load_dataset(name)
         assert np.array_equal(torch.cat([train, test]), images) and len(train) == 10 and classes == list("abcdefghij")
         assert labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and test_labels.tolist() == [5, 4]
-    assert torch.equal(load_dataset(name, 24, data_dir).test_images, fit(test, 24))
+    assert torch.equal(load_dataset(name, 24).test_images, fit(test, 24))
     (base / "test_batch").unlink()
     with pytest.raises(OSError, match="^CIFAR-10 is not in .*/ and cannot be downloaded: "):
-        load_dataset("cifar10", 32, data_dir)
+        load_dataset("cifar10")
     monkeypatch.setattr(module, "draw_shapes", lambda n, size: (torch.arange(n), -torch.arange(n)))
-    *drawn, classes = load_dataset("auto", 32, data_dir)
+    *drawn, classes = load_dataset("auto")
     assert re.search("^CIFAR-10 .* cannot be downloaded: .*DATASET=shapes instead\n$", capsys.readouterr().out)
     expected = *torch.arange(60_000).split(50_000), *(-torch.arange(60_000)).split(50_000)  # images, labels
     assert all(torch.equal(drawn[i], expected[j]) for i, j in enumerate((0, 2, 1, 3))) and classes == SHAPES
@@ -183,6 +183,9 @@ def test_random_crops_and_the_next_image_for_a_broken_one(tmp_path, capsys):
     Path(file).write_bytes(b"broken")
     assert images[1, 8][:, 0, 0].tolist() == images[0, 8][:, 0, 0].tolist() == BLUE
     assert re.search(f"{Path(file).name}.* cannot be read", capsys.readouterr().out)
+    Path(file).unlink()
+    with pytest.raises(ValueError, match="^DATASET = .*files that stay"):  # of a drive that is gone, not one by one
+        images[1, 8]
 
 
 def test_batches_of_which_half_are_mirrored():

@@ -83,7 +83,7 @@ def parts(monkeypatch):
             critic.layers[-1].bias.sub_(critic(images).mean())
         decode, outputs = model.decode, []
         monkeypatch.setattr(model, "decode", lambda z_q: outputs.append(decode(z_q)) or outputs[0])
-        losses = train.objective(model.set_stage(stage).train(), images, teacher, *teacher(images, True), lpips, critic)
+        losses = train.objective(model.set_stage(stage).train(), images, teacher, lpips, critic)
         return model, images, teacher, critic, losses, *outputs
 
     return build
@@ -214,7 +214,7 @@ def test_training_is_what_the_table_of_stages_says(main, folder, monkeypatch):
         batches = [x for epoch in range(epochs) for x in train.epoch_batches(images, stage, epoch + 1, 3)]
         for step, x in enumerate(batches):
             gan_on = stage == 1 and step >= 3
-            losses = train.objective(model, x, teacher, *teacher(x, True), None, critic if gan_on else None)
+            losses = train.objective(model, x, teacher, None, critic if gan_on else None)
             model.zero_grad()
             if gan_on:
                 gradients = torch.autograd.grad(losses["discriminator_loss"], [*critic.parameters()], retain_graph=True)
@@ -399,7 +399,8 @@ def test_a_vit_is_held_to_the_sum_of_its_layers_and_its_last_is_predicted(main, 
     calls, objective = [], train.objective
     monkeypatch.setattr(train, "objective", lambda *args: calls.append(args) or objective(*args))
     outputs = main(f"ENCODER={small_vit}", "ENCODER_LAYERS=2", "LEARNING_RATE=(1e-3, 0)")
-    _, images, _, teacher_z, target, *_ = calls[0]
+    _, images, teacher, *_ = calls[0]
+    teacher_z, target = teacher.float()(images, with_last=True)
     last, both = (build_encoder(small_vit, 4, layers).eval()(images) for layers in (1, 2))
     assert torch.equal(load_checkpoint(checkpoint(outputs, "stage1_best")).encoder(images), both)
     assert F.mse_loss(teacher_z, both) < 1e-3 > F.mse_loss(target, last)  # they may be in bf16

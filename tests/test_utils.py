@@ -74,6 +74,14 @@ def test_a_grid_goes_row_by_row_and_enlarges_small_images(size, zoom):
     assert np.array_equal(np.array(Image.open("new/grid.png")), expected)
 
 
+def test_reconstructions_stand_below_their_images(monkeypatch):
+    grids = []
+    monkeypatch.setattr(utils, "save_grid", lambda _, images, columns: grids.append((images.tolist(), columns)))
+    for count in (3, 9):  # an incomplete row is left out, unless it is the only one
+        utils.save_pairs(Path("a.png"), torch.arange(count), torch.arange(10, 10 + count), columns=4)
+    assert grids == [([0, 1, 2, 10, 11, 12], 3), ([*range(4), *range(10, 14), *range(4, 8), *range(14, 18)], 4)]
+
+
 def test_plots(monkeypatch):
     figures, save_figure = [], utils.save_figure
     monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure) or save_figure(path, figure))
