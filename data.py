@@ -57,7 +57,7 @@ class ImageFiles(torch.utils.data.Dataset):
         try:
             image = read_image(self.files[i])
         except ValueError as error:
-            check(os.path.exists(self.files[i]), "DATASET", self.files[i], "files that stay until the run ends")
+            check(os.path.exists(self.files[i]), "DATASET", str(self.files[i]), "files that stay until the run ends")
             tqdm.write(f"{error}; the next image is used")
             return self[(i + 1) % len(self), size]
         least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
@@ -109,9 +109,9 @@ def find_images(folder: Path) -> list[Path]:
     seen = {Path(folder).resolve(), *Path(folder).resolve().parents}  # links to them, or twice to one, are not followed
     for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         found = {Path(root, name).resolve(): name for name in sorted(folders)}
-        folders[:] = [name for path, name in found.items() if path not in seen]
+        folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
         seen.update(found)
-        files += [Path(root, name) for name in names]
+        files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = [file for file in files if file.suffix.lower() in suffixes]
     others = Counter(file.suffix for file in files) - Counter(file.suffix for file in images)
@@ -138,7 +138,8 @@ def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     files, names, _ = list_split(folder, "train")
     classes, labels = np.unique(names, return_inverse=True)
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
-    check([*classes] == [*test_classes], "DATASET", folder, "the same class folders in each split")
+    alone = sorted({*classes} ^ {*test_classes})
+    check(not alone, "DATASET", folder, f"the same class folders in each split; in one alone: {', '.join(alone[:9])}")
     large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
     train_images = ImageFiles(files, size) if large else decode(folder, "train", size)
     test_images = decode(folder, "test", size)

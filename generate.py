@@ -229,13 +229,18 @@ def main():
         prepare_cpu()
     constants = utils.read_constants(globals(), sys.argv[1:])
     check(0 < DROP_LABEL < 1, "DROP_LABEL", DROP_LABEL, "between 0 and 1")
-    for name, least in {"EVAL_IMAGES": 1, "STEPS": 1, "GUIDANCE": 1, "TEMPERATURE": 1e-3, "SAMPLES": 2}.items():
-        check(constants[name] >= least, name, constants[name], f"{least} or more")
-    check(DIM % max(1, -(-DIM // 64)) == 0, "DIM", DIM, "a multiple of 64")
+    for name in ("EPOCHS", "EVAL_IMAGES", "STEPS", "GUIDANCE"):
+        check(constants[name] >= 1, name, constants[name], "1 or more")
+    check(TEMPERATURE > 0, "TEMPERATURE", TEMPERATURE, "above 0")
+    check(SAMPLES > 1, "SAMPLES", SAMPLES, "2 or more")
+    check(DIM > 1 and DIM % -(-DIM // 64) == 0, "DIM", DIM, "a multiple of 64")
     vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
     dataset, files = find_dataset(DATASET)
     name = utils.digest((constants, dataset, files, stat.st_size, stat.st_mtime_ns))
     run = utils.Run(f"prior_{Path(dataset).resolve().name}_{vqrae.config['quantizer']}_{name}")
+    if run.finished:
+        print(f"this run is finished: see {run.outputs}/. For another change a constant, or SEED if code changed")
+        return
     data = load_dataset(dataset, vqrae.config["image_size"])
     check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{DECODE_GB} GB of images at most")
     check(0 < BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}")

@@ -378,6 +378,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; without a ViT, large images in strips."""
+        check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
         return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
@@ -437,7 +438,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
         """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError where it does not fit."""
         try:
-            return super().from_pretrained(name, strict=True, **options)
+            check(not Path(name).is_dir() or Path(name, "config.json").exists(), "config.json", "none", "one file")
+            model = super().from_pretrained(name, strict=True, **options)
+            finite = all(w.isfinite().all() for w in model.state_dict().values())
+            check(finite, "weights", "not finite", "finite numbers")
+            return model
         except Exception as error:  # safetensors, torch and a wrong config raise many kinds
             raise ValueError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from None
 

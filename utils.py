@@ -61,6 +61,7 @@ def one_line_errors(stopped: str = "stopped"):
         yield
     except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message = stopped if isinstance(error, KeyboardInterrupt) else str(error).partition(". Tried to")[0]
+        message = message.rpartition("\nValueError: ")[2].strip()  # without the traceback of a DataLoader's worker
         sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
 
 
@@ -103,7 +104,8 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     axes.loglog(range(1, len(used) + 1), used)
     axes.axvline(round(len(used) / metrics["usage"]), color="grey", linestyle=":")
     axes.set(xlabel="code, by rank (dotted: the codebook's size)", ylabel="times used")
-    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9)
+    axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9,
+                   parse_math=False)
     save_figure(path, figure)
 
 
@@ -113,7 +115,7 @@ def plot_curves(path: Path, history: list[dict], title: str):
     panels = {"losses, before their weights": losses, "PSNR, dB": ["psnr"], "SSIM": ["ssim"],
               "fraction of codes used": ["usage"], "perplexity": ["perplexity"]}
     figure = Figure(figsize=(16, 3.2), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for axes, (name, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
             axes.plot(range(1, len(history) + 1), [row[column] for row in history], ".-", label=column)
@@ -167,8 +169,11 @@ class Run:
         """The epoch to begin this stage with. If the run was stopped in it, everything in `state` is loaded."""
         if self.stage != stage:
             return 1
-        for name, module in state.items():
-            module.load_state_dict(self.saved.pop(name))
+        try:
+            for name, module in state.items():
+                module.load_state_dict(self.saved.pop(name))
+        except Exception as error:  # torch raises many kinds
+            raise ValueError(f"{self.last} does not fit this code, change SEED: {summarize(error)}") from None
         return self.epoch + 1
 
     def check_folder(self):
@@ -242,4 +247,5 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     ValueError for a damaged or different file. Its metadata: load_torch(path).
     """
     model, content = load_model(path, VQRAE, pretrained=False)
-    return model.set_stage(content.get("stage"))
+    check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")
+    return model.set_stage(content["stage"])

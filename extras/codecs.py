@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data import find_images, load_dataset, read_image, to_float
 from evaluate import COLUMNS, device, format_table, psnr, read_arguments, ssim
+from quantizers import check
 from utils import load_checkpoint, one_line_errors
 
 DATASET = "cifar10"
@@ -51,7 +52,9 @@ def main():
 def pictures(size: int) -> Iterable[Tensor]:
     """Groups of uint8 images (n * n, 3, H, W), one picture each."""
     if PHOTOS:
-        return (read_image(file)[None] for file in find_images(PHOTOS)[:COUNT])
+        files = find_images(PHOTOS)[:COUNT]
+        check(files, "PHOTOS, COUNT", (PHOTOS, COUNT), "a folder with images, 1 or more")
+        return (read_image(file)[None] for file in files)
     images = load_dataset(DATASET, size).test_images
     return [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
 
