@@ -102,7 +102,7 @@ def test_folders_are_read_once_and_files_of_all_suffixes(tmp_path, capsys):
     for link, target in (("train/ant/up", "train"), ("train/ant/top", ""), ("train/ant/c", "train/cat"),
                          ("train/cat/a", "train/ant"), ("train/cat/self", "train/cat")):
         (path / link).symlink_to(path / target)
-    for name in ("c.jfif", "d.JPE", "e.PNG", "f.gif"):
+    for name in ("c.jfif", "d.JPE", "e.PNG", "f.gif", "._g.png"):
         Image.new("RGB", (8, 8)).save(path / "train/cat" / name)
     found = [str(file.relative_to(path / "train")) for file in module.find_images(path / "train")]
     assert found == ["ant/a.png", "cat/b.png", "cat/c.jfif", "cat/d.JPE", "cat/e.PNG"]

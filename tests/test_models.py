@@ -65,8 +65,6 @@ def normalized(z, channels):
     return (z - z.mean(channels, keepdim=True)) / (z.var(channels, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
-# Encoders
-
 def test_shipped_encoder():
     file, images = PRETRAINED_DIR / "cifar_encoder.pt", torch.rand(2, 3, 64, 50)
     assert file.stat().st_size < 12e6 and json.loads(file.with_suffix(".json").read_text())["parameters"] == 3_078_944
@@ -245,8 +243,6 @@ def test_refused_options(options):
         VQRAE(**options, pretrained=False)
 
 
-# Decoders, discriminator
-
 def test_vit_decoder_adds_up_patches_twice_as_wide_as_tokens():
     decoder, z = models.ViTDecoder(8, 4, 16, 0, 2), torch.randn(1, 8, 2, 3)
     canvas = torch.zeros(3, 8 + 4, 12 + 4)  # 2 pixels more on each side
@@ -278,8 +274,6 @@ def test_discriminator_has_a_logit_for_each_patch(size, logits):
     assert discriminator(images).shape == (1, 1, logits, logits)
     assert torch.equal(discriminator(images), discriminator.layers(2 * images - 1))
 
-
-# VQRAE
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_decoding_indices_is_the_forward_pass(quantizer):
@@ -388,8 +382,6 @@ def test_codebook_usage_of_several_codebooks():
         assert usage == used / 4096 and perplexity == pytest.approx(expected)
 
 
-# Images of any size
-
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (33, 30), (32, 128)])
 def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
     model, images = build(encoder), torch.rand(2, 3, *size)
@@ -416,6 +408,11 @@ def test_refused_images(images):
     for function in (build(), build().encode_to_indices):
         with pytest.raises(ValueError, match=r"^[^\n]*images = [^\n]+, allowed: [^\n]+$"):
             function(images)
+
+
+def test_indices_need_eval_mode():
+    with pytest.raises(ValueError, match="^quantizer = 'in train mode'"):
+        build().train().encode_to_indices(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("rows_in, rows_out", [(4, 1), (1, 4), (1, 1)])

@@ -36,8 +36,6 @@ def same_state(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-# What all quantizers share
-
 @pytest.mark.parametrize("shape", [(3, DIM, 4, 5), (3, 7, DIM)], ids=["image", "sequence"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_indices_give_z_q_again_bit_for_bit_and_z_q_its_indices(kind, shape):
@@ -319,8 +317,6 @@ def test_matched_codes_of_few_directions_stay_finite(tokens):
     assert (z_q - tokens).square().mean() < 0.05 * tokens.square().mean()
 
 
-# EMA-VQ
-
 def check_update(before, after, x):
     """Whether a step with tokens x (N, D) led from before to after: code by code, in fp64. How many were dead."""
     x, decay, average = x.detach().double(), before.decay, len(x) / before.codebook_size
@@ -397,8 +393,6 @@ def test_matched_codes_of_several_processes_learn_from_all_their_tokens(monkeypa
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(quantizer.buffers(), alone.buffers()))
     assert torch.allclose(quantizer.code_transform.weight, alone.code_transform.weight, atol=1e-4)
 
-
-# Several codebooks
 
 @pytest.mark.parametrize("combine", ["residual", "product"])
 def test_each_of_several_codebooks_is_an_ema_codebook(combine):

@@ -134,6 +134,12 @@ def test_a_run_whose_folder_is_removed_stops(again):
     assert not Path("outputs").exists() and (other is None or other.epoch == 0)
 
 
+def test_a_run_does_not_resume_with_other_layers():
+    Run("a").save({"epoch": 1}, {"model": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="last.pt does not fit this code, change SEED: [^\n]+$"):
+        Run("a", first_process=False).resume({"model": nn.Linear(2, 3)})
+
+
 def test_a_last_pt_that_is_damaged_or_of_another_run_is_refused():
     for name in ("a", "b"):
         Run(name).save({"epoch": 1}, {"model": nn.Linear(2, 2)})

@@ -176,7 +176,9 @@ def test_a_model_is_shared_as_the_ecosystem_does(saved):
     file = Path("shared/model.safetensors")
     weights, content = load_file(file), file.read_bytes()
     for damage in (lambda: file.write_bytes(content[:-9]), lambda: save_file({**weights, "more": torch.ones(1)}, file),
-                   lambda: file.write_bytes(content) and Path("shared/config.json").write_text('{"grid": 7}')):
+                   lambda: save_file({name: weight * torch.nan for name, weight in weights.items()}, file),
+                   lambda: file.write_bytes(content) and Path("shared/config.json").write_text('{"grid": 7}'),
+                   Path("shared/config.json").unlink):
         damage()
         with refused("^shared cannot be read: ."):
             models.VQRAE.from_pretrained("shared")
