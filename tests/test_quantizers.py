@@ -164,8 +164,7 @@ def test_mixed_radix_and_large_codebooks():
     {"name": "simvq", "decay": 1}, {"name": "ema_vq", "code_dim": -1}, {"name": "ema_vq", "decay": 1.0},
     {"name": "ema_vq", "decay": 0.0}, EMA | {"codebooks": 0}, EMA | {"codebooks": 2, "combine": "sum"},
     EMA | {"codebooks": 16, "code_dim": 16}, EMA | {"codebooks": 4, "combine": "product"},
-    EMA | {"codebooks": 2, "random_depth": 2}, EMA | {"codebooks": 2, "combine": "product", "random_depth": 0.5},
-], ids=str)
+    EMA | {"codebooks": 2, "random_depth": 2}, EMA | {"codebooks": 2, "combine": "product", "random_depth": 0.5}])
 def test_refused_options(options):
     with pytest.raises(ValueError, match=r"^[^\n]+ = [^\n]+, allowed: [^\n]+$"):
         build_quantizer(**{"dim": DIM} | options)

@@ -47,7 +47,8 @@ def test_a_constant_that_cannot_be(argument, message):
 
 
 @pytest.mark.parametrize("error, message", [
-    (ValueError("SIZE = 0"), "SIZE = 0"), (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+    (ValueError("Caught in worker\nTraceback\nValueError: SIZE = 0\n"), "SIZE = 0"), (ValueError("a"), "a"),
+    (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
     (KeyboardInterrupt(), "stop; go on"), (torch.OutOfMemoryError("Out of memory. Tried to\nhave"), "Out of memory")])
 def test_an_error_ends_the_script_in_one_line(error, message, monkeypatch):
     monkeypatch.setattr("sys.argv", ["folder/train.py"])
@@ -87,8 +88,8 @@ def test_plots(monkeypatch):
     monkeypatch.setattr(utils, "save_figure", lambda path, figure: figures.append(figure) or save_figure(path, figure))
     history = [{"stage": 1 + (i > 1), "epoch": i, "rec_loss": 1 / (i + 1), "gan_loss": 0, "psnr": 20 + i, "ssim": 0.5,
                 "usage": 0.3, "perplexity": 2.5} for i in range(3)]
-    utils.plot_usage(Path("usage.png"), torch.tensor([0, 3, 0, 5, 1] + [0] * 5), history[0], "a run")
-    utils.plot_curves(Path("curves.png"), history, "a run")
+    utils.plot_usage(Path("usage.png"), torch.tensor([0, 3, 0, 5, 1] + [0] * 5), history[0], "a$_$b")
+    utils.plot_curves(Path("curves.png"), history, "a$_$b")
     (usage,), panels = figures[0].axes, figures[1].axes
     assert [line.get_xydata().tolist() for line in usage.lines] == [[[1, 5], [2, 3], [3, 1]], [[10, 0], [10, 1]]]
     assert [line.get_label() for line in panels[0].lines[:-1]] == ["rec_loss"]  # what is always 0 is left out
