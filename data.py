@@ -9,10 +9,11 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
@@ -89,7 +90,7 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     check(isinstance(image_size, int), "IMAGE_SIZE", image_size, f"one number with DATASET={name}")
     if name == "shapes":
         images, labels = draw_shapes(60_000, image_size)
-        return Dataset(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:], SHAPES)
+        return Dataset(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:], [*SHAPES])
     train, test = load_cifar10()
     images = [fit(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)]
     return Dataset(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
@@ -212,54 +213,41 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
 
 # Drawn images of ten shapes, for training without any download
 
-def polygon(corners: int) -> np.ndarray:
-    """A regular polygon's corners as complex numbers of magnitude 1. The last is the first again."""
-    return np.exp(np.linspace(0, 2j * np.pi, corners + 1))
-
-
-circle = polygon(60)
-half = circle[15:46]
-OUTLINES = {
-    "circle": circle, "ring": np.append(circle, circle[::-1] / 2), "ellipse": circle.real + 0.45j * circle.imag,
-    "triangle": polygon(3), "square": polygon(4), "hexagon": polygon(6), "star": polygon(10)[:-1] * ([1, 0.42] * 5),
-    "cross": np.outer(polygon(4)[:-1], [1 - 0.33j, 1 + 0.33j, 0.33 + 0.33j]).flatten(),
-    "crescent": np.append(half, 0.4 * half[::-1].real + 1j * half[::-1].imag),
-    "heart": 0.8 * circle + 0.6j * (abs(circle.real) ** 0.5 - 0.4)}
-SHAPES = list(OUTLINES)
+SHAPES = "●⚪◗▲■⬢★✚♥⚡"  # in the font that matplotlib brings
 
 
 def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
     """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES, equally many of each."""
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 2 * size)
+    masks = []
+    for shape in SHAPES:
+        image = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(image).text((size, size), shape, fill=255, font=font, anchor="mm")
+        masks.append(PILToTensor()(image) / 255)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randperm(count, generator=generator) % len(SHAPES)
-    return torch.cat([draw_batch(batch, size, generator) for batch in labels.split(1000)]), labels
+    return torch.cat([draw_batch(torch.stack(masks)[batch], generator) for batch in labels.split(1000)]), labels
 
 
-def draw_batch(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """labels (B,) -> uint8 images (B, 3, size, size): anti-aliased, in random positions, sizes and textures."""
+def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
+    """Shapes (B, 1, 2 size, 2 size) in [0, 1] -> uint8 images (B, 3, size, size): moved, turned, scaled, coloured."""
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
+        return low + (high - low) * torch.rand(len(masks), *shape, generator=generator)
 
     def texture() -> Tensor:
-        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks."""
-        x, angle, frequency = torch.linspace(-1, 1, size), uniform(0, 2 * np.pi, 1, 1), uniform(3, 12, 1, 1)
-        u = angle.cos() * x - angle.sin() * x[:, None]
-        v = angle.sin() * x + angle.cos() * x[:, None]
-        waves = (frequency * u + uniform(0, 2 * np.pi, 1, 1)).sin()
-        kind = torch.randint(4, (len(labels), 1, 1), generator=generator)
-        mix = torch.where(kind == 0, waves, torch.where(kind == 1, waves * (frequency * v).sin(), u * 0.7))
-        return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (mix[:, None] + 1) / 2)
+        """(B, 3, size, size) in [0, 1]: two colours mixed by waves along none, one or two axes, or a gradient."""
+        x, angle = torch.linspace(-1, 1, size), uniform(0, 2 * np.pi, 1, 1)
+        axes = torch.stack([angle.cos() * x - angle.sin() * x[:, None], angle.sin() * x + angle.cos() * x[:, None]], 1)
+        waves = (uniform(-6, 12, 2, 1, 1).clamp(min=0) * axes + uniform(0, 2 * np.pi, 2, 1, 1)).sin()
+        return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (waves.prod(1, keepdim=True) + 1) / 2)
 
-    turns, centres = torch.polar(uniform(0.45, 0.75), uniform(0, 2 * np.pi)), torch.complex(*uniform(-0.2, 0.2, 2).T)
-    coverage = []
-    for label, turn, centre in zip(labels.tolist(), turns.tolist(), centres.tolist()):
-        corners = (OUTLINES[SHAPES[label]] * turn + centre + 1 + 1j) * 2 * size  # four times as large
-        image = Image.new("L", (4 * size, 4 * size))
-        ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=255)
-        coverage.append(np.array(image.reduce(4)))
-    coverage = torch.from_numpy(np.stack(coverage))[:, None] / 255
+    size, (x, y) = masks.shape[-1] // 2, uniform(-0.3, 0.3, 2).T
+    turn = torch.polar(uniform(1.0, 1.6), uniform(0, 2 * np.pi))
+    affine = torch.stack([turn.real, -turn.imag, x, turn.imag, turn.real, y], 1).view(-1, 2, 3)
+    moved = F.grid_sample(masks, F.affine_grid(affine, masks.shape, align_corners=False), align_corners=False)
+    coverage = F.avg_pool2d(moved, 2)  # anti-aliased
     background = texture()
     dark = background.mean((1, 2, 3), keepdim=True) < 0.5
     foreground = texture() / 2 + dark / 2  # bright on dark, dark on bright
     noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
-    return ((background + noise) * (1 - coverage) + foreground * coverage).clamp(0, 1).mul(255).round().byte()
+    return torch.lerp(background + noise, foreground, coverage).clamp(0, 1).mul(255).round().byte()
