@@ -304,45 +304,38 @@ class EMAVQ(Quantizer):
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
 
-    def quantize(self, x: Tensor, used: Tensor | int = 1) -> Quantized:
-        """used (B, 1): whether an image's tokens count, in the loss and in the moving averages; 1: all do."""
+    def quantize(self, x: Tensor) -> Quantized:
         indices = nearest_code(x, self.codebook)
         codes = self.lookup(indices)
-        weight = x.new_ones(x.shape[:2]) * used
         if self.training:
-            self.update(x.detach().flatten(0, 1), indices.flatten(), weight.flatten())
-        loss = ((x - codes).square().mean(-1) * weight).sum() / weight.sum().clamp(min=1)  # 0 if no image is used
-        return straight_through(x, codes), self.commitment_cost * loss, indices
+            self.update(x.detach().flatten(0, 1), indices.flatten())
+        return straight_through(x, codes), self.commitment_cost * F.mse_loss(x, codes), indices
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
 
     @torch.no_grad()
-    def update(self, x: Tensor, indices: Tensor, weight: Tensor):
-        """A step of the moving averages, equal in all processes, with shapes that do not depend on values.
-
-        Tokens x (N, code_dim) are at codes `indices` (N,); weight (N,): 1 if a token counts, or else 0.
-        """
-        counts = torch.zeros_like(self.token_counts).index_add_(0, indices, weight)
-        sums = torch.zeros_like(self.token_sums).index_add_(0, indices, weight[:, None] * x)
-        distributed, most = dist.is_available() and dist.is_initialized(), weight.sum()
-        if distributed:
+    def update(self, x: Tensor, indices: Tensor):
+        """A step of the moving averages, equal in all processes, by tokens x (N, code_dim) at codes `indices` (N,)."""
+        counts = torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x)))
+        sums = torch.zeros_like(self.token_sums).index_add_(0, indices, x)
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes > 1:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-            dist.all_reduce(most, dist.ReduceOp.MIN)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
-        total = self.token_counts.sum().clamp(min=1e-10)  # 0 before a residual codebook's first token
+        total = self.token_counts.sum()
         smoothed = (self.token_counts + 1e-5) / (total + 1e-5 * self.codebook_size) * total
         torch.div(self.token_sums, smoothed[:, None], out=self.codebook)
 
         average = counts.mean()
         dead = self.token_counts < 0.1 * average
-        number = dead.cumsum(0)  # the first dead code is 1, the second 2: each restarts at another token
-        dead &= number <= most
-        order = (torch.rand_like(weight) - weight).argsort()  # random; tokens that do not count are the last
-        tokens = x[order[(number - 1).clamp(0, len(x) - 1)]]  # of the dead; any for the others
-        if distributed:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
+        number = dead.cumsum(0) - 1  # the first dead code is 0, the second 1: each restarts at another token
+        dead &= number < counts.sum() / processes
+        order = torch.rand(len(x), device=x.device).argsort()  # random
+        tokens = x[order[number.clamp(0, len(x) - 1)]]  # of the dead; any for the others. No shape depends on values
+        if processes > 1:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
             tokens = tokens if dist.get_rank() == 0 else torch.zeros_like(tokens)
             dist.all_reduce(tokens)
         self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
@@ -355,7 +348,7 @@ class MultiCodebook(Quantizer):
 
     "residual" (2107.03312, 2203.01941): each codebook quantizes what the ones before it leave, and a code is the sum of
     theirs. "product" (Jegou et al., PAMI 2011): each quantizes some of the dimensions. random_depth: fraction of
-    training images that use a random number of residual codebooks, for decoding from the first few alone.
+    training images whose code is the sum of a random number of the first, to be decoded from these alone.
     """
 
     def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,
@@ -373,18 +366,19 @@ class MultiCodebook(Quantizer):
         self.parts = [slice(n)] * codebooks if self.residual else [slice(i, i + width) for i in range(0, n, width)]
 
     def quantize(self, x: Tensor) -> Quantized:
-        depth = torch.full((len(x), 1), len(self.codebooks), device=x.device)  # of each image
+        depth = torch.full((len(x), 1, 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
             depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
-        codes, sub_indices, loss = torch.zeros_like(x), [], 0
+        codes = output = torch.zeros_like(x)
+        sub_indices, loss = [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
-            used = depth > i
-            code, codebook_loss, index = codebook.quantize((x - codes)[..., part], used)
-            codes[..., part] += used[..., None] * code.detach()
-            sub_indices.append(used * index)
+            code, codebook_loss, index = codebook.quantize((x - codes)[..., part])
+            codes[..., part] += code.detach()
+            output = torch.where(depth > i, codes, output)
+            sub_indices.append(index)
             loss = loss + codebook_loss
-        return straight_through(x, codes), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
+        return straight_through(x, output), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
 
     def lookup(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         sub_indices = split_indices(indices, self.codebook_sizes).unbind(-1)[:codebooks]

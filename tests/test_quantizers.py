@@ -362,20 +362,21 @@ def test_ema_vq_is_the_librarys():
 
 
 def test_ema_codes_of_several_processes_learn_from_all_their_tokens(monkeypatch):
-    """Process 0 sends those at which dead codes restart: of no more codes than each process has tokens, here 2."""
+    """Process 0 sends those at which dead codes restart: of no more codes than each process has tokens, here 3."""
     sent = torch.randn(10, 6)
-    quantizer, x = EMAVQ(6, 10, None), torch.randn(1, 30, 6)
+    quantizer, x = EMAVQ(6, 10, None), torch.randn(1, 3, 6)
     quantizer.token_counts[:5], quantizer.token_sums[:5] = 1, quantizer.codebook[:5]
     alone = copy.deepcopy(quantizer)
     alone(torch.cat([x, x], 1))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    all_reduce = iter([lambda x: x.mul_(2), lambda x: x.mul_(2), lambda x, _: x.clamp_(max=2), lambda x: x.add_(sent)])
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    all_reduce = iter([lambda x: x.mul_(2), lambda x: x.mul_(2), lambda x: x.add_(sent)])
     monkeypatch.setattr(dist, "all_reduce", lambda *args: next(all_reduce)(*args))
     quantizer(x)
-    dead = (alone.token_counts - 0.2 * 6).abs() < 1e-6
-    assert 2 < dead.sum() < 10 and torch.equal(quantizer.codebook[dead][:2], sent[dead][:2])
-    assert not torch.isin(quantizer.codebook[dead][2:], sent).any()
+    dead = (alone.token_counts - 0.2 * 0.6).abs() < 1e-6
+    assert 3 < dead.sum() < 10 and torch.equal(quantizer.codebook[dead][:3], sent[dead][:3])
+    assert not torch.isin(quantizer.codebook[dead][3:], sent).any()
     assert torch.allclose(quantizer.token_counts[~dead], alone.token_counts[~dead])
     assert torch.allclose(quantizer.codebook[~dead], alone.codebook[~dead], atol=1e-6)
 
@@ -436,20 +437,10 @@ def test_random_depth_is_drawn_for_each_image_and_only_in_training():
     depth = same.argmax(0) + 1
     assert same.sum(0).eq(1).all() and depth[0] != depth[1:].min()
     assert torch.allclose(same.mean(1), torch.tensor([1, 1, 4]) / 6, atol=0.08)  # half of them at random
-    assert torch.equal(indices, full % 16 ** depth[:, None])  # sub-indices that were not used are 0
+    assert torch.equal(indices, full)
     rest, losses = z, 0
     for i, (old, new) in enumerate(zip(before.codebooks, quantizer.codebooks)):
-        check_update(old, new, rest[depth > i].flatten(0, 1))  # images that do not use it do not move it
-        losses += 0.25 * (rest - old.codebook[full // 16**i % 16])[depth > i].square().mean()
+        check_update(old, new, rest.flatten(0, 1))  # all images move it, whatever their depth
+        losses += 0.25 * (rest - old.codebook[full // 16**i % 16]).square().mean()
         rest = z - sums[i]
     assert torch.allclose(loss, losses, atol=1e-6)
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_residual_codebook_that_gets_no_token_stays_finite(steps):
-    for _ in range(10):
-        quantizer = build_quantizer("ema_vq", 6, codebooks=3, codebook_size=16, code_dim=None)
-        for random_depth in (0,) * steps + (1,) * 5:
-            quantizer.random_depth = random_depth
-            z_q, loss, _ = quantizer(torch.randn(1, 50, 6))
-            assert loss.isfinite() and z_q.isfinite().all()
