@@ -126,16 +126,11 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """The inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
-        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
+        """The inverse of indices_to_codes: the nearest of all codes, in fp64. ValueError beyond 2**20 codes."""
+        check(0 < self.codebook_size <= 2**20, "codebook_size", self.codebook_size, "1 to 2**20 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
-        best, indices = -torch.inf, 0
-        for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
-            codes = self.get_codebook_entry(some).double()
-            score, index = (tokens.double() @ codes.T - codes.square().sum(1) / 2).max(2)
-            indices = torch.where(score > best, some[index], indices)
-            best = score.clamp(min=best)
-        return indices.view(shape)
+        codes = self.get_codebook_entry(torch.arange(self.codebook_size))
+        return nearest_code(tokens.double(), codes.double()).view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
@@ -369,7 +364,7 @@ class MultiCodebook(Quantizer):
         depth = torch.full((len(x), 1, 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
-            depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
+            depth = torch.where(torch.rand_like(x[:, :1, :1]) < self.random_depth, random, depth)
         codes = output = torch.zeros_like(x)
         sub_indices, loss = [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
@@ -413,7 +408,9 @@ def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quant
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
     if options.get("code_dim") == 0:
         options["code_dim"] = dim
-    quantizer = QUANTIZERS[name](dim, **options) if codebooks == 1 else MultiCodebook(dim, codebooks, **options)
-    options |= {} if codebooks == 1 else {"codebooks": codebooks}
+    kind = QUANTIZERS[name]
+    if codebooks != 1:
+        kind, options["codebooks"] = MultiCodebook, codebooks
+    quantizer = kind(dim, **options)
     quantizer.config = {"quantizer": name, "quantizer_options": options}  # VQRAE's arguments, for checkpoints
     return quantizer
