@@ -271,7 +271,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
     """Train from the first epoch or where the run was stopped. Each epoch writes samples and a checkpoint."""
     labels, optimizers = data.train_labels, adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
-    state = {"prior": prior} | {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    state = {"prior": prior, **optimizers}
     print(" epoch   bits a token: training    test  images/s  seconds")
     for epoch in range(run.resume(state), EPOCHS + 1):
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run

@@ -41,23 +41,25 @@ def average(tensors: list[Tensor]):
             tensor /= dist.get_world_size()
 
 
-def take_step(optimizers: list[torch.optim.Optimizer], step: int, steps: int):
+def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):
     """Step each optimizer. The learning rate rises over the first twentieth of `steps`, then falls as a cosine."""
     scale = min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    for optimizer in optimizers:
+    for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = scale * optimizer.defaults["lr"]
         optimizer.step()
 
 
-def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> list[torch.optim.Optimizer]:
+def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, torch.optim.Optimizer]:
     """Muon at twice the learning rate for matrices of layers whose names begin with one of `blocks`; else AdamW."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (matrices if name.startswith(blocks) and p.ndim in (2, 4) else others).append(p)
-    adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    return [adamw, Muon(matrices, 2 * learning_rate, weight_decay=0.01)] if matrices else [adamw]
+    optimizers = {"adamw": torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, 2 * learning_rate, weight_decay=0.01)
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):

@@ -127,11 +127,11 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
             "discriminator_loss": discriminator_loss}
 
 
-def add_gradients(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
-                  discriminator: nn.Module | None) -> dict[str, Tensor]:
-    """Forward and backward pass of a micro-batch: what COMPILE compiles. Returns its losses."""
+def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> dict[str, Tensor]:
+    """Forward and backward pass of a micro-batch: what COMPILE compiles. Returns its losses. networks: objective's."""
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        losses = objective(model, images, teacher, lpips, discriminator)
+        losses = objective(model, images, *networks)
+    discriminator = networks[-1]
     (losses["loss"] / ACCUMULATE).backward(inputs=[p for p in model.parameters() if p.requires_grad],
                                            retain_graph=discriminator is not None)
     if discriminator is not None:
@@ -146,8 +146,7 @@ def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: u
     discriminator = PatchDiscriminator(sizes()[0]).to(device)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     optimizers = build_optimizers(model, stage)
-    state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer}
-    state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
     first_epoch = run.resume(state, stage)
     epochs = stage_value(EPOCHS, stage)
     steps_per_epoch = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
@@ -221,7 +220,7 @@ def stage_value(value: object, stage: int) -> object:
     return value[stage - 1] if isinstance(value, (tuple, list)) else value
 
 
-def build_optimizers(model: VQRAE, stage: int) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimizer]:
     blocks = ("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 

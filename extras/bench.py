@@ -52,7 +52,8 @@ def steps():
         for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
             train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
             ours = name == "train.py"
-            optimizers = train.build_optimizers(model, 1) if ours else [torch.optim.AdamW(model.parameters(), lr=1e-5)]
+            adamw = torch.optim.AdamW(model.parameters(), lr=1e-5)
+            optimizers = train.build_optimizers(model, 1) if ours else {"adamw": adamw}
             with FlopCounterMode(display=False) as counter:
                 gradients(model, images, *networks, None)
             torch.compiler.reset()

@@ -139,11 +139,11 @@ def test_lpips_sees_all_images_clamped(parts, main, torch_home):
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine():
     weight, rates = nn.Parameter(torch.zeros(1)), []
-    optimizers = [torch.optim.SGD([weight], lr=8.0), torch.optim.SGD([weight], lr=2.0)]
+    optimizers = {"first": torch.optim.SGD([weight], lr=8.0), "second": torch.optim.SGD([weight], lr=2.0)}
     weight.grad = torch.ones(1)
     for step in range(100):
         optimization.take_step(optimizers, step, 100)
-        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()])
     scale = [0.2, 0.4, 0.6, 0.8, *(0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(4, 100))]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor(scale)[:, None] * torch.tensor([8.0, 2.0]))
     assert weight.item() == pytest.approx(-10 * sum(scale), rel=1e-4)
@@ -172,7 +172,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, count, sma
         learning = {name for name, p in model.set_stage(stage).named_parameters() if p.requires_grad}
         for kind, expected in (("muon", matrices), ("adamw", set())):
             monkeypatch.setattr(train, "OPTIMIZER", kind)
-            adamw, *muon = train.build_optimizers(model, stage)
+            adamw, *muon = train.build_optimizers(model, stage).values()
             names = [{name_of[p] for p in optimizer.param_groups[0]["params"]} for optimizer in (adamw, *muon)]
             assert isinstance(adamw, torch.optim.AdamW) and len(muon) == (kind == "muon")
             assert names == [learning - expected, expected][: 1 + len(muon)]
@@ -291,7 +291,7 @@ def test_what_is_not_finite_ends_the_run_in_one_line_and_is_not_saved(what, main
         take_step(optimizers, *args)
         steps.append(1)
         if what == "weights" and len(steps) == 4:  # the last of epoch 2
-            optimizers[0].param_groups[0]["params"][0].data.fill_(math.nan)
+            optimizers["adamw"].param_groups[0]["params"][0].data.fill_(math.nan)
 
     def broken_objective(*args):
         losses = objective(*args)
