@@ -20,9 +20,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import CenterCrop, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
 
-from models import check_images
+from models import check_images, errors_as
 from quantizers import check
-from utils import digest, replace_file, summarize
+from utils import digest, replace_file
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
@@ -98,10 +98,8 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
 
 def load_cifar10() -> list[CIFAR10]:
     socket.setdefaulttimeout(15)  # of a server that does not answer
-    try:
+    with errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
         return [CIFAR10("data", train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"CIFAR-10 is not in data/ and cannot be downloaded: {error}") from None
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -172,15 +170,12 @@ def decode(folder: str, split: str, size: int) -> Tensor:
 
 def read_image(path: str | Path) -> Tensor:
     """An image file -> (3, H, W), uint8, rotated as in its EXIF, on white where it is transparent."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return PILToTensor()(image.convert("RGB")).contiguous()
-    except Exception as error:  # Pillow raises nearly anything for a broken file
-        raise ValueError(f"image {str(path)!r} cannot be read: {summarize(error)}") from None
+    with errors_as(ValueError, f"image {str(path)!r} cannot be read"), Image.open(path, formats=FORMATS) as image:
+        image = ImageOps.exif_transpose(image)
+        check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return PILToTensor()(image.convert("RGB")).contiguous()
 
 
 def load_image(path: str | Path) -> Tensor:

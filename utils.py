@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from models import VQRAE
+from models import VQRAE, errors_as
 from quantizers import check
 
 
@@ -169,11 +169,9 @@ class Run:
         """The epoch to begin this stage with. If the run was stopped in it, everything in `state` is loaded."""
         if self.stage != stage:
             return 1
-        try:
+        with errors_as(ValueError, f"{self.last} does not fit this code, change SEED"):
             for name, module in state.items():
                 module.load_state_dict(self.saved.pop(name))
-        except Exception as error:  # torch raises many kinds
-            raise ValueError(f"{self.last} does not fit this code, change SEED: {summarize(error)}") from None
         return self.epoch + 1
 
     def check_folder(self):
@@ -197,21 +195,14 @@ def save_torch(path: str | Path, content: dict):
         torch.save(content, temporary)
 
 
-def summarize(error: Exception) -> str:
-    """An error's text in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def load_torch(path: str | Path, *keys: str) -> dict:
     """A dict with these keys, of tensors and plain values, from torch.save. ValueError for another file."""
-    try:
+    with errors_as(ValueError, f"checkpoint {path} cannot be read"):
         with zipfile.ZipFile(path) as archive:
             check(archive.testzip() is None, "checksum", "wrong", "an undamaged file")  # torch looks at none
         content = torch.load(path, map_location="cpu", weights_only=True)
         check(isinstance(content, dict) and content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
         return content
-    except Exception as error:  # zipfile and torch raise many kinds for a broken file
-        raise ValueError(f"checkpoint {path} cannot be read: {summarize(error)}") from None
 
 
 def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.Module, dict]:
@@ -220,15 +211,13 @@ def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.M
     ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers, and a scale for each row.
     """
     content = load_torch(path, "config", "model")
-    try:
+    with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
         if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
             content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
         model = kind(**content["config"], **options)
         weights = {n: w[0] * w[1].float() if isinstance(w, tuple) else w for n, w in content["model"].items()}
         model.load_state_dict(weights)
         check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
-    except Exception as error:  # a wrong config can raise any
-        raise ValueError(f"checkpoint {path} does not fit this code: {summarize(error)}") from None
     return model.eval(), content
 
 
