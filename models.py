@@ -1,10 +1,10 @@
 """Encoders, decoders, VQRAE and the patch discriminator.
 
     images (B, 3, H, W) in [0, 1], padded to h x w whole tokens
-      -> encoder                          features z (B, C, h, w)
-      -> adapter, quantizer               z_q (B, C, h, w), loss, indices (B, h, w)     VQRAE.encode, from images
-           -> post_quant_conv, decoder    images (B, 3, H, W), cropped                  VQRAE.decode
-           -> predictor                   features (B, C, h, w)                         VQRAE.predict_features
+      -> encoder                        features z (B, C, h, w)
+      -> adapter, quantizer             z_q (B, C, h, w), loss, indices (B, h, w)
+           -> post_quant_conv, decoder  images (B, 3, H, W), cropped
+           -> predictor                 features (B, C, h, w)
 """
 import contextlib
 import math
@@ -20,7 +20,6 @@ from timm.layers import LayerNorm2d, PatchEmbed, RotaryEmbeddingCat
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from quantizers import build_quantizer, check, check_range, split_indices
 
@@ -208,13 +207,10 @@ class PyramidEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
         super().__init__()
-        try:
-            with torch.no_grad():
-                maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
-        except Exception:  # other networks lack this method, or take one size alone
-            maps = []
-        strides = [64 // z.shape[2] for z in maps]
-        check(maps and strides == sorted(set(strides)), "ENCODER", name, "a plain ViT or convolutional network")
+        with errors_as(ValueError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
+            maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+            strides = [64 // z.shape[2] for z in maps]
+            check(strides == sorted(set(strides)), "strides", strides, "rising numbers")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {len(maps)}")
         self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
         network.prune_intermediate_layers(self.layers, prune_head=True)
@@ -289,9 +285,9 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks. Each token then gives a patch twice as wide as itself; adding up overlaps avoids seams.
+    """Transformer blocks with relative positions (RoPE-Axial, 2403.13298), for grids of any size.
 
-    Positions are relative (RoPE-Axial, 2403.13298), for grids of any size.
+    Each token then gives a patch twice as wide as itself; adding up overlaps avoids seams.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
@@ -350,8 +346,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips, even, above the receptive field's radius in tokens: encoder and adapter have 14, a decoder less
-        # than 3 and 2 for each of its blocks
+        # for in_strips, the receptive field's radius in tokens: 14 of encoder and adapter; a decoder's is smaller
         self.radius = None if from_timm else 14 + 2 * (depth + post_quant_kernel // 2)
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 
@@ -369,13 +364,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), clamped to [0, 1] in eval mode: clamping stops gradients.
-
-        size: (H, W) of the images that were encoded; None: of whole tokens.
-        """
+        """z_q (B, C, h, w) -> images (B, 3, H, W), of the size (H, W) that was encoded; None: of whole tokens."""
         height, width = self._image_size(z_q, size)
         images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
-        return images if self.training else images.clamp(0, 1)
+        return images if self.training else images.clamp(0, 1)  # which stops gradients
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), fp32, loss (scalar), indices (B, h, w)."""
@@ -384,22 +376,21 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; without a ViT, large images in strips."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; large images in strips."""
         check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
         return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
-        """indices (B, h, w), a list or array too -> images (B, 3, H, W); without a ViT, large ones in strips.
+        """indices (B, h, w), a list or array too -> images (B, 3, H, W); large ones in strips.
 
         codebooks: of residual codebooks, use the first few alone; size: as in decode.
         """
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
-        images = in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
-                           self.token_size, self.radius)
-        return images[..., :height, :width]
+        return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
+                         self.token_size, self.radius)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from the tokens."""
@@ -479,15 +470,15 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
               strip_tokens: int = 3 * 2**16) -> Tensor:
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
-    A row of tokens is rows_in rows of x and rows_out of the result. radius: of the receptive field, in tokens, even;
-    strips overlap by as much, so that results equal function(x). None: no strips.
+    A row of tokens is rows_in rows of x and rows_out of the result. Strips overlap by the receptive field's radius, in
+    tokens and even, so that results equal function(x). None, for networks of timm's: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
-    if radius is None or torch.compiler.is_exporting() or h <= 5 * radius or h * w * len(x) <= strip_tokens:
+    if radius is None or torch.compiler.is_exporting() or h * w * len(x) <= strip_tokens:
         return function(x)
     rows = max(strip_tokens // (w * len(x)), 4 * radius) // 2 * 2
     strips = []
-    for top in tqdm(range(0, h, rows), "strips", leave=False):
+    for top in range(0, h, rows):
         start = max(0, top - radius)  # even, as the encoder's deepest grid is half as fine
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])

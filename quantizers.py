@@ -109,10 +109,7 @@ class Quantizer(nn.Module, ABC):
             return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
 
     def indices_to_codes(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C). ValueError for an index out of range.
-
-        codebooks: how many of residual codebooks to use; None: all.
-        """
+        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C), from the first residual `codebooks` or all."""
         valid = codebooks is None or self.residual and codebooks in range(1, len(self.codebook_sizes) + 1)
         check(valid, "codebooks", codebooks, "None, or with residual codebooks 1 to their number")
         indices = self.check_indices(indices, 2, 3)
@@ -364,7 +361,7 @@ class MultiCodebook(Quantizer):
         depth = torch.full((len(x), 1, 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
-            depth = torch.where(torch.rand_like(x[:, :1, :1]) < self.random_depth, random, depth)
+            depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
         codes = output = torch.zeros_like(x)
         sub_indices, loss = [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):

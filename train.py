@@ -1,13 +1,12 @@
 """Train a VQRAE (2511.23386): images to discrete tokens in a pretrained encoder's feature space, and back.
 
-    python train.py                                    with the constants below
-    python train.py QUANTIZER=simvq EPOCHS=6           with some of them replaced; a pair may be one number for both
-    torchrun --nproc_per_node=4 train.py               on several GPUs, BATCH_SIZE is their total
+    python train.py                             with the constants below
+    python train.py QUANTIZER=simvq EPOCHS=6    with some of them replaced; a pair may be one number for both
+    torchrun --nproc_per_node=4 train.py        on several GPUs, BATCH_SIZE is their total
 
-              stage 1                                          stage 2
-    learns    all but a pretrained encoder                     all, the encoder too
-    losses    L2, perceptual, quantizer, feature prediction;   L2, perceptual, quantizer, feature prediction,
-              with GAN_WEIGHT a GAN in the second half         self-distillation
+    stage  learns                        losses
+    1      all but a pretrained encoder  L2, perceptual, quantizer, feature prediction; with GAN_WEIGHT later a GAN
+    2      all, the encoder too          L2, perceptual, quantizer, feature prediction, self-distillation
 
 Grids and curves go to outputs/<run>/, the best and the last two checkpoints of a stage to checkpoints/<run>/. The same
 command resumes a run from its last completed epoch. Another constant or dataset makes another run.
@@ -232,12 +231,11 @@ def build_model(pretrained: bool = True) -> VQRAE:
             model = utils.load_checkpoint(START_CHECKPOINT)
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
-        codebook = {"codebook_size": CODEBOOK_SIZE, "code_dim": CODE_DIM, "decay": EMA_DECAY,
-                    "commitment_cost": COMMITMENT}
-        options = {"fsq": {"levels": FSQ_LEVELS}, "ddcl": {"delta": DDCL_DELTA, "comm_weight": DDCL_COMM_WEIGHT},
-                   "ema_vq": codebook, "simvq": {**codebook, "transform": SIMVQ_TRANSFORM}}.get(QUANTIZER, {})
+        learned = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
+        options = {"fsq": dict(levels=FSQ_LEVELS), "ddcl": dict(delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT),
+                   "simvq": dict(transform=SIMVQ_TRANSFORM, **learned), "ema_vq": learned}.get(QUANTIZER, {})
         if CODEBOOKS > 1:
-            options |= {"codebooks": CODEBOOKS, "combine": COMBINE, "random_depth": RANDOM_DEPTH}
+            options |= dict(codebooks=CODEBOOKS, combine=COMBINE, random_depth=RANDOM_DEPTH)
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained)
     check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
@@ -357,9 +355,8 @@ def check_constants():
         check(valid, name, constants[name], "a number, or a pair for both stages")
     check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
-    valid = BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE)
-    check(valid, "BATCH_SIZE", BATCH_SIZE,
-          f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES or all images")
+    check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
+          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES")
     check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
           'a file, or "" with 1 in STAGES')
     if START_CHECKPOINT:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -152,10 +152,8 @@ class Run:
         self.last = self.checkpoints / "last.pt"
         self.lock = FileLock(self.checkpoints / "lock")
         if first_process and not self.finished:
-            try:
+            with errors_as(ValueError, f"this run goes on in another process, or {self.checkpoints} cannot be locked"):
                 self.lock.acquire(blocking=False)
-            except Timeout:
-                raise ValueError(f"this run is going on in another process: {self.checkpoints}") from None
             self.inode = os.stat(self.lock.lock_file).st_ino
             for unfinished in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
                 unfinished.unlink()

@@ -426,12 +426,12 @@ def test_strips_are_bounded_and_equal_the_whole(rows_in, rows_out):
         pairs = F.max_pool2d(rows, (2, 1), ceil_mode=True).repeat_interleave(2, 2)[:, :, : rows.shape[2]]
         return (pairs + F.max_pool2d(rows, (9, 1), 1, (4, 0))).repeat_interleave(rows_out, 2)
 
-    for tokens, (strip_tokens, rows) in itertools.product((20, 21, 99, 100), ((40, 16), (92, 22))):
+    for tokens, (strip_tokens, rows) in itertools.product((9, 10, 99, 100), ((40, 16), (92, 22))):
         x = torch.rand(2, 1, rows_in * tokens - (rows_in > 1), 2 * rows_in)
         whole = function(x)
         seen.clear()
         assert torch.equal(in_strips(function, x, rows_in, rows_out, 4, strip_tokens), whole)
-        large = tokens > 20 and 4 * tokens > strip_tokens
+        large = 4 * tokens > strip_tokens and tokens > 16
         assert (len(seen) > 1) == large and (not large or max(seen) <= rows_in * (rows + 2 * 4))
         assert torch.equal(in_strips(function, x, rows_in, rows_out, None, strip_tokens), whole)
 
