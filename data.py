@@ -237,7 +237,7 @@ def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
         return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (waves.prod(1, keepdim=True) + 1) / 2)
 
     size, (x, y) = masks.shape[-1] // 2, uniform(-0.3, 0.3, 2).T
-    turn = torch.polar(uniform(1.0, 1.6), uniform(0, 2 * np.pi))
+    turn = torch.polar(uniform(1.0, 1.6), uniform(0, 2 * np.pi))  # from the image to the shape: above 1 it shrinks
     affine = torch.stack([turn.real, -turn.imag, x, turn.imag, turn.real, y], 1).view(-1, 2, 3)
     moved = F.grid_sample(masks, F.affine_grid(affine, masks.shape, align_corners=False), align_corners=False)
     coverage = F.avg_pool2d(moved, 2)  # anti-aliased

@@ -210,7 +210,7 @@ class PyramidEncoder(nn.Module):
         with errors_as(ValueError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
             strides = [64 // z.shape[2] for z in maps]
-            check(strides == sorted(set(strides)), "strides", strides, "rising numbers")
+            check(strides and strides == sorted(set(strides)), "strides", strides, "rising numbers")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {len(maps)}")
         self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
         network.prune_intermediate_layers(self.layers, prune_head=True)
@@ -346,8 +346,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips, the receptive field's radius in tokens: 14 of encoder and adapter; a decoder's is smaller
-        self.radius = None if from_timm else 14 + 2 * (depth + post_quant_kernel // 2)
+        # for in_strips: the receptive field's radius in tokens or more, even; None for networks that see all
+        self.encoder_radius = None if from_timm else 14
+        self.decoder_radius = None if vit else 4 + 2 * (depth + post_quant_kernel // 2)
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,7 +379,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; large images in strips."""
         check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
-        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.radius)
+        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
@@ -390,7 +391,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
         return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
-                         self.token_size, self.radius)[..., :height, :width]
+                         self.token_size, self.decoder_radius)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from the tokens."""
@@ -471,7 +472,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
     A row of tokens is rows_in rows of x and rows_out of the result. Strips overlap by the receptive field's radius, in
-    tokens and even, so that results equal function(x). None, for networks of timm's: no strips.
+    tokens and even, so that results equal function(x). None, for networks that see all: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
     if radius is None or torch.compiler.is_exporting() or h * w * len(x) <= strip_tokens:

@@ -123,11 +123,16 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """The inverse of indices_to_codes: the nearest of all codes, in fp64. ValueError beyond 2**20 codes."""
-        check(0 < self.codebook_size <= 2**20, "codebook_size", self.codebook_size, "1 to 2**20 here")
+        """The inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
+        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
-        codes = self.get_codebook_entry(torch.arange(self.codebook_size))
-        return nearest_code(tokens.double(), codes.double()).view(shape)
+        best, indices = -torch.inf, 0
+        for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
+            codes = self.get_codebook_entry(some).double()
+            score, index = (tokens.double() @ codes.T - codes.square().sum(1) / 2).max(2)
+            indices = torch.where(score > best, some[index], indices)
+            best = score.clamp(min=best)
+        return indices.view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
@@ -326,7 +331,7 @@ class EMAVQ(Quantizer):
         number = dead.cumsum(0) - 1  # the first dead code is 0, the second 1: each restarts at another token
         dead &= number < counts.sum() / processes
         order = torch.rand(len(x), device=x.device).argsort()  # random
-        tokens = x[order[number.clamp(0, len(x) - 1)]]  # of the dead; any for the others. No shape depends on values
+        tokens = x[order[number % len(x)]]  # of the dead; any for the others. No shape depends on values
         if processes > 1:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
             tokens = tokens if dist.get_rank() == 0 else torch.zeros_like(tokens)
             dist.all_reduce(tokens)
@@ -340,7 +345,7 @@ class MultiCodebook(Quantizer):
 
     "residual" (2107.03312, 2203.01941): each codebook quantizes what the ones before it leave, and a code is the sum of
     theirs. "product" (Jegou et al., PAMI 2011): each quantizes some of the dimensions. random_depth: fraction of
-    training images whose code is the sum of a random number of the first, to be decoded from these alone.
+    training images that are decoded from a random number of the first codebooks, as later with `codebooks`.
     """
 
     def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,
@@ -358,11 +363,11 @@ class MultiCodebook(Quantizer):
         self.parts = [slice(n)] * codebooks if self.residual else [slice(i, i + width) for i in range(0, n, width)]
 
     def quantize(self, x: Tensor) -> Quantized:
-        depth = torch.full((len(x), 1, 1), len(self.codebooks), device=x.device)  # of each image
+        depth = torch.full((x.shape[0], 1, 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
             depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
-        codes = output = torch.zeros_like(x)
+        codes, output = torch.zeros_like(x), torch.zeros_like(x)
         sub_indices, loss = [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
             code, codebook_loss, index = codebook.quantize((x - codes)[..., part])

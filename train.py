@@ -54,7 +54,7 @@ EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
 COMMITMENT = 0.25  # weight of their commitment loss
 CODEBOOKS = 1  # of "ema_vq"; try 2 with CODEBOOK_SIZE = 256, or 4
 COMBINE = "residual"  # each codebook quantizes what remains; "product": each quantizes some dimensions
-RANDOM_DEPTH = 0.0  # fraction of images that use the first few residual codebooks, to decode coarse to fine
+RANDOM_DEPTH = 0.0  # fraction of images decoded from the first few residual codebooks, for coarse to fine
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # weight of the bits of a token
