@@ -39,13 +39,13 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
-class ImageFiles(torch.utils.data.Dataset):
+class ImageFiles:
     """Images that stay in their files: images[:n] are the first n, images[i, size] is a random crop of one."""
 
     device = "cpu"
 
     def __init__(self, files: list[Path], size: int):
-        self.files = np.array([str(file) for file in files])  # each worker would copy a list
+        self.files = np.array([*map(str, files)])  # each worker would copy a list
         self.size = size
 
     def __len__(self) -> int:
@@ -123,9 +123,8 @@ def find_images(folder: Path) -> list[Path]:
 def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
     """A split's images in random order, the class folder of each or "", and a digest of names, sizes, times."""
     root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
-    files = find_images(root)
+    files = [*np.random.default_rng(0).permutation(find_images(root))]
     check(files, "DATASET", folder, f"a folder with images in {root}")
-    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
     classes = [file.relative_to(root).parts[0] if file.parent != root else "" for file in files]
     check("" not in classes or set(classes) == {""}, "DATASET", folder, f"{root}: all in class folders, or none")
     return files, classes, digest([(str(f.absolute()), os.path.getsize(f), os.path.getmtime(f)) for f in files])
@@ -133,7 +132,7 @@ def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
 
 def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     """Training images stay in their files for crops of several sizes, or where they would take more than DECODE_GB."""
-    size = image_size if isinstance(image_size, int) else max(image_size)
+    size = int(np.max(image_size))
     files, names, _ = list_split(folder, "train")
     classes, labels = np.unique(names, return_inverse=True)
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
@@ -160,9 +159,9 @@ def decode(folder: str, split: str, size: int) -> Tensor:
     path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
     if not path.exists():
         with replace_file(path) as temporary, ThreadPool() as pool:
-            free = shutil.disk_usage(path.parent).free
-            check(len(files) * 3 * size**2 < free, "free disk space", free, f"{len(files) * 3 * size**2} bytes")
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size))
+            free = shutil.disk_usage(path.parent).free
+            check(images.nbytes < free, "free disk space", free, f"{images.nbytes} bytes")
             list(tqdm(pool.imap(decode_one, range(len(files))), "decoding", len(files), leave=False))
             check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
     return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -202,8 +201,7 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         source = DataLoader(images, batch_sampler=samples, num_workers=workers)
     for batch in source:
         batch = to_float(batch.to(device))
-        mirrored = torch.rand(len(batch), 1, 1, 1, device=device) < 0.5  # drawn in any case, for the same figures
-        yield torch.where(mirrored, batch.flip(3), batch) if flip else batch
+        yield torch.where(torch.rand(len(batch), 1, 1, 1, device=device) < flip / 2, batch.flip(3), batch)
 
 
 # Drawn images of ten shapes, for training without any download

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import utils
 from data import DECODE_GB, Dataset, find_dataset, load_dataset, to_float
 from evaluate import device, frechet_distance, linear_probe, load_judges, pooled_features
-from models import PRETRAINED_DIR, VQRAE, OnGrid, ResidualBlock, transformer
+from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock
 from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
 from quantizers import Quantizer, check, join_indices, split_indices
 
@@ -72,7 +72,7 @@ class Prior(nn.Module):
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last: no class
         self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
-        pairs = [(ResidualBlock(dim, dim * 2 // 3), OnGrid(*transformer(dim, 1, -(-dim // 64)))) for _ in range(depth)]
+        pairs = [(ResidualBlock(dim, dim * 2 // 3), TransformerBlock(dim, -(-dim // 64))) for _ in range(depth)]
         self.blocks = nn.Sequential(*sum(pairs, ()))
         self.norm, self.project = nn.LayerNorm(dim), nn.Linear(dim, number * dim)
         self.from_earlier = nn.Parameter(torch.randn(sum(sizes), number * dim) * 0.1)

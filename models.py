@@ -21,7 +21,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import build_quantizer, check, check_range, split_indices
+from quantizers import Quantized, build_quantizer, check, check_range, split_indices
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
 
@@ -235,16 +235,14 @@ class PyramidEncoder(nn.Module):
 
 # Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
-def transformer(dim: int, depth: int, heads: int, kind: type = Block, **options) -> nn.Sequential:
-    """timm's transformer blocks, on tokens (B, N, dim)."""
-    blocks = nn.Sequential(*(kind(dim, heads, qkv_bias=True, **options) for _ in range(depth)))
-    for block in blocks:
-        block.attn.fused_attn = torch.cuda.is_available()  # on a CPU its backward pass is slow in bf16
-    return blocks
+timm.layers.set_fused_attn(torch.cuda.is_available())  # on a CPU its backward pass is slow in bf16
 
 
-class OnGrid(nn.Sequential):
-    """Transformer blocks on a grid z (B, C, h, w)."""
+class TransformerBlock(nn.Sequential):
+    """timm's transformer block on a grid z (B, dim, h, w)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(Block(dim, heads, qkv_bias=True))
 
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z.flatten(2).mT).mT.unflatten(2, z.shape[2:])
@@ -296,7 +294,7 @@ class ViTDecoder(nn.Module):
         self.token_size, overlap = token_size, token_size // 2
         self.patch = {"kernel_size": token_size + 2 * overlap, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
-        self.blocks = transformer(width, depth, heads, EvaBlock, num_prefix_tokens=0)
+        self.blocks = nn.Sequential(*(EvaBlock(width, heads, num_prefix_tokens=0) for _ in range(depth)))
         self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * self.patch["kernel_size"] ** 2)
 
@@ -329,13 +327,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
         dim, vit = self.encoder.dim, isinstance(self.encoder, ViTEncoder)
-        from_timm = vit or isinstance(self.encoder, PyramidEncoder)
         width, depth = decoder_width or (dim if vit else 192), decoder_depth or (self.encoder.depth if vit else 2)
         heads = decoder_heads or (self.encoder.heads if vit else 0)
-        self.config = config | {"encoder_layers": self.encoder.layers if from_timm else 0, "decoder_width": width,
-                                "decoder_depth": depth, "decoder_heads": heads}
+        self.config = config | {"decoder_width": width, "decoder_depth": depth, "decoder_heads": heads}
         if vit:  # blocks of the encoder's kind
-            self.adapter, self.predictor = (OnGrid(*transformer(dim, 1, self.encoder.heads)) for _ in range(2))
+            self.adapter, self.predictor = (TransformerBlock(dim, self.encoder.heads) for _ in range(2))
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         else:  # two narrow blocks predict better than a wide one: they see more tokens
             self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
@@ -347,15 +343,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
         # for in_strips: the receptive field's radius in tokens or more, even; None for networks that see all
-        self.encoder_radius = None if from_timm else 14
+        self.encoder_radius = 14 if encoder in ("cifar", "cnn") else None
         self.decoder_radius = None if vit else 4 + 2 * (depth + post_quant_kernel // 2)
         self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> Quantized:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
         return self.quantizer(self.adapter(self._cast(z)))
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, images: Tensor) -> Quantized:
         """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
 
         h = ceil(H / token_size), and w likewise: images are padded to whole tokens. Only eval mode checks values.
@@ -379,7 +375,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; large images in strips."""
         check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
-        return in_strips(lambda x: self.encode(x)[2], check_images(images), self.token_size, 1, self.encoder_radius)
+        return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,

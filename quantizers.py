@@ -8,8 +8,8 @@
     quantizer.codebook_size
 
 A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers, for
-which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. With code_dim None the C
-numbers themselves are quantized. This file needs torch alone: copy it into your project, and add its loss to yours.
+which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. With code_dim 0 it is C;
+with None the C numbers are quantized without maps. This file needs torch alone: copy it into your project.
 """
 import math
 from abc import ABC, abstractmethod
@@ -53,9 +53,9 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     for chunk in chunks:  # the best group of `size` codes, then the best in it: three times as fast as one argmax
         out = None if scores is None else scores[: len(chunk)]  # reused: new memory costs as much as the product
         scores = torch.addmm(bias, chunk, codebook.T, out=out)
-        grouped_scores = scores.unflatten(1, (-1, size))
-        group = grouped_scores.amax(2, keepdim=True).argmax(1, keepdim=True)
-        found.append(group[:, 0, 0] * size + grouped_scores.gather(1, group.expand(-1, -1, size))[:, 0].argmax(1))
+        groups = scores.unflatten(1, (-1, size))
+        best = groups.amax(2, keepdim=True).argmax(1, keepdim=True)
+        found.append(best[:, 0, 0] * size + groups.gather(1, best.expand(-1, -1, size))[:, 0].argmax(1))
     return torch.cat(found).view(x.shape[:-1])
 
 
@@ -76,13 +76,13 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self, dim: int, code_dim: int | None, codebook_sizes: tuple[int, ...]):
         super().__init__()
-        self.dim, self.code_dim = dim, dim if code_dim is None else code_dim
+        self.dim, self.code_dim = dim, code_dim or dim
         self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         sizes = (dim, self.code_dim, *codebook_sizes)
         valid = all(isinstance(size, int) and size >= 1 for size in sizes) and self.codebook_size < 2**62
         check(valid, "dim, code_dim, codebook sizes", sizes, "whole numbers from 1, fewer than 2**62 codes in all")
-        self.project_in = nn.Identity() if code_dim is None else nn.Linear(dim, code_dim)
-        self.project_out = nn.Identity() if code_dim is None else nn.Linear(code_dim, dim)
+        self.project_in = nn.Identity() if code_dim is None else nn.Linear(dim, self.code_dim)
+        self.project_out = nn.Identity() if code_dim is None else nn.Linear(self.code_dim, dim)
 
     def _apply(self, function, recurse: bool = True):
         """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
@@ -247,7 +247,7 @@ class SimVQ(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         x = self.normalize(x)
         if self.transform == "matched" and self.training:
-            self.match(x.detach().flatten(0, 1))
+            self.match(x.flatten(0, 1))
         indices = nearest_code(x, self.lookup(slice(None)))  # of all codes
         codes = self.lookup(indices)
         # of codes (a constant if matched) and of tokens, the commitment; a sum over code_dim, or relative to variance
@@ -305,7 +305,7 @@ class EMAVQ(Quantizer):
         indices = nearest_code(x, self.codebook)
         codes = self.lookup(indices)
         if self.training:
-            self.update(x.detach().flatten(0, 1), indices.flatten())
+            self.update(x.flatten(0, 1), indices.flatten())
         return straight_through(x, codes), self.commitment_cost * F.mse_loss(x, codes), indices
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -330,10 +330,10 @@ class EMAVQ(Quantizer):
         dead = self.token_counts < 0.1 * average
         number = dead.cumsum(0) - 1  # the first dead code is 0, the second 1: each restarts at another token
         dead &= number < counts.sum() / processes
-        order = torch.rand(len(x), device=x.device).argsort()  # random
+        order = torch.rand(len(x), device=x.device).argsort()
         tokens = x[order[number % len(x)]]  # of the dead; any for the others. No shape depends on values
         if processes > 1:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
-            tokens = tokens if dist.get_rank() == 0 else torch.zeros_like(tokens)
+            tokens *= dist.get_rank() == 0
             dist.all_reduce(tokens)
         self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
         self.token_sums.copy_(torch.where(dead[:, None], 0.2 * average * tokens, self.token_sums))
@@ -393,7 +393,7 @@ class NoQuantizer(Quantizer):
         self.codebook_size = 0
 
     def quantize(self, x: Tensor) -> Quantized:
-        return x, x.new_zeros(()), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        return x, x.new_zeros(()), x.new_zeros(x.shape[:2], dtype=torch.int64)
 
     def lookup(self, indices: Tensor, *_) -> Tensor:
         raise ValueError("quantizer = 'none', allowed: one that has codes")
@@ -405,11 +405,9 @@ QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none":
 
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
-    """One of QUANTIZERS for tokens of dim channels. options: of its constructor; code_dim 0 means dim."""
+    """One of QUANTIZERS for tokens of dim channels. options: of its constructor."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(map(repr, QUANTIZERS)))
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
-    if options.get("code_dim") == 0:
-        options["code_dim"] = dim
     kind = QUANTIZERS[name]
     if codebooks != 1:
         kind, options["codebooks"] = MultiCodebook, codebooks

@@ -103,17 +103,17 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     output = model.decode(z_q)
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = predict_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
-    if teacher is not None:
+    if teacher:
         distill_loss = model.compute_distillation_loss(z, teacher_z)
         predict_loss = model.compute_prediction_loss(z_q, target)
     perceptual_weight = stage_value(PERCEPTUAL_WEIGHT, model.stage)
-    if perceptual_weight and lpips is not None:
+    if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
-    elif perceptual_weight and teacher is not None:  # on half of the images, to save time
+    elif perceptual_weight and teacher:  # on half of the images, to save time
         perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
     image_loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
     loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
-    if discriminator is not None:
+    if discriminator:
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
@@ -121,9 +121,9 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
         norms = [torch.autograd.grad(term, model.decoder.head.weight, retain_graph=True)[0].norm()
                  for term in (16 * l2_loss, gan_loss)]
         loss = loss + GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * gan_loss
-    return {"loss": loss, "l2_loss": l2_loss, "perceptual_loss": perceptual_loss, "quantizer_loss": quantizer_loss,
-            "predict_loss": predict_loss, "distill_loss": distill_loss, "gan_loss": gan_loss,
-            "discriminator_loss": discriminator_loss}
+    return dict(loss=loss, l2_loss=l2_loss, perceptual_loss=perceptual_loss, quantizer_loss=quantizer_loss,
+                predict_loss=predict_loss, distill_loss=distill_loss, gan_loss=gan_loss,
+                discriminator_loss=discriminator_loss)
 
 
 def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> dict[str, Tensor]:
@@ -132,8 +132,8 @@ def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> 
         losses = objective(model, images, *networks)
     discriminator = networks[-1]
     (losses["loss"] / ACCUMULATE).backward(inputs=[p for p in model.parameters() if p.requires_grad],
-                                           retain_graph=discriminator is not None)
-    if discriminator is not None:
+                                           retain_graph=bool(discriminator))
+    if discriminator:
         (losses["discriminator_loss"] / ACCUMULATE).backward(inputs=[*discriminator.parameters()])
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -146,13 +146,12 @@ def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: u
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     optimizers = build_optimizers(model, stage)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
-    first_epoch = run.resume(state, stage)
     epochs = stage_value(EPOCHS, stage)
     steps_per_epoch = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
     steps = epochs * steps_per_epoch
     forward_and_backward = compiled(add_gradients) if COMPILE else add_gradients
 
-    for epoch in range(first_epoch, epochs + 1):
+    for epoch in range(run.resume(state, stage), epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start, log = time.time(), []
         batches = epoch_batches(data.train_images, stage, epoch, steps_per_epoch)
@@ -175,8 +174,8 @@ def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: u
         means = torch.stack(log).mean(0)
         average([means])
         losses = dict(zip(losses, means.tolist()))
-        good = all(w.isfinite().all() for w in model.state_dict().values())
-        check(good and math.isfinite(losses["loss"]), f"loss of stage {stage}, epoch {epoch}", losses["loss"],
+        finite = all(x.isfinite().all() for x in (means, *model.state_dict().values()))
+        check(finite, f"loss of stage {stage}, epoch {epoch}", losses["loss"],
               "a finite number, and finite weights; a lower LEARNING_RATE may help")
         if rank == 0:
             tested = data.test_images[: EVAL_IMAGES or None]
@@ -216,7 +215,7 @@ def sizes() -> list[int]:
 
 def stage_value(value: object, stage: int) -> object:
     """A constant in this stage: stage_value((30, 10), 2) is 10. A single number is for both stages."""
-    return value[stage - 1] if isinstance(value, (tuple, list)) else value
+    return value[stage - 1] if isinstance(value, tuple) else value
 
 
 def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimizer]:

@@ -31,13 +31,13 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
     if "--help" in arguments:
         print(namespace["__doc__"])
         source = Path(namespace["__file__"]).read_text()
-        for heading, name, comment in re.findall(r"^(# .*\n)?([A-Z_]+) = .*?(  # .*)?$", source, re.MULTILINE):
+        for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z_]+) = .*?(  # .*)?$", source):
             if name in constants:
                 print(f"{heading}{name} = {constants[name]!r}{comment}")
         sys.exit()
     for argument in arguments:
         name, sign, value = argument.partition("=")
-        similar = difflib.get_close_matches(name.upper(), constants, n=3) or constants
+        similar = difflib.get_close_matches(name.upper(), constants) or constants
         check(sign and name in constants, "argument", argument, f"NAME=value with a NAME such as {', '.join(similar)}")
         if not isinstance(constants[name], str):
             several = isinstance(constants[name], tuple)
@@ -88,7 +88,7 @@ def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int
     """As save_grid: rows of images, and below each the row of their reconstructions."""
     count = max(1, len(images) // columns) * columns  # an incomplete row is left out, unless it is the only one
     rows = zip(images[:count].split(columns), reconstructions[:count].split(columns))
-    save_grid(path, torch.cat([*map(torch.cat, rows)]), min(columns, len(images)))
+    save_grid(path, torch.cat(sum(rows, ())), min(columns, len(images)))
 
 
 def save_figure(path: Path, figure: Figure):
@@ -199,7 +199,7 @@ def load_torch(path: str | Path, *keys: str) -> dict:
         with zipfile.ZipFile(path) as archive:
             check(archive.testzip() is None, "checksum", "wrong", "an undamaged file")  # torch looks at none
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check(isinstance(content, dict) and content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
+        check(content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
         return content
 
 
@@ -224,7 +224,7 @@ def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
     model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DistributedDataParallel or torch.compile
     quantizer = getattr(model.quantizer, "config", None)
     check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
-    weights = {name.replace("_orig_mod.", ""): value.detach().cpu() for name, value in model.state_dict().items()}
+    weights = {name.replace("_orig_mod.", ""): value.cpu() for name, value in model.state_dict().items()}
     save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
 
 
