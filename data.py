@@ -40,12 +40,12 @@ class Dataset(NamedTuple):
 
 
 class ImageFiles:
-    """Images that stay in their files: images[:n] are the first n, images[i, size] is a random crop of one."""
+    """Images that stay in their files: images[:n] are the first n, images[i, size] a random crop of one."""
 
     device = "cpu"
 
     def __init__(self, files: list[Path], size: int):
-        self.files = np.array([*map(str, files)])  # each worker would copy a list
+        self.files = np.array(files, str)  # each worker would copy a list
         self.size = size
 
     def __len__(self) -> int:
@@ -92,12 +92,12 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
         images, labels = draw_shapes(60_000, image_size)
         return Dataset(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:], [*SHAPES])
     train, test = load_cifar10()
-    images = [fit(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), image_size) for split in (train, test)]
+    images = [fit(torch.from_numpy(split.data).movedim(3, 1).contiguous(), image_size) for split in (train, test)]
     return Dataset(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
 def load_cifar10() -> list[CIFAR10]:
-    socket.setdefaulttimeout(15)  # of a server that does not answer
+    socket.setdefaulttimeout(15)  # a server may not answer
     with errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
         return [CIFAR10("data", train, download=True) for train in (True, False)]
 
@@ -111,10 +111,10 @@ def find_images(folder: Path) -> list[Path]:
         folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
         seen.update(found)
         files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images = [file for file in files if file.suffix.lower() in suffixes]
-    others = Counter(file.suffix for file in files) - Counter(file.suffix for file in images)
-    for reason in (*errors, *(f"{count} files {kind or 'without extension'}" for kind, count in others.items())):
+    formats = Image.registered_extensions()  # by suffix
+    images = [f for f in files if formats.get(f.suffix.lower()) in FORMATS]
+    others = Counter(f.suffix for f in {*files} - {*images})
+    for reason in (*errors, *(f"{count} files {kind or 'without suffix'}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
     return sorted(images)
 
@@ -125,23 +125,23 @@ def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
     root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
     files = [*np.random.default_rng(0).permutation(find_images(root))]
     check(files, "DATASET", folder, f"a folder with images in {root}")
-    classes = [file.relative_to(root).parts[0] if file.parent != root else "" for file in files]
-    check("" not in classes or set(classes) == {""}, "DATASET", folder, f"{root}: all in class folders, or none")
-    return files, classes, digest([(str(f.absolute()), os.path.getsize(f), os.path.getmtime(f)) for f in files])
+    classes = [f.relative_to(root).parts[0] if f.parent != root else "" for f in files]
+    check(all(classes) or not any(classes), "DATASET", folder, f"{root}: all in class folders, or none")
+    return files, classes, digest([(str(f.absolute()), f.stat().st_size, f.stat().st_mtime) for f in files])
 
 
 def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
-    """Training images stay in their files for crops of several sizes, or where they would take more than DECODE_GB."""
+    """Training images stay in their files for crops of several sizes, or if they would take more than DECODE_GB."""
     size = int(np.max(image_size))
     files, names, _ = list_split(folder, "train")
     classes, labels = np.unique(names, return_inverse=True)
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
     alone = sorted({*classes} ^ {*test_classes})
-    check(not alone, "DATASET", folder, f"the same class folders in each split; in one alone: {', '.join(alone[:9])}")
+    check(not alone, "DATASET", folder, f"the same class folders in both splits; in one: {', '.join(alone[:9])}")
     large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
     train_images = ImageFiles(files, size) if large else decode(folder, "train", size)
     test_images = decode(folder, "test", size)
-    if [*classes] == [""]:
+    if not any(names):
         return Dataset(train_images, None, test_images, None, [])
     return Dataset(train_images, torch.tensor(labels), test_images, torch.tensor(test_labels), classes.tolist())
 
@@ -158,8 +158,8 @@ def decode(folder: str, split: str, size: int) -> Tensor:
     broken = []
     path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
     if not path.exists():
-        with replace_file(path) as temporary, ThreadPool() as pool:
-            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, size, size))
+        with replace_file(path) as draft, ThreadPool() as pool:
+            images = np.lib.format.open_memmap(draft, "w+", np.uint8, (len(files), 3, size, size))
             free = shutil.disk_usage(path.parent).free
             check(images.nbytes < free, "free disk space", free, f"{images.nbytes} bytes")
             list(tqdm(pool.imap(decode_one, range(len(files))), "decoding", len(files), leave=False))
@@ -168,7 +168,7 @@ def decode(folder: str, split: str, size: int) -> Tensor:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """An image file -> (3, H, W), uint8, rotated as in its EXIF, on white where it is transparent."""
+    """An image file -> (3, H, W), uint8, rotated by its EXIF, on white where transparent."""
     with errors_as(ValueError, f"image {str(path)!r} cannot be read"), Image.open(path, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
         check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
@@ -178,7 +178,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def load_image(path: str | Path) -> Tensor:
-    """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError if it is missing or broken."""
+    """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError if missing or broken."""
     return to_float(read_image(path)[None])
 
 
@@ -197,16 +197,16 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
     source = (images[index] for index, _ in batches)
     if isinstance(images, ImageFiles):
         samples = [[(i, size) for i in index.tolist()] for index, size in batches]
-        workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+        workers = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
         source = DataLoader(images, batch_sampler=samples, num_workers=workers)
     for batch in source:
         batch = to_float(batch.to(device))
-        yield torch.where(torch.rand(len(batch), 1, 1, 1, device=device) < flip / 2, batch.flip(3), batch)
+        yield torch.where(torch.rand_like(batch[:, :1, :1, :1]) < flip / 2, batch.flip(3), batch)
 
 
-# Drawn images of ten shapes, for training without any download
+# Drawn images of ten shapes, for training without a download
 
-SHAPES = "●⚪◗▲■⬢★✚♥⚡"  # in the font that matplotlib brings
+SHAPES = "●⚪◗▲■⬢★✚♥⚡"  # in matplotlib's font
 
 
 def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
     masks = []
     for shape in SHAPES:
         image = Image.new("L", (2 * size, 2 * size))
-        ImageDraw.Draw(image).text((size, size), shape, fill=255, font=font, anchor="mm")
+        ImageDraw.Draw(image).text((size, size), shape, 255, font, anchor="mm")
         masks.append(PILToTensor()(image) / 255)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randperm(count, generator=generator) % len(SHAPES)
@@ -235,12 +235,12 @@ def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
         return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (waves.prod(1, keepdim=True) + 1) / 2)
 
     size, (x, y) = masks.shape[-1] // 2, uniform(-0.3, 0.3, 2).T
-    turn = torch.polar(uniform(1.0, 1.6), uniform(0, 2 * np.pi))  # from the image to the shape: above 1 it shrinks
+    turn = torch.polar(uniform(1, 1.6), uniform(0, 2 * np.pi))  # from the image to the shape: above 1 it shrinks
     affine = torch.stack([turn.real, -turn.imag, x, turn.imag, turn.real, y], 1).view(-1, 2, 3)
     moved = F.grid_sample(masks, F.affine_grid(affine, masks.shape, align_corners=False), align_corners=False)
     coverage = F.avg_pool2d(moved, 2)  # anti-aliased
     background = texture()
     dark = background.mean((1, 2, 3), keepdim=True) < 0.5
-    foreground = texture() / 2 + dark / 2  # bright on dark, dark on bright
+    foreground = (texture() + dark) / 2  # bright on dark, dark on bright
     noise = F.interpolate(uniform(-0.15, 0.15, 3, 5, 5), size, mode="bicubic", align_corners=True)
     return torch.lerp(background + noise, foreground, coverage).clamp(0, 1).mul(255).round().byte()

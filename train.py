@@ -1,24 +1,23 @@
 """Train a VQRAE (2511.23386): images to discrete tokens in a pretrained encoder's feature space, and back.
 
     python train.py                             with the constants below
-    python train.py QUANTIZER=simvq EPOCHS=6    with some of them replaced; a pair may be one number for both
+    python train.py QUANTIZER=simvq EPOCHS=6    with some of them replaced; a pair may be one number
     torchrun --nproc_per_node=4 train.py        on several GPUs, BATCH_SIZE is their total
 
     stage  learns                        losses
     1      all but a pretrained encoder  L2, perceptual, quantizer, feature prediction; with GAN_WEIGHT later a GAN
-    2      all, the encoder too          L2, perceptual, quantizer, feature prediction, self-distillation
+    2      all                           the first four, and self-distillation
 
 Grids and curves go to outputs/<run>/, the best and the last two checkpoints of a stage to checkpoints/<run>/. The same
-command resumes a run from its last completed epoch. Another constant or dataset makes another run.
+command resumes a run after its last epoch. Another constant or dataset makes another run.
 """
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -35,15 +34,15 @@ from models import VQRAE, PatchDiscriminator, build_encoder
 from optimization import adamw_and_muon, average, fast_bf16, first_process_first, prepare_cpu, take_step
 from quantizers import QUANTIZERS, check
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-gpu = device == "cuda"
+gpu = torch.cuda.is_available()
+device = "cuda" if gpu else "cpu"
 
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
 IMAGE_SIZE = 32  # pixels a side of resized images; a tuple, (32,) or (32, 64): of random crops, one size a step
 # encoder
-ENCODER = "cifar"  # ships with the repository; "dinov3_s" and others are downloaded; "cnn" learns from scratch
-ENCODER_LAYERS = 0  # of a ViT: how many of its last layers are summed; of others: last strides side by side; 0: all
+ENCODER = "cifar"  # shipped; "dinov3_s" and others are downloaded; "cnn" learns from scratch
+ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last strides of others concatenated; 0: all
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4 pixels
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" bounds their PSNR
@@ -53,7 +52,7 @@ SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as i
 EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
 COMMITMENT = 0.25  # weight of their commitment loss
 CODEBOOKS = 1  # of "ema_vq"; try 2 with CODEBOOK_SIZE = 256, or 4
-COMBINE = "residual"  # each codebook quantizes what remains; "product": each quantizes some dimensions
+COMBINE = "residual"  # each codebook quantizes what remains; "product": some dimensions each
 RANDOM_DEPTH = 0.0  # fraction of images decoded from the first few residual codebooks, for coarse to fine
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
@@ -61,42 +60,41 @@ DDCL_COMM_WEIGHT = 1e-3  # weight of the bits of a token
 # decoder
 POST_QUANT_KERNEL = 1  # convolution after the quantizer, as in Cosmos-Tokenizer; 0: none
 POST_QUANT_NORM = False  # a norm after it
-DECODER_WIDTH = 0  # 0: as a ViT encoder, else 192. ViT-XL has 1152
-DECODER_DEPTH = 0  # 0: as a ViT encoder, else 2. ViT-XL has 28
-DECODER_HEADS = 0  # 0: as a ViT encoder. ViT-XL has 16
+DECODER_WIDTH = 0  # 0: as a ViT encoder, else 192; ViT-XL: 1152
+DECODER_DEPTH = 0  # 0: as a ViT encoder, else 2; ViT-XL: 28
+DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
 PREDICT_WEIGHT = 0.005  # the frozen encoder's last features, predicted from z_q: tokens keep an image's class
-DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features, compared with the frozen encoder's
+DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features against the frozen one's
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
 START_CHECKPOINT = ""  # continue with its model: the constants from ENCODER to DECODER_HEADS are not used
 ACCUMULATE = 1  # micro-batches a step, to save memory. Codes of "ema_vq" and matched "simvq" move with each
-OPTIMIZER = "muon"  # for the matrices of blocks, AdamW for all else; or "adamw" throughout, as in the papers
+OPTIMIZER = "muon"  # for matrices of blocks, AdamW for all else; or "adamw", as in the papers
 SEED = 0
 # on a GPU and on a CPU
 EPOCHS = (30, 10) if gpu else (8, 2)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
 LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
-COMPILE = ""  # of a GPU's steps, "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
+COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
 FLIP = gpu  # mirror half of the training images; helps if they repeat
-EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; at the end, and with 0, all
+EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; 0: all, as at the end
 
-bf16 = fast_bf16(device)  # in training; figures are measured in fp32
-rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+bf16 = fast_bf16(device)  # in training; figures are in fp32
+rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # by torchrun
 
 
 def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
               discriminator: nn.Module | None) -> dict[str, Tensor]:
-    """All losses: "loss" is what the model minimises, a weighted sum, "discriminator_loss" what the discriminator does.
+    """All losses: the model minimises "loss", a weighted sum, the discriminator "discriminator_loss".
 
-    images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, None for one that learns from scratch; discriminator:
-    None while the GAN is off.
+    images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, or None; discriminator: None without a GAN.
     """
-    with torch.no_grad():  # features (B, C, h, w), and those of its last layer alone
+    with torch.no_grad():  # features (B, C, h, w), and those of the last layer
         teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
     z = teacher_z if model.frozen else model.encoder(images)  # in stage 1 the encoder is the teacher
     z_q, quantizer_loss, _ = model.quantize(z)
@@ -106,13 +104,13 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     if teacher:
         distill_loss = model.compute_distillation_loss(z, teacher_z)
         predict_loss = model.compute_prediction_loss(z_q, target)
-    perceptual_weight = stage_value(PERCEPTUAL_WEIGHT, model.stage)
-    if perceptual_weight and lpips:
+    weight = stage_value(PERCEPTUAL_WEIGHT, model.stage)
+    if weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
-    elif perceptual_weight and teacher:  # on half of the images, to save time
+    elif weight and teacher:  # on half of the images, to save time
         perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
-    image_loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
-    loss = image_loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
+    loss = 16 * l2_loss + weight * perceptual_loss  # 1/16 is about the variance of pixels
+    loss = loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
     if discriminator:
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
@@ -127,19 +125,19 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
 
 
 def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> dict[str, Tensor]:
-    """Forward and backward pass of a micro-batch: what COMPILE compiles. Returns its losses. networks: objective's."""
+    """A micro-batch's losses, and their backward pass: what COMPILE compiles. networks: objective's."""
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         losses = objective(model, images, *networks)
     discriminator = networks[-1]
-    (losses["loss"] / ACCUMULATE).backward(inputs=[p for p in model.parameters() if p.requires_grad],
-                                           retain_graph=bool(discriminator))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    (losses["loss"] / ACCUMULATE).backward(inputs=learning, retain_graph=bool(discriminator))
     if discriminator:
         (losses["discriminator_loss"] / ACCUMULATE).backward(inputs=[*discriminator.parameters()])
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: utils.Run):
-    """Train one stage, from its first epoch or where the run was stopped. networks: of build_loss_networks."""
+    """Train one stage, from its start or where the run was stopped. networks: of build_loss_networks."""
     model.set_stage(stage).train()
     utils.seed_everything(SEED, stage)
     discriminator = PatchDiscriminator(sizes()[0]).to(device)
@@ -147,23 +145,23 @@ def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: u
     optimizers = build_optimizers(model, stage)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
     epochs = stage_value(EPOCHS, stage)
-    steps_per_epoch = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    steps = epochs * steps_per_epoch
+    steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE  # of an epoch
+    total = epochs * steps
     forward_and_backward = compiled(add_gradients) if COMPILE else add_gradients
 
     for epoch in range(run.resume(state, stage), epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start, log = time.time(), []
-        batches = epoch_batches(data.train_images, stage, epoch, steps_per_epoch)
-        for step in tqdm(range((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch),
-                         f"stage {stage} epoch {epoch}/{epochs}", leave=False, disable=rank > 0):
-            gan_on = stage == 1 and GAN_WEIGHT > 0 and step >= steps / 2
+        batches = epoch_batches(data.train_images, stage, epoch, steps)
+        for step in tqdm(range((epoch - 1) * steps, epoch * steps), f"stage {stage} epoch {epoch}/{epochs}",
+                         leave=False, disable=rank > 0):
+            gan_on = stage == 1 and GAN_WEIGHT > 0 and step >= total / 2
             for images in islice(batches, ACCUMULATE):
                 losses = forward_and_backward(model, images, *networks, discriminator if gan_on else None)
                 log.append(torch.stack([*losses.values()]))
             average([p.grad for p in model.parameters() if p.grad is not None])
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            take_step(optimizers, step, steps)
+            take_step(optimizers, step, total)
             model.zero_grad()
             if gan_on:
                 average([p.grad for p in discriminator.parameters()])
@@ -176,21 +174,21 @@ def train_stage(stage: int, model: VQRAE, networks: tuple, data: Dataset, run: u
         losses = dict(zip(losses, means.tolist()))
         finite = all(x.isfinite().all() for x in (means, *model.state_dict().values()))
         check(finite, f"loss of stage {stage}, epoch {epoch}", losses["loss"],
-              "a finite number, and finite weights; a lower LEARNING_RATE may help")
+              "a finite number, and finite weights; try a lower LEARNING_RATE")
         if rank == 0:
             tested = data.test_images[: EVAL_IMAGES or None]
-            metrics, _, reconstructions = evaluate(model, tested, BATCH_SIZE // ranks // ACCUMULATE)
+            metrics, _, output = evaluate(model, tested, BATCH_SIZE // ranks // ACCUMULATE)
             row = {"stage": stage, "epoch": epoch, **losses, **metrics,
-                   "images_per_second": steps_per_epoch * BATCH_SIZE / seconds, "seconds": seconds}
-            save_epoch(run, row, model, state, tested[:8], reconstructions[:8])
+                   "images_per_second": steps * BATCH_SIZE / seconds, "seconds": seconds}
+            save_epoch(run, row, model, state, tested[:8], output[:8])
             print("{stage:6} {epoch:6} {loss:9.4f} {psnr:6.2f} {ssim:7.4f} {usage:11.1%} {perplexity:11,.0f} "
                   "{images_per_second:9,.0f} {seconds:8.0f}".format(**row), flush=True)
-            if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long as one of stage 1
+            if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long
                 times = sum(stage_value(EPOCHS, other) * (1.4 if other > stage else 1) for other in STAGES)
                 print(f"the whole run takes about {(time.time() - start) / 60 * times:.1f} minutes", flush=True)
 
 
-# What a step is built from
+# Parts of a step
 
 def compiled(function: Callable) -> Callable:
     """`function` as one graph for each size of images, or an error."""
@@ -202,10 +200,10 @@ def compiled(function: Callable) -> Callable:
 def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
     """This process's micro-batches (B, 3, size, size) of an epoch; a small dataset repeats."""
     generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # as in other processes
-    passes = math.ceil(steps * BATCH_SIZE / len(images))
+    passes = -(-steps * BATCH_SIZE // len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
     order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]
-    batches = [(index, sizes()[step % len(sizes())]) for step in range(steps) for index in order[step]]
+    batches = [(index, size) for step, size in zip(order, cycle(sizes())) for index in step]
     return load_batches(images, batches, FLIP, device)
 
 
@@ -214,7 +212,7 @@ def sizes() -> list[int]:
 
 
 def stage_value(value: object, stage: int) -> object:
-    """A constant in this stage: stage_value((30, 10), 2) is 10. A single number is for both stages."""
+    """A constant in this stage: stage_value((30, 10), 2) is 10. A number is for both."""
     return value[stage - 1] if isinstance(value, tuple) else value
 
 
@@ -250,9 +248,9 @@ def main():
     constants = utils.read_constants(globals(), sys.argv[1:])
     check_constants()
     start_process()
-    with torch.device("meta"):  # without weights: a wrong constant fails before anything is downloaded
+    with torch.device("meta"):  # without weights: a wrong constant fails before any download
         config = build_model(pretrained=False).config
-    with first_process_first():  # it downloads and decodes, then the others find its files
+    with first_process_first():  # it downloads and decodes, others find its files
         dataset, files = find_dataset(DATASET)
         constants["DATASET"] = Path(dataset).resolve().name
         key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
@@ -283,14 +281,14 @@ def main():
 
 
 def start_process():
-    """Choose this process's GPU, or a CPU's arithmetic, and connect the processes of torchrun."""
+    """Choose this process's GPU, or a CPU's arithmetic, and connect torchrun's processes."""
     if gpu:
-        gpus, local_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus, local_ranks = torch.cuda.device_count(), int(os.getenv("LOCAL_WORLD_SIZE", 1))
         check(local_ranks <= gpus, "--nproc_per_node", local_ranks, f"1 to {gpus}, a GPU each")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     else:
         prepare_cpu()
-    if ranks > 1:  # others may wait for the first for up to a day
+    if ranks > 1:  # others may wait a day for the first
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -305,21 +303,21 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
         if bf16:
             for layer in teacher.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    layer.bfloat16()  # once, not by autocast in each step
+                    layer.bfloat16()  # once, not in each step
     if PERCEPTUAL == "lpips":
         lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
     return teacher, lpips
 
 
-def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Tensor, reconstructions: Tensor):
+def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Tensor, output: Tensor):
     """Write an epoch's grid, curves and checkpoints."""
     run.check_folder()
     stage, epoch = row["stage"], row["epoch"]
-    utils.save_pairs(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, reconstructions, columns=4)
+    utils.save_pairs(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, output, columns=4)
     utils.plot_curves(run.outputs / "curves.png", [*run.history, row], run.name)
     path = f"{run.checkpoints}/{model.config['quantizer']}_stage{stage}"
     metadata = {"run": run.name, "metrics": row, "constants": constants}
-    if row["psnr"] >= max((earlier["psnr"] for earlier in run.history if earlier["stage"] == stage), default=0):
+    if row["psnr"] >= max((old["psnr"] for old in run.history if old["stage"] == stage), default=0):
         utils.save_checkpoint(f"{path}_best.pt", model, **metadata)
     utils.save_checkpoint(f"{path}_epoch_{epoch}.pt", model, **metadata)
     run.save(row, state)
@@ -329,29 +327,29 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
 def finish(run: utils.Run, model: VQRAE, data: Dataset):
     """Measure the last stage's best epoch on all test images; results.json ends a run."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
-    check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "a checkpoint of this run")
+    check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "one of this run")
     best = utils.load_checkpoint(path).to(device)
     metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
-    with utils.replace_file(run.outputs / "results.json") as temporary:
-        temporary.write_text(json.dumps({"run": run.name, **metrics, "constants": constants}, indent=2))
+    with utils.replace_file(run.outputs / "results.json") as draft:
+        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": constants}, indent=2))
     print(f"all {len(output):,} test images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
           f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\n"
           f"see {run.outputs}/ and {run.checkpoints}/")
 
 
 def check_constants():
-    """ValueError for a constant that is not allowed."""
+    """ValueError for a wrong constant."""
     for name, allowed in {"QUANTIZER": QUANTIZERS, "OPTIMIZER": ("muon", "adamw"), "PERCEPTUAL": ("encoder", "lpips"),
                           "COMPILE": ("", "default", "reduce-overhead"), "STAGES": ((1,), (1, 2), (2,))}.items():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name in ("BATCH_SIZE", "ACCUMULATE", "CODEBOOKS"):
         check(constants[name] >= 1, name, constants[name], "1 or more")
     for name in ("EPOCHS", "LEARNING_RATE", "PERCEPTUAL_WEIGHT"):
-        valid = not isinstance(constants[name], tuple) or len(constants[name]) == 2
-        check(valid, name, constants[name], "a number, or a pair for both stages")
+        value = constants[name]
+        check(not isinstance(value, tuple) or len(value) == 2, name, value, "a number, or a pair for both stages")
     check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
@@ -361,7 +359,7 @@ def check_constants():
     if START_CHECKPOINT:
         names = [*constants]
         for name in names[names.index("ENCODER") : names.index("DECODER_HEADS") + 1]:
-            given = any(argument.startswith(f"{name}=") for argument in sys.argv)
+            given = any(word.startswith(f"{name}=") for word in sys.argv)
             check(not given, name, constants.pop(name), "no argument with START_CHECKPOINT, whose model is used")
 
 

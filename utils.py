@@ -25,7 +25,7 @@ from quantizers import check
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
     """Replace constants in `namespace` by NAME=value arguments, and return all; --help prints them.
 
-    A fraction, 1/15, is a number, too. ValueError for an unknown name, a negative number, or another type.
+    A fraction, 1/15, is a number, too. ValueError for an unknown name, a negative number or another type.
     """
     constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple))}
     if "--help" in arguments:
@@ -43,7 +43,7 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
             several = isinstance(constants[name], tuple)
             old = constants[name][0] if several else constants[name]
             with contextlib.suppress(SyntaxError, ValueError, ZeroDivisionError):
-                value = re.sub(r"([\d.]+) */ *([\d.]+)", lambda pair: str(float(pair[1]) / float(pair[2])), value)
+                value = re.sub(r"([\d.]+) */ *([\d.]+)", lambda m: str(float(m[1]) / float(m[2])), value)
                 value = ast.literal_eval(value)
             numbers = value if isinstance(value, tuple) and (several or name == "IMAGE_SIZE") else [value]
             kinds = (float, int) if isinstance(old, float) else (type(old),)
@@ -61,17 +61,17 @@ def one_line_errors(stopped: str = "stopped"):
         yield
     except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         message = stopped if isinstance(error, KeyboardInterrupt) else str(error).partition(". Tried to")[0]
-        message = message.rpartition("\nValueError: ")[2].strip()  # without the traceback of a DataLoader's worker
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {message}")
+        message = message.rpartition("\nValueError: ")[2].strip()  # without a DataLoader worker's traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def digest(value: object) -> str:
-    """A hash of this value: twelve hexadecimal characters."""
+    """A value's hash: twelve hexadecimal digits."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def seed_everything(*numbers: int):
-    """Seed torch's random generators with a hash of these numbers."""
+    """Seed torch with a hash of these numbers."""
     torch.manual_seed(int(digest(numbers), 16))
 
 
@@ -80,29 +80,29 @@ def seed_everything(*numbers: int):
 def save_grid(path: Path, images: Tensor, columns: int):
     """Write uint8 images (N, 3, H, W) as a grid, row by row. Small ones are enlarged: a viewer would blur them."""
     zoom = max(1, 128 // images.shape[-1])
-    with replace_file(path) as temporary:
-        save_image(nn.Upsample(scale_factor=zoom)(images / 255), temporary, format="PNG", nrow=columns, pad_value=1)
+    with replace_file(path) as draft:
+        save_image(nn.Upsample(scale_factor=zoom)(images / 255), draft, format="PNG", nrow=columns, pad_value=1)
 
 
 def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
-    """As save_grid: rows of images, and below each the row of their reconstructions."""
-    count = max(1, len(images) // columns) * columns  # an incomplete row is left out, unless it is the only one
-    rows = zip(images[:count].split(columns), reconstructions[:count].split(columns))
+    """As save_grid: each row of images above the row of their reconstructions."""
+    count = (len(images) // columns or 1) * columns  # an incomplete row is left out, unless it is the only one
+    rows = zip(*(x[:count].split(columns) for x in (images, reconstructions)))
     save_grid(path, torch.cat(sum(rows, ())), min(columns, len(images)))
 
 
 def save_figure(path: Path, figure: Figure):
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    with replace_file(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
 
 
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     """Plot how often each code was used, sorted; counts and metrics: evaluate's."""
-    used = counts[counts > 0].sort(descending=True).values.cpu()
+    used = counts[counts > 0].sort(descending=True)[0].cpu()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.loglog(range(1, len(used) + 1), used)
-    axes.axvline(round(len(used) / metrics["usage"]), color="grey", linestyle=":")
+    axes.axvline(round(len(used) / metrics["usage"]), c="grey", ls=":")
     axes.set(xlabel="code, by rank (dotted: the codebook's size)", ylabel="times used")
     axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9,
                    parse_math=False)
@@ -110,18 +110,18 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
 
 
 def plot_curves(path: Path, history: list[dict], title: str):
-    """Plot losses together, and each metric by itself. Stage 1 ends at the dotted line."""
+    """Plot losses together, and each metric alone. Stage 1 ends at the dotted line."""
     losses = [name for name in history[0] if name.endswith("_loss") and any(row[name] for row in history)]
     panels = {"losses, before their weights": losses, "PSNR, dB": ["psnr"], "SSIM": ["ssim"],
               "fraction of codes used": ["usage"], "perplexity": ["perplexity"]}
     figure = Figure(figsize=(16, 3.2), layout="constrained")
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(title, size=10, parse_math=False)
     for axes, (name, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
             axes.plot(range(1, len(history) + 1), [row[column] for row in history], ".-", label=column)
         axes.set(title=name, xlabel="epoch", yscale="symlog" if columns == losses else "linear")
         axes.legend(fontsize=7)
-        axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, color="grey", linestyle=":")
+        axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, c="grey", ls=":")
     save_figure(path, figure)
 
 
@@ -129,17 +129,17 @@ def plot_curves(path: Path, history: list[dict], title: str):
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path, renamed to `path` once it is written: nobody reads half a file."""
+    """The path of a draft, renamed to `path` once written: nobody reads half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
+        yield draft
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 class Run:
@@ -155,16 +155,16 @@ class Run:
             with errors_as(ValueError, f"this run goes on in another process, or {self.checkpoints} cannot be locked"):
                 self.lock.acquire(blocking=False)
             self.inode = os.stat(self.lock.lock_file).st_ino
-            for unfinished in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
-                unfinished.unlink()
+            for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
+                draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
         if self.last.exists():
             self.saved = load_torch(self.last, *self.saved)
-            check(self.saved["run"] == name, "run", str(self.last), "the last.pt of this run")
+            check(self.saved["run"] == name, "run", str(self.last), "this run's last.pt")
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch to begin this stage with. If the run was stopped in it, everything in `state` is loaded."""
+        """The epoch to begin this stage with. If the run was stopped in it, `state` is loaded."""
         if self.stage != stage:
             return 1
         with errors_as(ValueError, f"{self.last} does not fit this code, change SEED"):
@@ -180,25 +180,25 @@ class Run:
     def save(self, row: dict, state: dict):
         """Add an epoch's row to metrics.csv, and write what resume needs."""
         self.history.append(row)
-        with replace_file(self.outputs / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+        with replace_file(self.outputs / "metrics.csv") as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
         progress = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
-        save_torch(self.last, progress | {name: module.state_dict() for name, module in state.items()})
+        save_torch(self.last, progress | {k: v.state_dict() for k, v in state.items()})
 
 
 def save_torch(path: str | Path, content: dict):
-    with replace_file(path) as temporary:
-        torch.save(content, temporary)
+    with replace_file(path) as draft:
+        torch.save(content, draft)
 
 
 def load_torch(path: str | Path, *keys: str) -> dict:
     """A dict with these keys, of tensors and plain values, from torch.save. ValueError for another file."""
     with errors_as(ValueError, f"checkpoint {path} cannot be read"):
         with zipfile.ZipFile(path) as archive:
-            check(archive.testzip() is None, "checksum", "wrong", "an undamaged file")  # torch looks at none
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            check(not archive.testzip(), "checksum", "wrong", "an undamaged file")  # torch looks at none
+        content = torch.load(path, "cpu", weights_only=True)
         check(content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
         return content
 
@@ -206,30 +206,29 @@ def load_torch(path: str | Path, *keys: str) -> dict:
 def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.Module, dict]:
     """A model of this kind, in eval mode, with a file's config and weights, and the file's content.
 
-    ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers, and a scale for each row.
+    ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers and a scale for each row.
     """
     content = load_torch(path, "config", "model")
     with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
         if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
-            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
+            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # of older code
         model = kind(**content["config"], **options)
-        weights = {n: w[0] * w[1].float() if isinstance(w, tuple) else w for n, w in content["model"].items()}
-        model.load_state_dict(weights)
+        model.load_state_dict({n: w[0] * w[1].float() if type(w) is tuple else w for n, w in content["model"].items()})
         check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
     return model.eval(), content
 
 
 def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
-    """Write a self-describing checkpoint: config, weights, and metadata, such as metrics."""
-    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DistributedDataParallel or torch.compile
+    """Write a self-describing checkpoint: config, weights and metadata such as metrics."""
+    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DDP or torch.compile
     quantizer = getattr(model.quantizer, "config", None)
     check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
-    weights = {name.replace("_orig_mod.", ""): value.cpu() for name, value in model.state_dict().items()}
+    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
     save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without any download.
+    """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without a download.
 
     ValueError for a damaged or different file. Its metadata: load_torch(path).
     """

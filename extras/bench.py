@@ -6,7 +6,6 @@
 Medians of ROUNDS; weights are random. On a GPU steps are timed compiled, too, and with CUDA graphs. Launches are calls
 of the driver. "of peak": the multiplications of forward and backward pass, against those of a large matrix product.
 """
-import math
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -29,7 +29,7 @@ device = train.device
 def seconds(run: Callable) -> float:
     start = time.perf_counter()
     run()
-    if device == "cuda":
+    if train.gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -48,12 +48,11 @@ def steps():
     peak = 2 * side**3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
     print(f"\n{f'{train.ENCODER}, {train.QUANTIZER}, {len(images)} images of {images.shape[-1]} pixels':44} ms a step "
           f"launches  images/s  of peak's {peak / 1e12:.1f} TFLOP/s  GB  compiling, s")
-    for mode in ("", "default", "reduce-overhead")[: 3 if COMPILED and train.gpu else 1 + COMPILED]:
+    for mode in ("", "default", "reduce-overhead")[: 1 + COMPILED * (1 + train.gpu)]:
         for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
             train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
             ours = name == "train.py"
-            adamw = torch.optim.AdamW(model.parameters(), lr=1e-5)
-            optimizers = train.build_optimizers(model, 1) if ours else {"adamw": adamw}
+            optimizers = train.build_optimizers(model, 1) if ours else {"adamw": AdamW(model.parameters(), lr=1e-5)}
             with FlopCounterMode(display=False) as counter:
                 gradients(model, images, *networks, None)
             torch.compiler.reset()
@@ -70,7 +69,7 @@ def steps():
             first = seconds(run)
             run()  # CUDA graphs are recorded
             run()
-            step, launches, memory = statistics.median(seconds(run) for _ in range(ROUNDS)), math.nan, math.nan
+            step, launches, memory = statistics.median(seconds(run) for _ in range(ROUNDS)), torch.nan, torch.nan
             if train.gpu:
                 torch.cuda.reset_peak_memory_stats()
                 with torch.profiler.profile() as profile:
@@ -87,6 +86,6 @@ if __name__ == "__main__":
         train.constants = utils.read_constants(vars(train), [word for word in sys.argv[1:] if word not in own])
         utils.read_constants(globals(), own)
         train.check_constants()
-        name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if train.gpu else f"CPU, {torch.get_num_threads()} threads"
         print(f"{name}, torch {torch.__version__}, medians of {ROUNDS} rounds")
         steps()

@@ -60,12 +60,11 @@ def pictures(size: int) -> Iterable[Tensor]:
 
 
 def encode(images: Tensor, codec: str, quality: int) -> Encoded:
-    n, (height, width), file = math.isqrt(len(images)), images.shape[2:], io.BytesIO()
+    n, file = math.isqrt(len(images)), io.BytesIO()
     picture = Image.fromarray(make_grid(images, n, padding=0).permute(1, 2, 0).numpy())
     picture.save(file, codec, quality=quality, **CODECS[codec])
-    decoded = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
-    decoded = decoded.unfold(1, height, height).unfold(2, width, width).flatten(1, 2).transpose(0, 1)
-    return 8 * file.getbuffer().nbytes, images, decoded
+    decoded = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).unflatten(1, (n, -1)).unflatten(0, (n, -1))
+    return 8 * file.getbuffer().nbytes, images, decoded.permute(0, 2, 4, 1, 3).flatten(0, 1)
 
 
 def encode_to_bits(images: Tensor, codec: str, bits: float) -> Encoded:
@@ -83,12 +82,12 @@ def average(results: list[Encoded], avif: list[Encoded]) -> dict:
         return torch.cat([measure(x, y) for _, x, y in results]).double()
 
     each, bits = of_each(psnr, results), sum(bits for bits, _, _ in results)
-    mse = of_each(lambda a, b: (to_float(a) - to_float(b)).square().mean((1, 2, 3)), results)
+    mse = 10 ** (each / -10)
     difference = each - of_each(psnr, avif)
-    return {"bits": bits / len(each), "bits_a_pixel": bits / sum(x[:, 0].numel() for _, x, _ in results),
-            "psnr": each.mean().item(), "psnr_of_mse": -10 * mse.mean().log10().item(),
-            "ssim": of_each(ssim, results).mean().item(),
-            "difference": difference.mean().item(), "error": (difference.std() / len(difference) ** 0.5).item()}
+    return dict(bits=bits / len(each), bits_a_pixel=bits / sum(x[:, 0].numel() for _, x, _ in results),
+                psnr=each.mean().item(), psnr_of_mse=-10 * mse.mean().log10().item(),
+                ssim=of_each(ssim, results).mean().item(), difference=difference.mean().item(),
+                error=(difference.std() / len(difference) ** 0.5).item())
 
 
 if __name__ == "__main__":

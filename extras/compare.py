@@ -35,7 +35,6 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "residual EMA-VQ": ("CODEBOOKS=2 CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
 }
-
 WIDTH_LINES = {"SimVQ, matched": "QUANTIZER=simvq", "SimVQ, cosine": "QUANTIZER=simvq SIMVQ_TRANSFORM=cosine",
                "SimVQ, learned": "QUANTIZER=simvq SIMVQ_TRANSFORM=learned", "EMA-VQ": "QUANTIZER=ema_vq"}
 
@@ -49,7 +48,7 @@ def main():
     rows = {}
     lines, points, x_axis = LINES, BITS, "token_bits"
     if WIDTHS != (0,):
-        values = {width: width for width in WIDTHS}
+        values = dict(zip(WIDTHS, WIDTHS))
         lines = {line: (f"{words} CODEBOOK_SIZE=16384 CODE_DIM={{}}", values) for line, words in WIDTH_LINES.items()}
         points, x_axis = WIDTHS, "width"
     for point in points:
@@ -58,8 +57,8 @@ def main():
                 run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[point]).split()])
                 rows[f"{line} {values[point]}"] = {"line": line, "width": point, **measure_run(run)}
                 table = format_table(rows, TABLE, "quantizer")
-                with replace_file("outputs/quantizers.md") as temporary:
-                    temporary.write_text(f"{table}\n")
+                with replace_file("outputs/quantizers.md") as draft:
+                    draft.write_text(f"{table}\n")
                 plot(rows, x_axis)
     print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
 
@@ -70,13 +69,13 @@ def train_run(arguments: list[str]) -> str:
     for line in process.stdout:
         print(line, end="", flush=True)
     check(process.wait() == 0, "train.py", arguments, "a run that ends well; the same command resumes")
-    return line.partition("outputs/")[2].partition("/")[0]
+    return line.split("/")[1]
 
 
 def measure_run(run: str) -> dict:
     """The results of a finished run, with its bits a token, their entropy, probes, history, and time of a step."""
     results = json.loads(Path("outputs", run, "results.json").read_text())
-    history = list(csv.DictReader(Path("outputs", run, "metrics.csv").read_text().splitlines()))
+    history = [*csv.DictReader(Path("outputs", run, "metrics.csv").read_text().splitlines())]
     model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt"))).to(device)
     data = load_dataset(DATASET, model.config["image_size"])
     test = tokenize(model, data.test_images[:PROBE_IMAGES])

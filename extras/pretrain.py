@@ -69,11 +69,11 @@ def main():
     class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
-    others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in set(filters)]
+    others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in {*filters}]
     # our Muon's updates are 0.2 sqrt(max(m, n)) times as large as Jordan et al.'s for matrices (m, n)
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
-                  torch.optim.AdamW(others, lr=LEARNING_RATE[1], weight_decay=0)]
+                  torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
     steps = len(images) // BATCH_SIZE  # in an epoch
     schedules = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
         optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / (EPOCHS * steps))) for optimizer in optimizers]
@@ -94,9 +94,8 @@ def main():
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            with torch.no_grad():  # BatchNorm cancels the weights' norm: fixed, relative steps stay equal
-                for p in filters:
-                    p.mul_(len(p) ** 0.5 / p.norm())
+            for p in filters:  # BatchNorm cancels the weights' norm: fixed, relative steps stay equal
+                p.data.mul_(len(p) ** 0.5 / p.data.norm())
             total += class_loss.detach()
         print(f"epoch {epoch:3}  class loss {total / len(order):.4f}  {time.time() - start:6.0f} s", flush=True)
     encoder.eval()
