@@ -137,7 +137,7 @@ def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     classes, labels = np.unique(names, return_inverse=True)
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
     alone = sorted({*classes} ^ {*test_classes})
-    check(not alone, "DATASET", folder, f"the same class folders in both splits; in one: {', '.join(alone[:9])}")
+    check(not alone, "DATASET", folder, f"the same class folders in both splits; in one only: {', '.join(alone[:9])}")
     large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
     train_images = ImageFiles(files, size) if large else decode(folder, "train", size)
     test_images = decode(folder, "test", size)
@@ -228,7 +228,7 @@ def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(len(masks), *shape, generator=generator)
 
     def texture() -> Tensor:
-        """(B, 3, size, size) in [0, 1]: two colours mixed by waves along none, one or two axes, or a gradient."""
+        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks, or in one mixture."""
         x, angle = torch.linspace(-1, 1, size), uniform(0, 2 * np.pi, 1, 1)
         axes = torch.stack([angle.cos() * x - angle.sin() * x[:, None], angle.sin() * x + angle.cos() * x[:, None]], 1)
         waves = (uniform(-6, 12, 2, 1, 1).clamp(min=0) * axes + uniform(0, 2 * np.pi, 2, 1, 1)).sin()

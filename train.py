@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=4 train.py        on several GPUs, BATCH_SIZE is their total
 
     stage  learns                        losses
-    1      all but a pretrained encoder  L2, perceptual, quantizer, feature prediction; with GAN_WEIGHT later a GAN
+    1      all but a pretrained encoder  L2, perceptual, quantizer, prediction; with GAN_WEIGHT a GAN in the second half
     2      all                           the first four, and self-distillation
 
 Grids and curves go to outputs/<run>/, the best and the last two checkpoints of a stage to checkpoints/<run>/. The same
-command resumes a run after its last epoch. Another constant or dataset makes another run.
+command resumes a run after its last finished epoch. Another constant or dataset makes another run.
 """
 import json
 import os
@@ -51,9 +51,9 @@ CODE_DIM = 16  # dimension of their codes; 0: the encoder's width
 SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as in the paper, or "cosine" may collapse
 EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
 COMMITMENT = 0.25  # weight of their commitment loss
-CODEBOOKS = 1  # of "ema_vq"; try 2 with CODEBOOK_SIZE = 256, or 4
+CODEBOOKS = 1  # of "ema_vq"; try 2 or 4 with CODEBOOK_SIZE = 256
 COMBINE = "residual"  # each codebook quantizes what remains; "product": some dimensions each
-RANDOM_DEPTH = 0.0  # fraction of images decoded from the first few residual codebooks, for coarse to fine
+RANDOM_DEPTH = 0.0  # fraction of images decoded from the first few residual codebooks, to decode coarse to fine
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # weight of the bits of a token
@@ -84,7 +84,7 @@ COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; comp
 FLIP = gpu  # mirror half of the training images; helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; 0: all, as at the end
 
-bf16 = fast_bf16(device)  # in training; figures are in fp32
+bf16 = fast_bf16(device)  # in training; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # by torchrun
 
 
@@ -92,7 +92,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
               discriminator: nn.Module | None) -> dict[str, Tensor]:
     """All losses: the model minimises "loss", a weighted sum, the discriminator "discriminator_loss".
 
-    images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, or None; discriminator: None without a GAN.
+    images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, None for "cnn"; discriminator: None without a GAN.
     """
     with torch.no_grad():  # features (B, C, h, w), and those of the last layer
         teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
@@ -125,7 +125,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
 
 
 def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> dict[str, Tensor]:
-    """A micro-batch's losses, and their backward pass: what COMPILE compiles. networks: objective's."""
+    """A micro-batch's losses, and their backward pass: what COMPILE compiles. networks: objective's last three."""
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         losses = objective(model, images, *networks)
     discriminator = networks[-1]
@@ -228,9 +228,9 @@ def build_model(pretrained: bool = True) -> VQRAE:
             model = utils.load_checkpoint(START_CHECKPOINT)
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
-        learned = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
+        codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
         options = {"fsq": dict(levels=FSQ_LEVELS), "ddcl": dict(delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT),
-                   "simvq": dict(transform=SIMVQ_TRANSFORM, **learned), "ema_vq": learned}.get(QUANTIZER, {})
+                   "simvq": dict(transform=SIMVQ_TRANSFORM, **codebook), "ema_vq": codebook}.get(QUANTIZER, {})
         if CODEBOOKS > 1:
             options |= dict(codebooks=CODEBOOKS, combine=COMBINE, random_depth=RANDOM_DEPTH)
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
@@ -327,7 +327,7 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
 def finish(run: utils.Run, model: VQRAE, data: Dataset):
     """Measure the last stage's best epoch on all test images; results.json ends a run."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
-    check(utils.load_torch(path, "run")["run"] == run.name, "run", str(path), "one of this run")
+    check(utils.load_torch(path, "run")["run"] == run.name, "checkpoint", str(path), "one of this run")
     best = utils.load_checkpoint(path).to(device)
     metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)

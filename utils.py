@@ -164,7 +164,7 @@ class Run:
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch to begin this stage with. If the run was stopped in it, `state` is loaded."""
+        """The epoch to begin this stage with. If the run was stopped in this stage, `state` is loaded."""
         if self.stage != stage:
             return 1
         with errors_as(ValueError, f"{self.last} does not fit this code, change SEED"):
@@ -211,7 +211,7 @@ def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.M
     content = load_torch(path, "config", "model")
     with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
         if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
-            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # of older code
+            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
         model = kind(**content["config"], **options)
         model.load_state_dict({n: w[0] * w[1].float() if type(w) is tuple else w for n, w in content["model"].items()})
         check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
