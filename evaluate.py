@@ -99,10 +99,13 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
 
 def main():
     models = {path: load_checkpoint(path) for path in read_arguments(globals())}
+    check(BATCH_SIZE >= 1, "BATCH_SIZE", BATCH_SIZE, "1 or more")
     sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
     check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as checkpoints have {sizes}")
     data = load_dataset(DATASET, sizes.pop())
-    rows = {path: measure(model, data, *load_judges(model.token_size, data, METRICS)) for path, model in models.items()}
+    token_sizes = {model.token_size for model in models.values()}
+    judges = {token_size: load_judges(token_size, data, METRICS) for token_size in token_sizes}
+    rows = {path: measure(model, data, *judges[model.token_size]) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
 
 

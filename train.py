@@ -130,7 +130,7 @@ def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> 
         losses = objective(model, images, *networks)
     discriminator = networks[-1]
     learning = [p for p in model.parameters() if p.requires_grad]
-    (losses["loss"] / ACCUMULATE).backward(inputs=learning, retain_graph=bool(discriminator))
+    (losses["loss"] / ACCUMULATE).backward(inputs=learning, retain_graph=discriminator is not None)
     if discriminator:
         (losses["discriminator_loss"] / ACCUMULATE).backward(inputs=[*discriminator.parameters()])
     return {name: loss.detach() for name, loss in losses.items()}

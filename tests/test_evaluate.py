@@ -136,7 +136,10 @@ def test_the_script_prints_what_the_run_measured(monkeypatch, folder, trained, c
     save_checkpoint("small.pt", small()), monkeypatch.setattr("sys.argv", [*arguments, "small.pt"])
     with pytest.raises(ValueError, match="IMAGE_SIZE = 0, allowed: not 0"):
         module.main()
-    monkeypatch.setattr("sys.argv", [*arguments, "small.pt", "IMAGE_SIZE=(16, 24)"])  # as train.py: at the largest
+    monkeypatch.setattr("sys.argv", [*arguments, "BATCH_SIZE=0"])
+    with pytest.raises(ValueError, match="^BATCH_SIZE = 0, allowed: 1 or more$"):
+        module.main()
+    monkeypatch.setattr("sys.argv", [*arguments, "small.pt", "BATCH_SIZE=20", "IMAGE_SIZE=(16, 24)"])  # at the largest
     module.main()
     *_, first, second = capsys.readouterr().out.splitlines()
     assert "| 216 " in first and f"| {36 * math.log2(12):.0f} " in second  # bits of 6 x 6 tokens

@@ -161,7 +161,7 @@ def test_the_best_checkpoint_of_another_run_is_refused(trained, folder, monkeypa
     best, = Path("checkpoints").glob("*/ema_vq_stage2_best.pt")
     save_torch(best, load_torch(best) | {"run": "b"})
     monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)"])
-    with pytest.raises(SystemExit, match=f"^train.py: run = '{best}', allowed: "):
+    with pytest.raises(SystemExit, match=f"^train.py: checkpoint = '{best}', allowed: "):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
