@@ -165,6 +165,7 @@ def test_stage_2_keeps_the_statistics_of_batchnorm():
     z = model.set_stage(2).train().encoder(images)
     assert torch.equal(model.encoder(images), z) and torch.equal(model.eval().encoder(images), z)
     assert torch.equal(build_encoder("efficientnet_lite0", 4, 2)(images), z)
+    assert model.encoder_radius is None and model.decoder_radius == 4 + 2  # it decodes in strips alone
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no file", "removed", "renamed", "reshaped", "cut"])

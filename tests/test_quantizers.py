@@ -438,6 +438,8 @@ def test_random_depth_is_drawn_for_each_image_and_only_in_training():
     assert same.sum(0).eq(1).all() and depth[0] != depth[1:].min()
     assert torch.allclose(same.mean(1), torch.tensor([1, 1, 4]) / 6, atol=0.08)  # half of them at random
     assert torch.equal(indices, full)
+    exported = torch.export.export(before, (z,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    assert torch.equal(exported(z[:7])[2], full[:7])  # of any batch
     rest, losses = z, 0
     for i, (old, new) in enumerate(zip(before.codebooks, quantizer.codebooks)):
         check_update(old, new, rest.flatten(0, 1))  # all images move it, whatever their depth
