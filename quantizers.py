@@ -1,4 +1,4 @@
-"""FSQ, SimVQ, EMA-VQ, DDCL, and residual and product codebooks, behind one interface.
+"""FSQ, SimVQ, EMA-VQ, DDCL, residual and product codebooks, and vector-quantize-pytorch's, behind one interface.
 
     quantizer = build_quantizer("fsq", dim=256)
     z_q, loss, indices = quantizer(z)       # z, z_q (B, C, H, W) or (B, N, C); indices (B, H, W) or (B, N)
@@ -11,8 +11,11 @@ A token is a position of the grid: its C numbers, or its index. project_in maps 
 one of codebook_size codes is picked for them, and project_out maps it to z_q. code_dim 0 means C; None: no maps.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
+import copy
+import importlib
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -44,11 +47,14 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
 
     |x - c|^2 is least where x.c - |c|^2 / 2 is largest: a matrix product, in chunks of 16 MB on a CPU, 1 GB on a GPU.
+    Both are taken from the codes' mean first: far from zero, fp32 would round the differences away.
     """
-    x, codebook = x.detach(), codebook.detach()  # not by no_grad, which torch.jit.trace ignores
+    center = codebook.detach().mean(0)
+    x, codebook = x.detach() - center, codebook.detach() - center  # not by no_grad, which torch.jit.trace ignores
     bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
     rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
-    chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)  # an exported graph has no loop
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # without a loop, for any number of tokens
+    chunks = [tokens] if exported else tokens.split(rows)
     scores, found = None, []
     for chunk in chunks:  # the best group of `size` codes, then its best: three times as fast as one argmax
         out = None if scores is None else scores[: len(chunk)]  # reused: new memory costs as much as the product
@@ -57,6 +63,13 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         best = groups.amax(2, keepdim=True).argmax(1, keepdim=True)
         found.append(best[:, 0, 0] * size + groups.gather(1, best.expand(-1, -1, size))[:, 0].argmax(1))
     return torch.cat(found).view(x.shape[:-1])
+
+
+def sum_of_processes(x: Tensor) -> Tensor:
+    """x summed over the processes of torchrun; x itself in one process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -124,15 +137,18 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """Inverse of indices_to_codes, by comparison with each code in fp64. ValueError beyond 2**24 codes."""
+        """Inverse of indices_to_codes, by comparison with each code. ValueError beyond 2**24 codes."""
         check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
         tokens, shape = self._to_tokens(z_q, "z_q")
-        best, indices = -torch.inf, 0
+        best, indices = torch.inf, 0
         for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
-            codes = self.get_codebook_entry(some).double()
-            score, index = (tokens.double() @ codes.T - codes.square().sum(1) / 2).max(2)
-            indices = torch.where(score > best, some[index], indices)
-            best = score.clamp(min=best)
+            codes = self.get_codebook_entry(some)
+            center = codes.mean(0)
+            scores = (tokens - center) @ (codes - center).T - (codes - center).square().sum(1) / 2
+            few = scores.topk(min(8, len(some)))[1]  # a product's rounding hides which is nearest, differences do not
+            distance, index = (tokens[..., None, :] - codes[few]).square().sum(3).min(2)
+            indices = torch.where(distance < best, some[few.gather(2, index[..., None])[..., 0]], indices)
+            best = distance.clamp(max=best)
         return indices.view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
@@ -241,7 +257,7 @@ class SimVQ(Quantizer):
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
         self.code_transform = nn.Linear(n, n, bias=matched).requires_grad_(not matched)  # A and m
         if matched:
-            self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # second moments of tokens with a 1 appended
+            self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # of (tokens minus a recent m, 1), squared
             self.register_buffer("variance", torch.ones(()))  # of the tokens' numbers, on average
             self.register_buffer("noise_ratio", torch.ones(()))  # s / variance
 
@@ -265,19 +281,21 @@ class SimVQ(Quantizer):
     @torch.no_grad()
     def match(self, x: Tensor):
         """Set A and m from moving averages, equal in all processes, of the moments of tokens x (N, code_dim)."""
-        x = F.pad(x, (0, 1), value=1)
-        moments = x.T @ x / len(x)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
-        self.moments.lerp_(moments, 1 - self.decay)
-        second, mean = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
-        cov = second - mean.T * mean
+        mean, first = self.code_transform.bias, sum_of_processes(F.pad(x, (0, 1), value=1).mean(0))
+        mean.copy_(torch.where(self.moments[-1, -1] > 0, mean, first[:-1] / first[-1]))
+        x = F.pad(x - mean, (0, 1), value=1)  # around m: around zero, far tokens would have no variance in fp32
+        moments = sum_of_processes(x.T @ x / len(x))
+        shift = torch.eye(len(moments), device=x.device)  # of the old moments to today's m
+        shift[:-1, -1] = -self.moments[:-1, -1] / self.moments[-1, -1].clamp(min=1e-30)
+        self.moments.copy_(torch.lerp(shift @ self.moments @ shift.T, moments, 1 - self.decay))
+        second, step = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
+        cov = second - step.T * step
         self.variance.copy_(cov.diagonal().mean().clamp(min=1e-10))
         s = (self.noise_ratio * self.variance).maximum(1e-6 * second.trace())  # above the rounding of C
         factor, _ = torch.linalg.cholesky_ex(cov + s.expand(self.code_dim).diag())
         root = torch.linalg.solve_triangular(factor, cov, upper=False)  # A' but for g's scale
         self.code_transform.weight.copy_(self.code_dim**0.5 * root.T)
-        self.code_transform.bias.copy_(mean[0])
+        mean += step[0]
         # a Newton step for log s, for the next step of training
         excess = factor.diagonal().log().sum() - self.code_dim / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
@@ -290,7 +308,8 @@ class EMAVQ(Quantizer):
     A step has n_i tokens at code i, with the sum s_i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
     Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
-    Codes with N_i below 0.1 mean(n), at first nearly all, are dead: they restart at random tokens, N_i = 0.2 mean(n).
+    With n the moving average of a step's tokens a code, codes with N_i below 0.1 n, at first nearly all, are dead: they
+    restart at random tokens, N_i = 0.2 n.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
@@ -301,6 +320,7 @@ class EMAVQ(Quantizer):
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
+        self.register_buffer("mean_count", torch.zeros(()))  # n; 0 before the first step
 
     def quantize(self, x: Tensor) -> Quantized:
         indices = nearest_code(x, self.codebook)
@@ -312,30 +332,31 @@ class EMAVQ(Quantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *args):
+        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # in files of older code there is none
+        super()._load_from_state_dict(state, prefix, *args)
+
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
         """A step of the moving averages, equal in all processes, by tokens x (N, code_dim) at codes `indices` (N,)."""
         counts = torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x)))
         sums = torch.zeros_like(self.token_sums).index_add_(0, indices, x)
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if processes > 1:
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        counts, sums = sum_of_processes(counts), sum_of_processes(sums)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum()
         smoothed = (self.token_counts + 1e-5) / (total + 1e-5 * self.codebook_size) * total
         codes = self.token_sums / smoothed[:, None]
 
-        mean = counts.mean()
+        mean = self.mean_count.lerp_(counts.mean(), torch.where(self.mean_count > 0, 1 - self.decay, 1))
         dead = self.token_counts < 0.1 * mean
         number = dead.cumsum(0) - 1  # of the dead, from 0: each restarts at another token
         dead &= number < counts.sum() / processes
         order = torch.rand_like(x[:, 0]).argsort()
         tokens = x[order[number % len(x)]]  # for all codes, not the dead alone: no shape depends on values
         if processes > 1:  # process 0's, by a sum: torch.compile does not know dist.broadcast
-            tokens *= dist.get_rank() == 0
-            dist.all_reduce(tokens)
+            tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
         self.codebook.copy_(torch.where(dead[:, None], tokens, codes))
         self.token_sums.copy_(torch.where(dead[:, None], 0.2 * mean * tokens, self.token_sums))
         self.token_counts.masked_fill_(dead, 0.2 * mean)
@@ -402,7 +423,59 @@ class NoQuantizer(Quantizer):
     check_indices = lookup
 
 
-QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer}
+class Library(Quantizer):
+    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's own arguments.
+
+    An index has a sub-index for each codebook. indices_to_codes equals z_q exactly, for SimVQ and ResidualSimVQ to
+    1e-6. LFQ's loss, an entropy, may be negative. code_dim None: the class projects tokens itself, if it has to.
+    """
+
+    def __init__(self, dim: int, kind: str, code_dim: int | None = None, **options):
+        try:
+            library = importlib.import_module("vector_quantize_pytorch")
+        except ImportError:
+            raise ValueError("quantizer = 'library', allowed: after pip install vector-quantize-pytorch") from None
+        kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
+        check(kind in kinds, "kind", kind, ", ".join(kinds))
+        try:
+            with torch.device("cpu"):  # some cannot be built on the meta device
+                module = getattr(library, kind)(dim=dim if code_dim is None else code_dim or dim, **options)
+                z = torch.zeros(1, 2, dim if code_dim is None else code_dim or dim)
+                z_q, indices, *_ = copy.deepcopy(module).eval()(z)  # a copy: k-means would start from these zeros
+            find = "get_output_from_indices" if hasattr(module, "get_output_from_indices") else "indices_to_codes"
+            assert getattr(module, find)(indices).shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
+        except Exception as error:  # of any kind: what a class refuses, or does not have
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{kind} = {options}, allowed: what this class takes: {text:.300}") from None
+        sizes = getattr(module, "codebook_sizes", None) or getattr(module, "codebook_size", None)
+        sizes = sizes or options["codebook_size"]  # of the codebooks of a group, or of each
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+        super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
+        self.module, self.find, self.groups = module, find, len(indices) if indices.ndim == 4 else 0
+
+    def _apply(self, fn, recurse: bool = True):  # half() rounds nothing here: constants are among the weights
+        return nn.Module._apply(self, lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        codes, indices, *loss = self.module(x)
+        if self.groups:
+            indices = indices.movedim(0, 2)  # (groups, B, N, q)
+        loss = loss[0].sum() if loss else x.new_zeros(())  # of several codebooks one each
+        return codes, loss, join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        sub_indices = split_indices(indices, self.codebook_sizes)
+        if self.groups:
+            sub_indices = sub_indices.unflatten(2, (self.groups, -1)).movedim(2, 0)
+        if len(self.codebook_sizes) == 1:
+            sub_indices = sub_indices[..., 0]
+        return getattr(self.module, self.find)(sub_indices)
+
+
+QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer, "library": Library,
+              "lfq": partial(Library, kind="LFQ"), "bsq": partial(Library, kind="LFQ", spherical=True),
+              "rotation_vq": partial(Library, kind="VectorQuantize", rotation_trick=True, threshold_ema_dead_code=2),
+              "residual_fsq": partial(Library, kind="ResidualFSQ")}
 
 
 def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:

@@ -146,6 +146,96 @@ def test_nearest_code_is_that_of_brute_force_in_fp64(x, codes):
     assert (distance.gather(2, found[..., None])[..., 0] - distance.amin(2)).max() < 1e-5
 
 
+@pytest.mark.parametrize("offset", [0, 100, 1000, 10_000])
+def test_vectors_far_from_zero_find_their_codes(offset):
+    for dim, codes in ((16, 4096), (256, 1024)):
+        x, codebook = (offset + torch.randn(n, dim) for n in (500, codes))
+        distance = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        found = distance.gather(1, quantizers.nearest_code(x, codebook)[:, None])[:, 0]
+        assert (found / distance.amin(1)).max() < 1.0001
+    for name in ("simvq", "ema_vq"):
+        errors = []
+        for center in (0, offset):
+            torch.manual_seed(0)
+            quantizer = build_quantizer(name, 16, codebook_size=256, code_dim=None)
+            for _ in range(60):
+                z_q = quantizer(z := center + torch.randn(1, 1024, 16))[0]
+            errors.append((z_q - z).square().mean().item())
+        assert errors[1] == pytest.approx(errors[0], rel=0.01 if offset <= 1000 else 0.05)
+
+
+def test_codes_restart_by_the_average_of_steps_of_several_sizes():
+    """A code that restarts in a step of few tokens outlives the next of many."""
+    quantizer, restarts = EMAVQ(6, 512, None), []
+    for step in range(60):
+        before = quantizer.codebook.clone()
+        quantizer(torch.randn(1, (128, 4096)[step % 2], 6))
+        restarts.append(((quantizer.token_counts - 0.2 * quantizer.mean_count).abs() < 1e-6).sum().item())
+        assert (quantizer.codebook != before).any()
+    assert quantizer.mean_count == pytest.approx(4096 / 2 / 512, rel=0.6) and sum(restarts[-10:]) < 60
+    older = quantizer.state_dict()
+    del older["mean_count"]
+    quantizer.load_state_dict(older)
+    assert quantizer.mean_count == 0
+
+
+LIBRARY = {"VectorQuantize": {"codebook_size": 64}, "SimVQ": {"codebook_size": 64}, "FSQ": {"levels": [8, 5, 5]},
+           "LFQ": {"codebook_size": 64}, "ResidualVQ": {"codebook_size": (16, 32), "num_quantizers": 2},
+           "ResidualFSQ": {"levels": [4, 3, 3], "num_quantizers": 2},
+           "ResidualLFQ": {"codebook_size": 16, "num_quantizers": 2},
+           "ResidualSimVQ": {"codebook_size": 16, "num_quantizers": 2},
+           "GroupedResidualVQ": {"codebook_size": 8, "num_quantizers": 2, "groups": 2}}
+NAMED = {"lfq": {"codebook_size": 64}, "bsq": {"codebook_size": 64}, "residual_fsq": {"levels": [4, 3, 3],
+         "num_quantizers": 2}, "rotation_vq": {"codebook_size": 64, "code_dim": 4}}
+OTHERS = [("library", {"kind": kind, **options}) for kind, options in LIBRARY.items()] + [*NAMED.items()]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, options", OTHERS, ids=[*LIBRARY, *NAMED])
+def test_the_librarys_quantizers_behind_our_interface(name, options):
+    """Indices, look-up, gradients, saved and loaded, in bf16, with images or sequences."""
+    quantizer, z = build_quantizer(name, DIM, **options), torch.randn(4, DIM, 5, 6, requires_grad=True)
+    for _ in range(3):
+        z_q, loss, indices = quantizer(z)
+    (z_q.square().sum() + loss).backward()
+    assert z.grad.abs().sum() > 0 and loss.shape == () and z_q.shape == z.shape
+    quantizer.eval()
+    z_q, loss, indices = quantizer(z)
+    assert loss.shape == () and indices.shape == (4, 5, 6) and indices.dtype == torch.int64
+    assert 0 <= indices.min() <= indices.max() < quantizer.codebook_size and len(indices.unique()) > 5
+    exact = "SimVQ" not in options.get("kind", "") and "code_dim" not in options
+    assert torch.allclose(quantizer.indices_to_codes(indices), z_q, rtol=0, atol=0 if exact else 1e-6)
+    again = quantizer.indices_to_codes(quantizer.codes_to_indices(z_q))
+    assert torch.allclose(again, z_q, atol=1e-6)
+    assert torch.allclose(quantizer(z.flatten(2).mT)[0], z_q.flatten(2).mT, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(z)[0], z_q)
+    half = copy.deepcopy(quantizer).bfloat16()
+    assert torch.allclose(half(z.bfloat16().float())[0], quantizer(z.bfloat16().float())[0], atol=1e-6)
+    other = build_quantizer(quantizer.config["quantizer"], DIM, **quantizer.config["quantizer_options"])
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other.eval()(z)[2], indices)
+    for wrong in (torch.full((1, 1), quantizer.codebook_size), torch.full((1, 1), -1)):
+        with pytest.raises(ValueError, match="^range of indices"):
+            quantizer.indices_to_codes(wrong)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"kind": "PQ"}, "kind = 'PQ', allowed: .*ResidualVQ"), ({"kind": "LFQ", "levels": 8}, "LFQ = .*levels"),
+    ({"kind": "LFQ", "codebook_size": 60}, "LFQ = .*power of 2"),
+    ({"kind": "LatentQuantize", "levels": [5, 5]}, "LatentQuantize = .*dimension"),
+    ({"kind": "VectorQuantize", "codebook_size": 8, "accept_image_fmap": True}, "VectorQuantize = ")])
+def test_what_the_library_does_not_take_is_refused(options, message):
+    with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
+        build_quantizer("library", DIM, **options)
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    with pytest.raises(ValueError, match="pip install vector-quantize-pytorch$"):
+        build_quantizer("lfq", DIM)
+
+
 def test_mixed_radix_and_large_codebooks():
     assert split_indices(torch.tensor([[0, 7, 123]]), (10, 6, 5)).tolist() == [[[0, 0, 0], [7, 0, 0], [3, 0, 2]]]
     assert torch.equal(join_indices(split_indices(torch.arange(300), (10, 6, 5)), (10, 6, 5)), torch.arange(300))
@@ -293,7 +383,7 @@ def test_matched_codes_are_those_of_a_gaussian_channel_and_stay_alive(width, ran
     for _ in range(30):
         _, _, indices = simvq(3 + torch.randn(1, 8192, rank) @ spread)
     sums, mean = simvq.moments.double() / simvq.moments[-1, -1], simvq.code_transform.bias.double()
-    variances, axes = torch.linalg.eigh(sums[:-1, :-1] - mean[:, None] * mean)
+    variances, axes = torch.linalg.eigh(sums[:-1, :-1] - sums[:-1, -1:] * sums[-1, :-1])  # around an earlier mean
     low, high = 1e-6, 1e3
     for _ in range(100):
         s = (low * high) ** 0.5
@@ -319,6 +409,8 @@ def test_matched_codes_of_few_directions_stay_finite(tokens):
 def check_update(before, after, x):
     """Whether a step with tokens x (N, D) led from before to after: code by code, in fp64. How many were dead."""
     x, decay, average = x.detach().double(), before.decay, len(x) / before.codebook_size
+    if before.mean_count > 0:
+        average = decay * before.mean_count.item() + (1 - decay) * average
     nearest = torch.cdist(x, before.codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     tokens = [x[nearest == i] for i in range(before.codebook_size)]
     counts = [decay * n + (1 - decay) * len(t) for n, t in zip(before.token_counts.double(), tokens)]
@@ -385,9 +477,14 @@ def test_matched_codes_of_several_processes_learn_from_all_their_tokens(monkeypa
     quantizer, x = SimVQ(6, 50, None), torch.randn(1, 30, 6)
     alone, others = copy.deepcopy(quantizer), torch.randn(1, 30, 6)
     alone(torch.cat([x, others], 1))
-    ones = F.pad(others[0], (0, 1), value=1.0)
+
+    def all_reduce(total):  # of first, then of second moments around the mean of all
+        second = total.ndim == 2
+        x = F.pad(others[0] - (quantizer.code_transform.bias if second else 0), (0, 1), value=1.0)
+        total += x.T @ x / 30 if second else x.mean(0)
+
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda moments: moments.add_(ones.T @ ones / 30))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     quantizer(x)
     quantizer.moments /= 2  # a sum over processes, whose scale is of no effect
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(quantizer.buffers(), alone.buffers()))
