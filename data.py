@@ -1,8 +1,12 @@
 """Datasets: CIFAR-10, folders of images, drawn shapes. Image files and batches."""
+import contextlib
 import functools
+import io
+import math
 import os
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -13,7 +17,8 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from filelock import FileLock
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
@@ -27,6 +32,7 @@ from utils import digest, replace_file
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # Pillow has others: EPS is code to run
+FORMATS += ("AVIF",) if features.check("avif") else ()
 
 
 class Dataset(NamedTuple):
@@ -148,33 +154,72 @@ def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
 
 def decode(folder: str, split: str, size: int) -> Tensor:
     """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
-    def decode_one(i: int):
+    def decode_one(file: Path) -> bytes:
         try:
-            images[i] = fit(read_image(files[i]), size).numpy()
+            return fit(read_image(file), size).numpy().tobytes()
         except ValueError as error:
             broken.append(str(error))
+            return b""
+
+    def write():
+        shape = (len(files), 3, size, size)
+        free, needed = shutil.disk_usage(path.parent).free, math.prod(shape)
+        check(needed < free, "free disk space", free, f"{needed} bytes")
+        # in order, and mapped once it has its name: Windows renames no file that is open or mapped
+        with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in tqdm(pool.imap(decode_one, files), "decoding", len(files), leave=False):
+                file.write(image)
+            check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
 
     files, _, state = list_split(folder, split)
     broken = []
     path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
-    if not path.exists():
-        with replace_file(path) as draft, ThreadPool() as pool:
-            images = np.lib.format.open_memmap(draft, "w+", np.uint8, (len(files), 3, size, size))
-            free = shutil.disk_usage(path.parent).free
-            check(images.nbytes < free, "free disk space", free, f"{images.nbytes} bytes")
-            list(tqdm(pool.imap(decode_one, range(len(files))), "decoding", len(files), leave=False))
-            check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
+    path.parent.mkdir(exist_ok=True)
+    lock = path.parent / "lock"
+    try:
+        with FileLock(lock):  # another process may decode the same
+            for draft in path.parent.glob("*.tmp"):  # of a process that was killed
+                draft.unlink()
+            if not path.exists():
+                write()
+    finally:
+        with contextlib.suppress(OSError):  # on Windows, while others wait
+            lock.unlink()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+def cores() -> int:
+    """How many CPU cores this process may use: in a container, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def read_image(path: str | Path) -> Tensor:
-    """An image file -> (3, H, W), uint8, rotated by its EXIF, on white where transparent."""
+    """An image file -> (3, H, W), uint8, in sRGB, rotated by its EXIF, on white where transparent."""
     with errors_as(ValueError, f"image {str(path)!r} cannot be read"), Image.open(path, formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image)
         check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
         if image.has_transparency_data:
+            profile = image.info.get("icc_profile")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return PILToTensor()(image.convert("RGB")).contiguous()
+            image.info["icc_profile"] = profile
+        return PILToTensor()(to_srgb(image, path)).contiguous()
+
+
+def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """The image in RGB, converted from its colour profile, a phone's Display P3 for instance, if it is not sRGB."""
+    plain, profile = image.convert("RGB"), image.info.get("icc_profile")
+    if not profile:
+        return plain
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return plain
+        image = image if image.mode in ("RGB", "L", "CMYK") else plain
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        tqdm.write(f"{path}: its colour profile is ignored, it cannot be read: {error}")
+        return plain
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -197,8 +242,10 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
     source = (images[index] for index, _ in batches)
     if isinstance(images, ImageFiles):
         samples = [[(i, size) for i in index.tolist()] for index, size in batches]
-        workers = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
-        source = DataLoader(images, batch_sampler=samples, num_workers=workers)
+        workers = cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+        # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
+        start = "fork" if workers and sys.platform == "linux" else None
+        source = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start)
     for batch in source:
         batch = to_float(batch.to(device))
         yield torch.where(torch.rand_like(batch[:, :1, :1, :1]) < flip / 2, batch.flip(3), batch)

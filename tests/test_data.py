@@ -1,18 +1,22 @@
 """data.py: CIFAR-10, drawn shapes, folders of images, image files and batches."""
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import refused
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 import data as module
 from data import CIFAR10, SHAPES, ImageFiles, draw_shapes, fit, load_batches, load_dataset, read_image, to_float
+from utils import save_grid, save_torch
 
 RED, GREEN, BLUE = [200, 0, 0], [0, 200, 0], [0, 0, 200]
 
@@ -147,9 +151,54 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatc
     assert count(path) == 1 and len(set(digests)) == 6 and re.fullmatch("[0-9a-f]{12}", digests[0])
 
 
+def test_nothing_has_a_draft_open_or_mapped_when_it_is_renamed(tmp_path, monkeypatch):
+    """Windows renames no such file. The drafts of a process that was killed are removed."""
+    path, replace, seen = write_images(tmp_path / "photos", dict.fromkeys(("train/a", "test/a"), RED)), os.replace, []
+
+    def check_replace(old, new):
+        held = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        assert str(Path(old).resolve()) not in held and str(old) not in Path("/proc/self/maps").read_text()
+        seen.append(Path(new).suffix)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", check_replace)
+    Path("data").mkdir(), Path("data/photos_train_8_0.npy.1.tmp").write_bytes(b"half")
+    load(path)
+    save_torch("a.pt", {}), save_grid("a.png", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 1)
+    assert seen == [".npy", ".npy", ".pt", ".png"] and {file.suffix for file in Path("data").iterdir()} == {".npy"}
+
+
+def test_a_disk_that_fills_is_an_error_of_one_line_and_leaves_nothing_behind(tmp_path):
+    path = write_images(tmp_path / "photos", {f"{split}/{i}": RED for split in ("train", "test") for i in range(9)})
+    code = """import resource, signal, sys; from data import load_dataset
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try: load_dataset(sys.argv[1], 8)
+except OSError as error: print(error)"""
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert re.fullmatch("data/photos_train_8_.*npy could not be written: .*too large.*\n", done.stdout), done.stderr
+    assert not [*Path("data").iterdir()]
+
+
+def test_workers_start_as_on_windows_and_macos_too(folder, monkeypatch):
+    monkeypatch.setattr(module, "cores", lambda: 1), monkeypatch.setattr(module, "DECODE_GB", 0)
+    images, batches = load(folder, 32).train_images, [(torch.arange(4), 16)]
+    monkeypatch.setattr(sys, "platform", "darwin"), monkeypatch.setattr(sys.modules["__main__"], "__file__", "")
+    default = multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("spawn", force=True)
+        assert [batch.shape for batch in load_batches(images, batches, False, "cpu")] == [(4, 3, 16, 16)]
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
+def test_only_the_cores_that_the_process_may_use_are_counted():
+    code = "import os; from data import cores; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(cores())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
+
+
 def test_images_that_would_take_too_much_memory_stay_in_their_files(folder, monkeypatch):
     """They come in the same order, and whole where they are no larger than a crop."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(module, "cores", lambda: 2)
     monkeypatch.setattr(module, "DECODE_GB", 90 * 3 * 32**2 / 1e9)
     data = load(folder, 32)
     for split, images, labels in (("train", *data[:2]), ("test", *data[2:4])):
@@ -216,6 +265,27 @@ def test_an_image_is_read_as_a_viewer_shows_it():
         Image.new("LA", (4, 4), (100, alpha)).save("grey.png")
         read = [read_image(f"{name}.png")[:, 0, 0].tolist() for name in ("a", "palette", "grey")]
         assert np.abs(np.subtract(read, [expected, expected, expected[:1] * 3])).max() <= 1
+
+
+def test_colour_profiles_are_converted_to_srgb(capsys):
+    """Pixels of another space, here with red and green exchanged by hand, look as a viewer shows them."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"tmp_").replace(b"gXYZ", b"rXYZ").replace(b"tmp_", b"gXYZ").replace(
+        "sRGB".encode("utf-16-be"), "abcd".encode("utf-16-be"))
+    image, plain = Image.new("RGB", (4, 4), (200, 30, 60)), [200, 30, 60]
+    for profile, expected in ((srgb, plain), (swapped, [30, 200, 60]), (b"no profile", plain)):
+        for kind in ("png", "webp"):
+            image.save(f"a.{kind}", icc_profile=profile, lossless=True)
+            assert np.abs(np.subtract(read_image(f"a.{kind}")[:, 0, 0].tolist(), expected)).max() <= 2
+    assert "profile is ignored" in capsys.readouterr().out
+    image.convert("RGBA").save("b.png", icc_profile=swapped)
+    assert np.abs(np.subtract(read_image("b.png")[:, 0, 0].tolist(), [30, 200, 60])).max() <= 2
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_a_format_like_the_others(tmp_path):
+    Image.new("RGB", (8, 8), tuple(RED)).save(tmp_path / "a.avif", quality=100)
+    assert module.find_images(tmp_path) and abs(read_image(tmp_path / "a.avif")[0, 0, 0] - 200) < 4
 
 
 def test_a_file_that_is_no_image_of_8_bits(monkeypatch):
