@@ -11,10 +11,12 @@ Fréchet   distance of images' mean features, by rFID's formula: in "cifar", whi
 Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
-probe     test accuracy of logistic regression on mean features: z, the last layer, z_q, "predicted" from z_q
+probe     test accuracy of logistic regression on an image's mean features: z, the last layer, z_q
+class     the same of a judge's features, which looks at images, and at their reconstructions (of training images, too)
 """
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -45,7 +47,9 @@ COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("
            "Lite0": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
            "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"), "usage": ("usage", ".1%"),
            "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"), "last layer": ("probe_last_layer", ".1%"),
-           "z_q": ("probe_z_q", ".1%"), "predicted": ("probe_predicted", ".1%")}
+           "z_q": ("probe_z_q", ".1%"), "class in images (cifar)": ("image_cifar", ".1%"),
+           "in reconstructions (cifar)": ("picture_cifar", ".1%"), "class in images (Lite0)": ("image_lite0", ".1%"),
+           "in reconstructions (Lite0)": ("picture_lite0", ".1%")}
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
             reconstructions.append((output * 255).round().byte().to(images.device))
     finally:
         model.train(training)
-    mean_psnr, mse, mean_ssim = torch.cat(figures, 1).double().mean(1).tolist()
+    mean_psnr, mse, mean_ssim = map(statistics.fmean, torch.cat(figures, 1).tolist())
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
                    perplexity=perplexity)
@@ -126,22 +130,23 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
         figures["bits"] = indices[0].numel() * math.log2(codes)
         figures["ratio"] = 8 * data.test_images[0].numel() / figures["bits"]
         figures["entropy"] = math.log2(figures["perplexity"])
+    train_images, labels = data.train_images[:TRAIN_IMAGES], data.train_labels is not None
+    if labels:
+        y, test_y = (x.to(device) for x in (data.train_labels[:TRAIN_IMAGES], data.test_labels))
+        train = tokenize(model, train_images)
+        train_output = evaluate(model, train_images, BATCH_SIZE, train.pop("indices"))[2]
+        figures |= {f"probe_{name}": linear_probe(x, y, test[name], test_y) for name, x in train.items()}
     for name, judge in judges.items():
-        figures[f"frechet_{name}"], figures[f"distance_{name}"] = compare(judge, data.test_images, output)
+        z, decoded_z, figures[f"distance_{name}"] = compare(judge, data.test_images, output)
+        figures[f"frechet_{name}"] = frechet_distance(z, decoded_z)
+        if labels and name != "rfid":
+            figures[f"image_{name}"] = linear_probe(pooled_features(judge, train_images), y, z, test_y)
+            figures[f"picture_{name}"] = linear_probe(pooled_features(judge, train_output), y, decoded_z, test_y)
     if lpips:
         pairs = zip(data.test_images.split(BATCH_SIZE), output.split(BATCH_SIZE))
         distances = [lpips(*(to_float(x.to(device)) for x in pair), normalize=True) for pair in pairs]
         figures["lpips"] = torch.cat(distances).mean().item()
-    return figures | probe(model, data, TRAIN_IMAGES, test)
-
-
-def probe(model: VQRAE, data: Dataset, count: int, test: dict[str, Tensor]) -> dict[str, float]:
-    """linear_probe's accuracy on each of `test`'s features (N, C), learned from `count` training images."""
-    if data.train_labels is None:
-        return {}
-    train, y = tokenize(model, data.train_images[:count]), data.train_labels[:count].to(device)
-    return {f"probe_{name}": linear_probe(train[name], y, x, data.test_labels[: len(x)].to(device))
-            for name, x in test.items()}
+    return figures
 
 
 @torch.no_grad()
@@ -153,8 +158,7 @@ def tokenize(model: VQRAE, images: Tensor) -> dict[str, Tensor]:
         several = isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1
         z, last = model.encoder(batch, with_last=True) if several else (model.encoder(batch), None)
         z_q, _, indices = model.quantize(z)
-        predicted = model.predict_features(z_q) if model.predictor else None
-        features = {"z": z, "z_q": z_q, "predicted": predicted, "last_layer": last}
+        features = {"z": z, "z_q": z_q, "last_layer": last}
         means = {name: x.mean((2, 3)) for name, x in features.items() if x is not None}
         batches.append({"indices": indices, **means})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -187,14 +191,14 @@ def load_judges(token_size: int, data: Dataset, metrics: str = "") -> tuple[dict
 
 
 @torch.no_grad()
-def compare(judge: Callable, images: Tensor, reconstructions: Tensor) -> tuple[float, float]:
-    """uint8 images (N, 3, H, W) -> Fréchet distance of mean features, mean squared difference of features."""
+def compare(judge: Callable, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor, float]:
+    """uint8 images (N, 3, H, W) -> mean features (N, C) of both, mean squared difference of features."""
     means, distances = [], []
     for pair in zip(tqdm(images.split(BATCH_SIZE), "comparing", leave=False), reconstructions.split(BATCH_SIZE)):
         z = [judge(to_float(batch.to(device))) for batch in pair]
         means.append([x.mean((2, 3)) for x in z])
         distances.append((z[0] - z[1]).square().mean((1, 2, 3)))
-    return frechet_distance(*map(torch.cat, zip(*means))), torch.cat(distances).mean().item()
+    return *map(torch.cat, zip(*means)), torch.cat(distances).mean().item()
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:

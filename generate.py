@@ -8,9 +8,12 @@ Masked tokens, any number of them, are predicted from the others and the class: 
 """
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
 
 import torch
 import torch.nn.functional as F
@@ -137,14 +140,15 @@ class Prior(nn.Module):
     @torch.no_grad()
     def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 16,
              guidance: float = 4.0, temperature: float = 1.0) -> Tensor:
-        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
+        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,); or lists.
 
         The order is random. Later steps fill more tokens, which then depend less on each other (MaskGIT's square
         schedule, 2202.04200). labels: `classes` or None is no class. guidance: the mean classifier-free scale
         (2207.12598); it rises from about 1 (Muse, 2301.00704). ValueError for other shapes or ranges.
         """
+        indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
         none, size = torch.full((len(indices),), self.classes), math.prod(self.sizes)
-        labels = none if labels is None else labels.cpu()
+        labels = none if labels is None else torch.as_tensor(labels).cpu()
         valid = indices.shape[1:] == self.grid and 0 <= indices.min() <= indices.max() < size
         check(valid, "indices", tuple(indices.shape), f"(B, *{self.grid}), whole numbers below {size}")
         valid = labels.shape == none.shape and 0 <= labels.min() <= labels.max() <= self.classes
@@ -330,7 +334,7 @@ def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset
         for name, images, y in (("test", data.test_images, labels), ("samples", samples, classes)):
             results[f"probe_{name}"] = linear_probe(*train, pooled_features(judges["cifar"], images), y.to(device))
     with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps(results, indent=2))
+        draft.write_text(json.dumps(results, indent=2), "utf-8")
     print(*(f"{name:25} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
 
 

@@ -4,10 +4,10 @@
       -> encoder                   features z (B, C, h, w)
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
       -> post_quant_conv, decoder  images (B, 3, H, W), cropped
-      or predictor                 features (B, C, h, w)
 """
 import contextlib
 import math
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,13 @@ def errors_as(kind: type[Exception], message: str):
         yield
     except Exception as error:
         raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+
+
+def load_weights(path: str | Path) -> object:
+    """What torch.save wrote into a file, on the CPU. An error if a checksum is wrong: torch.load looks at none."""
+    with zipfile.ZipFile(path) as archive:
+        check(not archive.testzip(), "checksum", "wrong", "an undamaged file")
+    return torch.load(path, "cpu", weights_only=True)
 
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
@@ -62,7 +69,9 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
     if name == "cifar":
         encoder = ConvEncoder(token_size)
         if pretrained:
-            encoder.load_state_dict(torch.load(PRETRAINED_DIR / "cifar_encoder.pt", weights_only=True))
+            file = PRETRAINED_DIR / "cifar_encoder.pt"
+            with errors_as(OSError, f"the weights {file} do not load"):
+                encoder.load_state_dict(load_weights(file))
         return encoder
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
           f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")
@@ -147,12 +156,11 @@ class ConvEncoder(nn.Module):
         self.deep = nn.Sequential(*layers, ConvPool(width, self.dim - 64, 1))
         self.shallow = ConvPool(3, 64, self.patch, stride=self.patch)
 
-    def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
         deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # each 2 x 2 times
-        z = layer_norm(torch.cat([deep, shallow], 1))
-        return (z, z) if with_last else z
+        return layer_norm(torch.cat([deep, shallow], 1))
 
 
 class CNNEncoder(nn.Module):
@@ -219,7 +227,7 @@ class PyramidEncoder(nn.Module):
     def train(self, mode: bool = True):
         return super().train(False)  # BatchNorm keeps its statistics in stage 2
 
-    def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
         x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), "replicate")
@@ -227,14 +235,10 @@ class PyramidEncoder(nn.Module):
         for i, parts in enumerate([self.parts] + [1] * (self.layers - 1)):
             grid = [side // self.patch * parts for side in x.shape[2:]]  # pooling to a finer grid repeats
             maps[i] = layer_norm(F.pixel_unshuffle(F.adaptive_avg_pool2d(maps[i], grid), parts))
-        z = torch.cat(maps, 1)[..., :h, :w]
-        return (z, z) if with_last else z
+        return torch.cat(maps, 1)[..., :h, :w]
 
 
 # Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
-
-timm.layers.set_fused_attn(torch.cuda.is_available())  # on a CPU its backward pass is slow in bf16
-
 
 class TransformerBlock(nn.Sequential):
     """timm's transformer block on a grid z (B, dim, h, w)."""
@@ -328,14 +332,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         heads = decoder_heads or (self.encoder.heads if vit else 0)
         self.config = config | {"decoder_width": width, "decoder_depth": depth, "decoder_heads": heads}
         if vit:  # blocks of the encoder's kind
-            self.adapter, self.predictor = (TransformerBlock(dim, self.encoder.heads) for _ in range(2))
+            self.adapter = TransformerBlock(dim, self.encoder.heads)
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
-        else:  # two narrow blocks predict better than a wide one: they see more tokens
+        else:
             self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
-            self.predictor = nn.Sequential(*(ResidualBlock(dim, 64) for _ in range(2)))
             self.decoder = ConvDecoder(dim, self.token_size, width, depth)
-        if self.from_scratch:  # there are no features to predict
-            self.predictor = None
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
@@ -386,27 +387,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
                          self.token_size, self.decoder_radius)[..., :height, :width]
 
-    def predict_features(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, h, w) -> the frozen encoder's last features (B, C, h, w), as predicted from tokens."""
-        check(self.predictor is not None, "encoder", "cnn", "one with pretrained features")
-        return self.predictor(self._cast(z_q)).float()
-
+    @torch.no_grad()
     def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, h, w) -> features (B, C, h, w), predicted; codebooks: as above."""
-        indices = self.quantizer.check_indices(indices, 3)
-        return self.predict_features(self.quantizer.indices_to_codes(indices, codebooks))
+        """indices (B, h, w) -> the encoder's features (B, C, h, w) of the image they decode to; codebooks: as above."""
+        images = self._cast(self.decode_from_indices(indices, codebooks))
+        return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius).float()
 
     def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
         """Mean squared error of features z (B, C, h, w) to the frozen encoder's; 0 in stage 1."""
         return F.mse_loss(z, teacher_z.detach())
-
-    def compute_prediction_loss(self, z_q: Tensor, target: Tensor) -> Tensor:
-        """Error of predict_features(z_q) to target, the frozen encoder's last features (B, C, h, w).
-
-        The paper compares z_q itself, which spans few dimensions here. Means over the grid tell most about the class.
-        """
-        predicted = self.predict_features(z_q)
-        return 10 * F.mse_loss(predicted.mean((2, 3)), target.mean((2, 3))) + F.mse_loss(predicted, target)
 
     def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
         """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
@@ -418,8 +407,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
             sizes = self.quantizer.codebook_sizes
             indices, size = split_indices(indices, sizes)[:, codebook], sizes[codebook]
         counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
-        p = counts[counts > 0].double() / len(indices)
-        return counts, len(p) / size, (-p * p.log()).sum().exp().item()
+        p = [count / len(indices) for count in counts.tolist() if count]  # not in fp64 on a device that has none
+        return counts, len(p) / size, math.exp(-sum(x * math.log(x) for x in p))
 
     def save_pretrained(self, folder: str, **options):
         """Write model.safetensors and config.json into a folder. push_to_hub=True: to huggingface.co, too."""
@@ -445,6 +434,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
         return self
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args):
+        for name in [name for name in state if name.startswith(f"{prefix}predictor.")]:
+            del state[name]  # of older code, which predicted features from z_q
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _cast(self, x: Tensor) -> Tensor:
         """x in the decoder's type: bf16 after model.bfloat16()."""

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
 
@@ -11,15 +12,21 @@ def fast_bf16(device: str) -> bool:
     """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
     cpu = torch.cpu.get_capabilities()
     return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
 
 
 def prepare_cpu():
-    """Deterministic arithmetic, and zeros for slow numbers below 1e-38. Call this before threads start."""
+    """Deterministic arithmetic, and zeros for slow numbers below 1e-38. Call this before threads start.
+
+    Attention of models built from now on is not fused: on a CPU its backward pass is slow in bf16.
+    """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_flush_denormal(True)
+    set_fused_attn(False)
 
 
 @contextlib.contextmanager

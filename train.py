@@ -5,12 +5,13 @@
     torchrun --nproc_per_node=4 train.py        on several GPUs, BATCH_SIZE is their total
 
     stage  learns                        losses
-    1      all but a pretrained encoder  L2, perceptual, quantizer, prediction; with GAN_WEIGHT a GAN in the second half
-    2      all                           the first four, and self-distillation
+    1      all but a pretrained encoder  L2, perceptual, quantizer; with GAN_WEIGHT a GAN in the second half
+    2      all                           the first three, and self-distillation
 
 Grids and curves go to outputs/<run>/, the best and the last two checkpoints of a stage to checkpoints/<run>/. The same
 command resumes a run after its last finished epoch. Another constant or dataset makes another run.
 """
+import ast
 import json
 import os
 import sys
@@ -19,6 +20,9 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import cycle, islice
 from pathlib import Path
+
+# before torch is imported: OpenMP's waiting threads sleep. Spinning, they take a core that other programs leave free
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.distributed as dist
@@ -30,12 +34,12 @@ from tqdm import tqdm
 import utils
 from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
 from evaluate import evaluate
-from models import VQRAE, PatchDiscriminator, build_encoder
+from models import VQRAE, PatchDiscriminator, build_encoder, errors_as
 from optimization import adamw_and_muon, average, fast_bf16, first_process_first, prepare_cpu, take_step
 from quantizers import QUANTIZERS, check
 
 gpu = torch.cuda.is_available()
-device = "cuda" if gpu else "cpu"
+device = "cuda" if gpu else "cpu"  # until main() reads DEVICE
 
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
@@ -45,13 +49,14 @@ ENCODER = "cifar"  # shipped; "dinov3_s" and others are downloaded; "cnn" learns
 ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last strides of others concatenated; 0: all
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4 pixels
 # quantizer
-QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl"; "none" bounds their PSNR
-CODEBOOK_SIZE = 65536  # of "ema_vq" and "simvq"
+QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl", "lfq", "bsq", "rotation_vq", "residual_fsq"; "none" bounds their PSNR
+LIBRARY = "ResidualLFQ(codebook_size=256, num_quantizers=2)"  # of "library": a class of vector-quantize-pytorch
+CODEBOOK_SIZE = 65536  # of all but "fsq", "ddcl" and "residual_fsq"
 CODE_DIM = 16  # dimension of their codes; 0: the encoder's width
 SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as in the paper, or "cosine" may collapse
 EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
 COMMITMENT = 0.25  # weight of their commitment loss
-CODEBOOKS = 1  # of "ema_vq"; try 2 or 4 with CODEBOOK_SIZE = 256
+CODEBOOKS = 1  # of "ema_vq" and "residual_fsq"; try 2 or 4 with CODEBOOK_SIZE = 256
 COMBINE = "residual"  # each codebook quantizes what remains; "product": some dimensions each
 RANDOM_DEPTH = 0.0  # fraction of images decoded from the first few residual codebooks, to decode coarse to fine
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
@@ -66,7 +71,6 @@ DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
-PREDICT_WEIGHT = 0.005  # the frozen encoder's last features, predicted from z_q: tokens keep an image's class
 DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features against the frozen one's
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
@@ -83,6 +87,7 @@ LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twic
 COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
 FLIP = gpu  # mirror half of the training images; helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; 0: all, as at the end
+DEVICE = ""  # CUDA's GPU, or else the CPU; others by name, untested: "mps", "xpu"
 
 bf16 = fast_bf16(device)  # in training; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # by torchrun
@@ -94,23 +99,22 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
 
     images (B, 3, H, W) in [0, 1]; teacher: the frozen encoder, None for "cnn"; discriminator: None without a GAN.
     """
-    with torch.no_grad():  # features (B, C, h, w), and those of the last layer
-        teacher_z, target = teacher(images, with_last=True) if teacher else (None, None)
+    with torch.no_grad():
+        teacher_z = teacher(images) if teacher else None  # features (B, C, h, w)
     z = teacher_z if model.frozen else model.encoder(images)  # in stage 1 the encoder is the teacher
     z_q, quantizer_loss, _ = model.quantize(z)
     output = model.decode(z_q)
     l2_loss = F.mse_loss(output, images)
-    perceptual_loss = distill_loss = predict_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
+    perceptual_loss = distill_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher:
         distill_loss = model.compute_distillation_loss(z, teacher_z)
-        predict_loss = model.compute_prediction_loss(z_q, target)
     weight = stage_value(PERCEPTUAL_WEIGHT, model.stage)
     if weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif weight and teacher:  # on half of the images, to save time
         perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
     loss = 16 * l2_loss + weight * perceptual_loss  # 1/16 is about the variance of pixels
-    loss = loss + quantizer_loss + PREDICT_WEIGHT * predict_loss + DISTILL_WEIGHT * distill_loss
+    loss = loss + quantizer_loss + DISTILL_WEIGHT * distill_loss
     if discriminator:
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
@@ -120,8 +124,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
                  for term in (16 * l2_loss, gan_loss)]
         loss = loss + GAN_WEIGHT * (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4) * gan_loss
     return dict(loss=loss, l2_loss=l2_loss, perceptual_loss=perceptual_loss, quantizer_loss=quantizer_loss,
-                predict_loss=predict_loss, distill_loss=distill_loss, gan_loss=gan_loss,
-                discriminator_loss=discriminator_loss)
+                distill_loss=distill_loss, gan_loss=gan_loss, discriminator_loss=discriminator_loss)
 
 
 def add_gradients(model: VQRAE, images: Tensor, *networks: nn.Module | None) -> dict[str, Tensor]:
@@ -194,7 +197,16 @@ def compiled(function: Callable) -> Callable:
     """`function` as one graph for each size of images, or an error."""
     torch._dynamo.config.trace_autograd_ops = True  # the backward pass is in it
     torch._dynamo.config.recompile_limit = 4 * len(sizes())  # stages, with and without GAN
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
+    step = torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
+
+    def run(*args):
+        try:
+            return step(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"COMPILE = {COMPILE!r}, allowed: '' with QUANTIZER={QUANTIZER}: {reason}") from None
+
+    return run
 
 
 def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
@@ -217,7 +229,7 @@ def stage_value(value: object, stage: int) -> object:
 
 
 def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimizer]:
-    blocks = ("adapter.", "predictor.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
+    blocks = ("adapter.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
 
@@ -229,9 +241,16 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
         codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
+        tokens = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2)  # at a time
+        # LFQ compares tokens with all codes: a part of them, to save memory. Dead are codes below 0.1 of the mean usage
+        part = dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / (tokens * CODEBOOK_SIZE)))
+        rotation = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
+                        threshold_ema_dead_code=0.1 * tokens / CODEBOOK_SIZE)
         options = {"fsq": dict(levels=FSQ_LEVELS), "ddcl": dict(delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT),
-                   "simvq": dict(transform=SIMVQ_TRANSFORM, **codebook), "ema_vq": codebook}.get(QUANTIZER, {})
-        if CODEBOOKS > 1:
+                   "simvq": dict(transform=SIMVQ_TRANSFORM, **codebook), "ema_vq": codebook, "lfq": part, "bsq": part,
+                   "rotation_vq": rotation, "residual_fsq": dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS),
+                   "library": read_library()}.get(QUANTIZER, {})
+        if CODEBOOKS > 1 and QUANTIZER != "residual_fsq":
             options |= dict(codebooks=CODEBOOKS, combine=COMBINE, random_depth=RANDOM_DEPTH)
         model = VQRAE(ENCODER, QUANTIZER, options, sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL, POST_QUANT_NORM,
                       DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained)
@@ -241,11 +260,19 @@ def build_model(pretrained: bool = True) -> VQRAE:
     return model
 
 
+def read_library() -> dict:
+    """LIBRARY, a class of vector-quantize-pytorch and its arguments, as options of build_quantizer."""
+    with errors_as(ValueError, f"LIBRARY = {LIBRARY!r}, allowed: a call such as LFQ(codebook_size=1024)"):
+        call = ast.parse(LIBRARY, mode="eval").body
+        return {"kind": call.func.id, **{word.arg: ast.literal_eval(word.value) for word in call.keywords}}
+
+
 # Set-up and files
 
 def main():
     global constants
     constants = utils.read_constants(globals(), sys.argv[1:])
+    choose_device()
     check_constants()
     start_process()
     with torch.device("meta"):  # without weights: a wrong constant fails before any download
@@ -280,13 +307,23 @@ def main():
         finish(run, model, data)
 
 
+def choose_device():
+    """Compute on DEVICE, if it is given."""
+    global gpu, device, bf16
+    if DEVICE:
+        with errors_as(ValueError, f"DEVICE = {DEVICE!r}, allowed: one that torch finds here"):
+            torch.zeros(1, device=DEVICE)
+        device, gpu = DEVICE, DEVICE == "cuda"
+        bf16 = fast_bf16(device)
+
+
 def start_process():
     """Choose this process's GPU, or a CPU's arithmetic, and connect torchrun's processes."""
     if gpu:
         gpus, local_ranks = torch.cuda.device_count(), int(os.getenv("LOCAL_WORLD_SIZE", 1))
         check(local_ranks <= gpus, "--nproc_per_node", local_ranks, f"1 to {gpus}, a GPU each")
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
-    else:
+    elif device == "cpu":
         prepare_cpu()
     if ranks > 1:  # others may wait a day for the first
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
@@ -334,7 +371,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
     with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": constants}, indent=2))
+        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": constants}, indent=2), "utf-8")
     print(f"all {len(output):,} test images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
           f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\n"
           f"see {run.outputs}/ and {run.checkpoints}/")

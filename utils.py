@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from models import VQRAE, errors_as
+from models import VQRAE, errors_as, load_weights
 from quantizers import check
 
 
@@ -30,7 +29,7 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
     constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple))}
     if "--help" in arguments:
         print(namespace["__doc__"])
-        source = Path(namespace["__file__"]).read_text()
+        source = Path(namespace["__file__"]).read_text("utf-8")
         for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z_]+) = .*?(  # .*)?$", source):
             if name in constants:
                 print(f"{heading}{name} = {constants[name]!r}{comment}")
@@ -180,7 +179,7 @@ class Run:
     def save(self, row: dict, state: dict):
         """Add an epoch's row to metrics.csv, and write what resume needs."""
         self.history.append(row)
-        with replace_file(self.outputs / "metrics.csv") as draft, draft.open("w", newline="") as file:
+        with replace_file(self.outputs / "metrics.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, row, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
@@ -196,9 +195,7 @@ def save_torch(path: str | Path, content: dict):
 def load_torch(path: str | Path, *keys: str) -> dict:
     """A dict with these keys, of tensors and plain values, from torch.save. ValueError for another file."""
     with errors_as(ValueError, f"checkpoint {path} cannot be read"):
-        with zipfile.ZipFile(path) as archive:
-            check(not archive.testzip(), "checksum", "wrong", "an undamaged file")  # torch looks at none
-        content = torch.load(path, "cpu", weights_only=True)
+        content = load_weights(path)
         check(content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
         return content
 

@@ -47,7 +47,7 @@ def steps():
     matrix = torch.randn(side, side, dtype=dtype, device=device)
     peak = 2 * side**3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
     print(f"\n{f'{train.ENCODER}, {train.QUANTIZER}, {len(images)} images of {images.shape[-1]} pixels':44} ms a step "
-          f"launches  images/s  of peak's {peak / 1e12:.1f} TFLOP/s  GB  compiling, s")
+          f"launches  images/s  of peak's {peak / 1e9:,.0f} GFLOP/s  GB  compiling, s")
     for mode in ("", "default", "reduce-overhead")[: 1 + COMPILED * (1 + train.gpu)]:
         for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
             train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
@@ -85,7 +85,9 @@ if __name__ == "__main__":
         own = [word for word in sys.argv[1:] if word.partition("=")[0] in globals()]
         train.constants = utils.read_constants(vars(train), [word for word in sys.argv[1:] if word not in own])
         utils.read_constants(globals(), own)
+        train.choose_device()
         train.check_constants()
+        train.start_process()
         name = torch.cuda.get_device_name() if train.gpu else f"CPU, {torch.get_num_threads()} threads"
         print(f"{name}, torch {torch.__version__}, medians of {ROUNDS} rounds")
         steps()

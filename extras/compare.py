@@ -15,25 +15,35 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from data import load_dataset
-from evaluate import COLUMNS, device, format_table, probe, tokenize
+from data import Dataset, load_dataset
+from evaluate import COLUMNS, format_table, load_judges, measure
 from quantizers import check
 from utils import load_checkpoint, one_line_errors, read_constants, replace_file, save_figure
 
 DATASET = "cifar10"  # or another of train.py's
-PROBE_IMAGES = 2_000  # for training the probes, and for testing them
+PROBE_IMAGES = 2_000  # for training the probes, and for testing them and judges
 WIDTHS = (0,)  # numbers of a code, to be compared instead of BITS
 BITS = (10, 13, 16, 20)
 TABLE = {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": ("perplexity", ",.0f"),
          "ms a step": ("milliseconds", ",.0f")}
+SIZES = {10: 1024, 13: 8192, 16: 65536}
+VECTOR_QUANTIZE = "QUANTIZER=library LIBRARY=VectorQuantize(codebook_size={},code_dim=16,"
 LINES = {  # constants of train.py, and what {} is at about so many bits a token
-    "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE={}", SIZES),
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
             {10: "(8,5,5,5)", 13: "(8,8,5,5,5)", 16: "(8,8,8,5,5,5)", 20: "(8,8,8,8,8,6,5)"}),
     "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
-    "SimVQ": ("QUANTIZER=simvq CODEBOOK_SIZE={}", {10: 1024, 13: 8192, 16: 65536}),
+    "SimVQ": ("QUANTIZER=simvq CODEBOOK_SIZE={}", SIZES),
     "residual EMA-VQ": ("CODEBOOKS=2 CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
+    "LFQ": ("QUANTIZER=lfq CODEBOOK_SIZE={}", SIZES),
+    "BSQ": ("QUANTIZER=bsq CODEBOOK_SIZE={}", SIZES),
+    "rotation-trick VQ": ("QUANTIZER=rotation_vq CODEBOOK_SIZE={}", SIZES),
+    "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS={}", {10: "(4,4,2)", 13: "(5,4,4)", 16: "(8,8,4)"}),
+    "the library's EMA-VQ": (f"{VECTOR_QUANTIZE}decay=0.99,rotation_trick=False,threshold_ema_dead_code=0.02)", SIZES),
+    "the library's FSQ": ("QUANTIZER=library LIBRARY=FSQ(levels={})", {10: "[8,5,5,5]", 13: "[8,8,5,5,5]",
+                                                                     16: "[8,8,8,5,5,5]"}),
+    "the library's SimVQ": ("QUANTIZER=library LIBRARY=SimVQ(codebook_size={},code_dim=16)", SIZES),
 }
 WIDTH_LINES = {"SimVQ, matched": "QUANTIZER=simvq", "SimVQ, cosine": "QUANTIZER=simvq SIMVQ_TRANSFORM=cosine",
                "SimVQ, learned": "QUANTIZER=simvq SIMVQ_TRANSFORM=learned", "EMA-VQ": "QUANTIZER=ema_vq"}
@@ -76,11 +86,10 @@ def measure_run(run: str) -> dict:
     """The results of a finished run, with its bits a token, their entropy, probes, history, and time of a step."""
     results = json.loads(Path("outputs", run, "results.json").read_text())
     history = [*csv.DictReader(Path("outputs", run, "metrics.csv").read_text().splitlines())]
-    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt"))).to(device)
-    data = load_dataset(DATASET, model.config["image_size"])
-    test = tokenize(model, data.test_images[:PROBE_IMAGES])
-    test = {name: test[name] for name in test.keys() & {"z_q", "predicted"}}
-    return results | probe(model, data, PROBE_IMAGES, test) | {
+    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))
+    data = Dataset(*(part[:PROBE_IMAGES] for part in load_dataset(DATASET, model.config["image_size"])))
+    figures = measure(model, data, load_judges(model.token_size, data)[0], None)
+    return figures | results | {
         "token_bits": math.log2(model.quantizer.codebook_size), "entropy": math.log2(results["perplexity"]),
         "history": [float(row["perplexity"]) for row in history],
         "milliseconds": 1000 * results["constants"]["BATCH_SIZE"] / float(history[-1]["images_per_second"])}

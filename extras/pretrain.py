@@ -18,6 +18,7 @@ from data import load_dataset, to_float
 from evaluate import device, linear_probe, pooled_features
 from models import ConvEncoder, ConvPool
 from optimization import Muon, fast_bf16, prepare_cpu
+from quantizers import check
 from utils import one_line_errors, read_constants, save_torch
 
 DATASET = "cifar10"  # or a folder of the same images
@@ -60,7 +61,11 @@ def main():
     if device == "cpu":
         prepare_cpu()
     read_constants(globals(), sys.argv[1:])
+    check(isinstance(LEARNING_RATE, tuple) and len(LEARNING_RATE) == 2, "LEARNING_RATE", LEARNING_RATE, "a pair")
     data = load_dataset(DATASET)
+    check(data.train_labels is not None, "DATASET", DATASET, "one with classes")
+    valid = EPOCHS >= 1 and 1 <= BATCH_SIZE <= len(data.train_images)
+    check(valid, "EPOCHS, BATCH_SIZE", (EPOCHS, BATCH_SIZE), f"1 or more, at most {len(data.train_images)} images")
     torch.manual_seed(SEED)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     encoder = ConvEncoder()

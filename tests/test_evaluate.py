@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import evaluate as module
+import train
 from data import Dataset, draw_shapes
 from evaluate import COLUMNS, evaluate, format_table, frechet_distance, linear_probe, measure, psnr, ssim
+from generate import build_prior
 from models import VQRAE, build_encoder
+from optimization import adamw_and_muon, take_step
 from utils import save_checkpoint
 
 
@@ -59,6 +64,41 @@ def test_metrics_are_what_one_computes_by_hand():
     assert torch.equal(given, (model.decode_from_indices(indices.flip(0)) * 255).round().byte())
 
 
+class WithoutFp64(TorchDispatchMode):
+    """As on Apple's GPUs: no tensor may be in fp64. Operations are collected."""
+
+    operations = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves((args, kwargs, result)):
+            assert getattr(x, "dtype", None) != torch.float64, function
+        self.operations.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("quantizer, options", [
+    ("fsq", {"levels": (4, 3)}), ("ddcl", {}), ("simvq", {"codebook_size": 16}), ("ema_vq", {"codebook_size": 16}),
+    ("simvq", {"codebook_size": 16, "transform": "cosine"}), ("ema_vq", {"codebook_size": 16, "codebooks": 2}),
+    ("lfq", {"codebook_size": 16}), ("residual_fsq", {"levels": (4, 3), "num_quantizers": 2})], ids=str)
+def test_nothing_needs_fp64_so_that_a_device_without_it_serves(quantizer, options):
+    model, images = small("cifar", quantizer, options), noise(4)
+    with WithoutFp64() as mode:
+        optimizers = adamw_and_muon(model, ("adapter.",), 1e-3)
+        losses = train.objective(model.train(), images / 255, build_encoder("cifar", 4).eval(), None, None)
+        losses["loss"].backward()
+        take_step(optimizers, 1, 10)
+        model.eval()
+        indices = model.encode_to_indices(images / 255)
+        z_q = model.quantizer.indices_to_codes(indices)
+        assert torch.equal(model.quantizer.indices_to_codes(model.quantizer.codes_to_indices(z_q)), z_q)
+        model.features_from_indices(indices), model.get_codebook_usage(indices), evaluate(model, images)
+        if model.quantizer.codebook_size < 1000:
+            build_prior(model.quantizer, [4, 4], 2, 16, 1).eval().generate(torch.arange(2))
+    print(*sorted(mode.operations), sep="\n")
+    assert len(mode.operations) > 50
+
+
 def test_frechet_distance_is_its_formula():
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)); the last has the trace of (A^(1/2) B A^(1/2))^(1/2)."""
     a, b = torch.randn(50, 5).double(), torch.randn(40, 5).double() @ torch.randn(5, 5).double() + 1
@@ -87,7 +127,7 @@ def test_measured_figures(options, monkeypatch):
     labels = torch.arange(50) % 2  # such as nothing tells: a probe that has seen them knows them, another guesses
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], ["a", "b"])
     figures = measure(model, data, *module.load_judges(4, data))
-    expected, _, output = evaluate(model, data.test_images)
+    (expected, _, output), judged = evaluate(model, data.test_images), {}
     if codes := model.quantizer.codebook_size:
         expected |= {"bits": 16 * math.log2(codes), "ratio": 24 * 256 / (16 * math.log2(codes)),
                      "entropy": math.log2(expected["perplexity"])}
@@ -96,7 +136,12 @@ def test_measured_figures(options, monkeypatch):
         real, found = (judge(x / 255) for x in (data.test_images, output))
         expected[f"frechet_{name}"] = frechet_distance(real.mean((2, 3)), found.mean((2, 3)))
         expected[f"distance_{name}"] = (real - found).square().mean().item()
+        seen = {"image": images, "picture": evaluate(model, images)[2]}
+        for kind, pixels in seen.items():
+            z = judge(pixels / 255).mean((2, 3))
+            judged[f"{kind}_{name}"] = linear_probe(z[:30], labels[:30], z[35:], labels[35:])
     probes = {name: figures.pop(name) for name in list(figures) if "probe" in name}
+    assert {name: figures.pop(name) for name in judged} == pytest.approx(judged, abs=0.07)  # one image of fifteen
     assert figures == pytest.approx(expected, rel=1e-3) and figures["frechet_lite0"] > 0.1
     monkeypatch.setattr(module, "find_spec", lambda name: None)  # no package, no labels
     found = measure(model, data._replace(train_labels=None, test_labels=None), *module.load_judges(4, data))
@@ -104,7 +149,7 @@ def test_measured_figures(options, monkeypatch):
 
     z = model.encoder(images / 255)
     z_q = model.quantize(z)[0]
-    features = {"z": z, "z_q": z_q} | ({"predicted": model.predictor(z_q)} if model.predictor else {})
+    features = {"z": z, "z_q": z_q}
     features |= {"last_layer": model.encoder(images / 255, with_last=True)[1]} if vit else {}
     means, found = {name: x.mean((2, 3)) for name, x in features.items()}, module.tokenize(model, images)
     torch.testing.assert_close({name: found[name] for name in means}, means, atol=1e-4, rtol=1e-3)

@@ -101,7 +101,9 @@ def test_sub_indices_of_each_quantizer(name, options, sizes):
     indices = torch.arange(600).view(1, 1, 600) * 7 % size
     x, all_x = prior.split(indices)[0], split_indices(torch.arange(size), sizes)
     assert prior.sizes == sizes and len(x.unique(dim=0)) == min(size, 600)
-    assert torch.equal(prior.fill(indices, torch.zeros(1, 1, 600).bool()), indices)
+    mask = torch.zeros(1, 1, 600).bool()
+    for given in ((indices, mask), (indices.tolist(), mask.tolist(), [0]), (indices.numpy(), mask.numpy())):
+        assert torch.equal(prior.fill(*given), indices)
     assert prior.config["knows_codes"] == (name in ("ema_vq", "simvq") and size <= 2**17)
     for token in (0, 7, 99) if prior.config["knows_codes"] else ():
         codes, known = quantizer.get_codebook_entry(indices[0, 0]), prior.codes[join_indices(x, sizes)]

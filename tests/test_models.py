@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import huggingface_hub
 import matplotlib.cbook
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import models
 from data import load_image
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips
+from quantizers import build_quantizer
 from utils import load_checkpoint
 
 TINY = {"depth": 3, "embed_dim": 32, "num_heads": 2}
@@ -74,18 +77,18 @@ def test_shipped_encoder():
     z = encoder(images)
     assert z.shape == (2, 256, 16, 13) and torch.allclose(normalized(z, 1), z, atol=1e-3)
     resized = F.interpolate(F.pad(images, (0, 6, 0, 0), "reflect"), (32, 28), mode="bicubic", antialias=True)
-    assert torch.equal(build_encoder("cifar", 8)(images), encoder(resized.clamp(0, 1)))
+    assert torch.allclose(build_encoder("cifar", 8)(images), encoder(resized.clamp(0, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, least", [("ema_vq", 30.4), ("fsq", 29.8), ("simvq", 29.7)])
 def test_shipped_models_know_a_photograph(name, least):
-    """Its pixels and, through the predictor, its features: any change of a shipped layer's meaning shows here."""
+    """Its pixels and its features: any change of a shipped layer's meaning shows here."""
     model = load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt")
     images = load_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[..., 100:228, 200:328]
     with torch.no_grad():
         indices, z = model.encode_to_indices(images), model.encoder(images)
         assert -10 * F.mse_loss(model.decode_from_indices(indices), images).log10() > least
-        assert F.mse_loss(model.features_from_indices(indices), z) < 0.35 * z.var()
+        assert F.mse_loss(model.features_from_indices(indices), z) < 0.2 * z.var()
         decibels = -10 * F.mse_loss(model.decode_from_indices(indices), images).log10()
         for dtype, equal in ((torch.float16, 0.98), (torch.bfloat16, 0.94)):
             model.load_state_dict(load_checkpoint(PRETRAINED_DIR / f"vqrae_{name}.pt").state_dict())
@@ -116,6 +119,30 @@ def test_exported_models_take_other_sizes(name):
             assert result.dtype == expected.dtype and (result - expected).abs().max() <= tolerance
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantizer", ["ema_vq", "simvq"])
+def test_a_traced_model_takes_any_batch_although_it_searches_in_chunks(quantizer):
+    model, images = build(quantizer=quantizer), torch.rand(80, 3, 32, 32)
+    model.quantizer = build_quantizer(quantizer, 256, codebook_size=4096).eval()
+    model.forward = model.encode_to_indices
+    traced = torch.jit.trace(model, images[:40], check_trace=False)  # 2,560 tokens of 1,024 a chunk
+    assert (traced(images) == model.encode_to_indices(images)).float().mean() > 0.999
+
+
+def test_a_damaged_encoder_is_refused(tmp_path, monkeypatch):
+    content = bytearray((PRETRAINED_DIR / "cifar_encoder.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "cifar_encoder.pt").write_bytes(content)
+    monkeypatch.setattr(models, "PRETRAINED_DIR", tmp_path)
+    with pytest.raises(OSError, match=r"^the weights [^\n]*cifar_encoder.pt do not load: checksum[^\n]*$"):
+        build_encoder("cifar", 4)
+
+
+def test_importing_the_project_changes_nothing_for_other_models():
+    code = "import timm; fused = timm.layers.use_fused_attn; before = fused(); import train; assert fused() == before"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit, tmp_path):
     """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""
@@ -132,7 +159,8 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, 
         source((pixels - mean) / std), (z := encoder(images))
     expected = normalized(sum(normalized(z, -1) for z in outputs[-layers:]), -1)
     assert z.shape == (2, 32, 8, 8) and torch.allclose(z.flatten(2).mT, expected, atol=1e-4)
-    assert all(map(torch.equal, encoder(images, with_last=True), (z, build_encoder(vit, 4, 1).eval()(images))))
+    expected = z, build_encoder(vit, 4, 1).eval()(images)
+    torch.testing.assert_close(encoder(images, with_last=True), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
@@ -164,7 +192,7 @@ def test_stage_2_keeps_the_statistics_of_batchnorm():
     model, images = build("efficientnet_lite0", encoder_layers=2), torch.rand(2, 3, 32, 32)
     z = model.set_stage(2).train().encoder(images)
     assert torch.equal(model.encoder(images), z) and torch.equal(model.eval().encoder(images), z)
-    assert torch.equal(build_encoder("efficientnet_lite0", 4, 2)(images), z)
+    assert torch.allclose(build_encoder("efficientnet_lite0", 4, 2)(images), z, atol=1e-4)
     assert model.encoder_radius is None and model.decoder_radius == 4 + 2  # it decodes in strips alone
 
 
@@ -205,7 +233,7 @@ def test_each_vit_by_its_name(name):
     assert (encoder.dim, encoder.depth, encoder.heads, encoder.patch) == SIZES[name] and encoder.layers == encoder.depth
     parts = {name.split(".")[0] for name, _ in encoder.vit.named_parameters()}
     assert parts <= {"cls_token", "reg_token", "pos_embed", "norm_pre", "patch_embed", "blocks"}  # no head, no pooling
-    assert model.quantizer.code_dim == encoder.dim and model.adapter is not model.predictor
+    assert model.quantizer.code_dim == encoder.dim
     assert [model.config[f"decoder_{name}"] for name in ("width", "depth", "heads")] == list(SIZES[name][:3])
 
 
@@ -284,7 +312,7 @@ def test_decoding_indices_is_the_forward_pass(quantizer):
         assert indices.shape == (3, 8, 8) and len(indices.unique()) > 1 and loss.shape == ()
         assert torch.equal(model.encode_to_indices(images), indices)
         assert torch.equal(model.decode_from_indices(indices), reconstructions)
-        assert torch.equal(model.features_from_indices(indices), model.predict_features(z_q))
+        assert torch.equal(model.features_from_indices(indices), model.encoder(reconstructions))
         assert torch.equal(z_q, model.quantizer(model.adapter(model.encoder(images)))[0])
 
 
@@ -337,18 +365,19 @@ def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
 
 
 def test_distillation_loss():
-    model, (teacher_z, target) = build(), torch.randn(2, 2, 256, 4, 4)
-    z, z_q = torch.randn(2, 2, 256, 4, 4).requires_grad_()
-    distill = model.compute_distillation_loss(z, teacher_z)
-    predict = model.compute_prediction_loss(z_q, target)
-    error = model.predictor(z_q) - target
+    z, teacher_z = torch.randn(2, 2, 256, 4, 4).requires_grad_()
+    distill = build().compute_distillation_loss(z, teacher_z)
     assert torch.allclose(distill, (z - teacher_z).square().mean())
-    assert torch.allclose(predict, error.square().mean() + 10 * error.mean((2, 3)).square().mean())
-    gradients = [torch.autograd.grad(loss, (z, z_q), allow_unused=True) for loss in (distill, predict)]
-    assert torch.allclose(gradients[0][0], 2 * (z - teacher_z) / z.numel()) and gradients[0][1] is None
-    assert gradients[1][0] is None and (gradients[1][1].abs().amax(1) > 0).all()
-    with pytest.raises(ValueError, match="encoder = 'cnn'"):  # from scratch, without features to predict
-        build("cnn").compute_prediction_loss(z_q, target)
+    gradients = torch.autograd.grad(distill, (z, teacher_z), allow_unused=True)
+    assert torch.allclose(gradients[0], 2 * (z - teacher_z) / z.numel()) and gradients[1] is None
+
+
+def test_files_with_a_predictor_of_older_code_load():
+    model = build()
+    weights = model.state_dict() | {"predictor.0.conv1.weight": torch.zeros(64, 256, 3, 3)}
+    model.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match="predicted"):
+        model.load_state_dict(weights | {"predicted.weight": torch.zeros(1)})
 
 
 def test_indices_as_lists_and_arrays_and_of_other_shapes():
