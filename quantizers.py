@@ -51,7 +51,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """
     center = codebook.detach().mean(0)
     x, codebook = x.detach() - center, codebook.detach() - center  # not by no_grad, which torch.jit.trace ignores
-    bias, size, tokens = codebook.square().sum(1) / -2, math.gcd(len(codebook), 256), x.flatten(0, -2)
+    bias = torch.linalg.vector_norm(codebook, dim=1).square() / -2  # without a temporary copy
+    size, tokens = math.gcd(len(codebook), 256), x.flatten(0, -2)
     rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
     exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # without a loop, for any number of tokens
     chunks = [tokens] if exported else tokens.split(rows)
@@ -439,14 +440,14 @@ class Library(Quantizer):
         check(kind in kinds, "kind", kind, ", ".join(kinds))
         try:
             with torch.device("cpu"):  # some cannot be built on the meta device
-                module = getattr(library, kind)(dim=dim if code_dim is None else code_dim or dim, **options)
-                z = torch.zeros(1, 2, dim if code_dim is None else code_dim or dim)
+                z = torch.zeros(1, 2, code_dim or dim)
+                module = getattr(library, kind)(dim=z.shape[2], **options)
                 z_q, indices, *_ = copy.deepcopy(module).eval()(z)  # a copy: k-means would start from these zeros
             find = "get_output_from_indices" if hasattr(module, "get_output_from_indices") else "indices_to_codes"
             assert getattr(module, find)(indices).shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
         except Exception as error:  # of any kind: what a class refuses, or does not have
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{kind} = {options}, allowed: what this class takes: {text:.300}") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{kind} = {options}, allowed: what this class takes: {reason:.300}") from None
         sizes = getattr(module, "codebook_sizes", None) or getattr(module, "codebook_size", None)
         sizes = sizes or options["codebook_size"]  # of the codebooks of a group, or of each
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)

@@ -200,11 +200,8 @@ def compiled(function: Callable) -> Callable:
     step = torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
 
     def run(*args):
-        try:
+        with errors_as(ValueError, f"COMPILE = {COMPILE!r}, allowed: '' if this step does not compile"):
             return step(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"COMPILE = {COMPILE!r}, allowed: '' with QUANTIZER={QUANTIZER}: {reason}") from None
 
     return run
 

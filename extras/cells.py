@@ -61,7 +61,7 @@ def learn(name: str, options: dict) -> Autoencoder:
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
         x = draw_vectors(BATCH_SIZE)
         output, loss, _ = model(x)
-        (F.mse_loss(output, x) + 0.1 * loss).backward()
+        (F.mse_loss(output, x) + loss).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
@@ -86,7 +86,7 @@ def main():
         axes.scatter(*codes.T, s=12, c="black")
         error = F.mse_loss(output, vectors)
         axes.set(title=f"{title}\nerror {error:.4f}, {len(used)} of {model.quantizer.codebook_size} codes",
-                 xticks=[], yticks=[])
+                 xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
         print(f"{title:22} mean squared error {error:.4f}, {len(used)} of {model.quantizer.codebook_size} codes used")
     save_figure("outputs/cells.png", figure)
 

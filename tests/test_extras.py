@@ -13,7 +13,7 @@ import train
 import utils
 from data import draw_shapes, load_dataset
 from evaluate import psnr
-from extras import bench, codecs, compare, pretrain
+from extras import bench, cells, codecs, compare, pretrain
 from models import PRETRAINED_DIR, ConvEncoder
 
 SHIPPED = PRETRAINED_DIR / "vqrae_fsq.pt"
@@ -87,6 +87,17 @@ def test_what_is_timed(monkeypatch, capsys):
     assert [row[:2] for row in rows] == [(loop, mode) for mode in ("", "default") for loop in ("ordinary", "train.py")]
     for _, _, milliseconds, rate, share in rows:
         assert float(rate.replace(",", "")) == pytest.approx(2000 / float(milliseconds), abs=0.51) and float(share) > 0
+
+
+def test_cells_of_each_quantizer(run, monkeypatch):
+    monkeypatch.setattr(cells, "KINDS", dict([*cells.KINDS.items()][::4]))
+    figures = []
+    monkeypatch.setattr(cells, "save_figure", lambda path, figure: figures.append(figure))
+    rows = run(cells, STEPS=20)
+    assert len(rows) == 3 and [axes.get_title().split("\n")[0] for axes in figures[0].axes[:3]] == [*cells.KINDS]
+    model = cells.learn("ema_vq", {"codebook_size": 8, "code_dim": None})
+    x = cells.draw_vectors(500)
+    assert torch.nn.functional.mse_loss(model(x)[0], x) < 0.5 * x.var()
 
 
 def test_pretraining_writes_what_the_encoder_loads(run, folder, monkeypatch):

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -138,9 +139,13 @@ def test_a_damaged_encoder_is_refused(tmp_path, monkeypatch):
         build_encoder("cifar", 4)
 
 
-def test_importing_the_project_changes_nothing_for_other_models():
-    code = "import timm; fused = timm.layers.use_fused_attn; before = fused(); import train; assert fused() == before"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_the_project_changes_no_other_model_and_no_setting_of_the_user():
+    code = "import os, timm; fused = timm.layers.use_fused_attn; before = fused(); import train; " \
+           "assert fused() == before; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({"OMP_WAIT_POLICY": "active"}, "active\n"), ({}, "passive\n")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout == expected, done.stderr
 
 
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
