@@ -452,12 +452,13 @@ class Library(Quantizer):
         sizes = sizes or options["codebook_size"]  # of the codebooks of a group, or of each
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
         super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
-        self.module, self.find, self.groups = module, find, len(indices) if indices.ndim == 4 else 0
+        self.module, self.find, self.kind, self.groups = module, find, kind, len(indices) if indices.ndim == 4 else 0
 
     def _apply(self, fn, recurse: bool = True):  # half() rounds nothing here: constants are among the weights
         return nn.Module._apply(self, lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
 
     def quantize(self, x: Tensor) -> Quantized:
+        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         codes, indices, *loss = self.module(x)
         if self.groups:
             indices = indices.movedim(0, 2)  # (groups, B, N, q)
@@ -465,6 +466,7 @@ class Library(Quantizer):
         return codes, loss, join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
 
     def lookup(self, indices: Tensor) -> Tensor:
+        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         sub_indices = split_indices(indices, self.codebook_sizes)
         if self.groups:
             sub_indices = sub_indices.unflatten(2, (self.groups, -1)).movedim(2, 0)

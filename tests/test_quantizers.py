@@ -230,6 +230,15 @@ def test_what_the_library_does_not_take_is_refused(options, message):
         build_quantizer("library", DIM, **options)
 
 
+def test_of_the_library_lfq_is_exported_and_others_say_that_they_are_not():
+    z, axes = torch.randn(2, 7, DIM), ({0: torch.export.Dim.DYNAMIC},)
+    lfq = build_quantizer("lfq", DIM, codebook_size=64).eval()
+    exported = torch.export.export(lfq, (z,), dynamic_shapes=axes).module()
+    assert torch.equal(exported(z.repeat(3, 1, 1))[2], lfq(z.repeat(3, 1, 1))[2])
+    with pytest.raises(ValueError, match="^quantizer = 'VectorQuantize', allowed: LFQ in an export$"):
+        torch.export.export(build_quantizer("rotation_vq", DIM, codebook_size=8).eval(), (z,), dynamic_shapes=axes)
+
+
 def test_without_the_library_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(ValueError, match="pip install vector-quantize-pytorch$"):
