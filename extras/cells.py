@@ -81,9 +81,9 @@ def main():
         used = indices.unique()
         codes = model.decoder(model.quantizer.get_codebook_entry(used))
         cells = model(plane)[2].view(300, 300) * 7 % 20  # neighbours in other colours
-        axes.imshow(cells, "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
-        axes.scatter(*vectors[:1500].T, s=2, c="grey")
-        axes.scatter(*codes.T, s=12, c="black")
+        axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
+        axes.scatter(*vectors[:1500].T.numpy(), s=2, c="grey")
+        axes.scatter(*codes.T.numpy(), s=12, c="black")
         error = F.mse_loss(output, vectors)
         axes.set(title=f"{title}\nerror {error:.4f}, {len(used)} of {model.quantizer.codebook_size} codes",
                  xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
