@@ -87,7 +87,8 @@ def measure_run(run: str) -> dict:
     results = json.loads(Path("outputs", run, "results.json").read_text())
     history = [*csv.DictReader(Path("outputs", run, "metrics.csv").read_text().splitlines())]
     model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))
-    data = Dataset(*(part[:PROBE_IMAGES] for part in load_dataset(DATASET, model.config["image_size"])))
+    parts = load_dataset(DATASET, model.config["image_size"])
+    data = Dataset(*(part if part is None else part[:PROBE_IMAGES] for part in parts))  # a folder may have no labels
     figures = measure(model, data, load_judges(model.token_size, data)[0], None)
     return figures | results | {
         "token_bits": math.log2(model.quantizer.codebook_size), "entropy": math.log2(results["perplexity"]),
