@@ -429,9 +429,10 @@ class Library(Quantizer):
 
     An index has a sub-index for each codebook. indices_to_codes equals z_q exactly, for SimVQ and ResidualSimVQ to
     1e-6. LFQ's loss, an entropy, may be negative. code_dim None: the class projects tokens itself, if it has to.
+    arguments: those of its forward in training and evaluation, such as LFQ's inv_temperature.
     """
 
-    def __init__(self, dim: int, kind: str, code_dim: int | None = None, **options):
+    def __init__(self, dim: int, kind: str, code_dim: int | None = None, arguments: dict | None = None, **options):
         try:
             library = importlib.import_module("vector_quantize_pytorch")
         except ImportError:
@@ -441,25 +442,25 @@ class Library(Quantizer):
         try:
             with torch.device("cpu"):  # some cannot be built on the meta device
                 z = torch.zeros(1, 2, code_dim or dim)
-                module = getattr(library, kind)(dim=z.shape[2], **options)
-                z_q, indices, *_ = copy.deepcopy(module).eval()(z)  # a copy: k-means would start from these zeros
+                module = getattr(library, kind)(dim=z.shape[2], **options)  # a copy is tried: k-means starts from z
+                z_q, indices, *_ = copy.deepcopy(module).eval()(z, **arguments or {})
             find = "get_output_from_indices" if hasattr(module, "get_output_from_indices") else "indices_to_codes"
             assert getattr(module, find)(indices).shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
         except Exception as error:  # of any kind: what a class refuses, or does not have
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{kind} = {options}, allowed: what this class takes: {reason:.300}") from None
-        sizes = getattr(module, "codebook_sizes", None) or getattr(module, "codebook_size", None)
-        sizes = sizes or options["codebook_size"]  # of the codebooks of a group, or of each
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+        sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # of a group's codebooks, or of each
         super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
-        self.module, self.find, self.kind, self.groups = module, find, kind, len(indices) if indices.ndim == 4 else 0
+        self.module, self.find, self.kind, self.arguments = module, find, kind, arguments or {}
+        self.groups = len(indices) if indices.ndim == 4 else 0
 
     def _apply(self, fn, recurse: bool = True):  # half() rounds nothing here: constants are among the weights
         return nn.Module._apply(self, lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
 
     def quantize(self, x: Tensor) -> Quantized:
         check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
-        codes, indices, *loss = self.module(x)
+        codes, indices, *loss = self.module(x, **self.arguments)
         if self.groups:
             indices = indices.movedim(0, 2)  # (groups, B, N, q)
         loss = loss[0].sum() if loss else x.new_zeros(())  # of several codebooks one each

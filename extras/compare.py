@@ -4,11 +4,12 @@
     python -m extras.compare "BITS=(16,)" DATASET=...                  some sizes; other arguments go to train.py
     python -m extras.compare "WIDTHS=(8,16,64,256,1536)" DATASET=...   all of WIDTH_LINES
 
-outputs/quantizers.md and .png grow with each run. The same command resumes.
+outputs/quantizers.md and .png grow with each run. The same command resumes. "GB": the most memory of the process.
 """
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ PROBE_IMAGES = 2_000  # for training the probes, and for testing them and judges
 WIDTHS = (0,)  # numbers of a code, to be compared instead of BITS
 BITS = (10, 13, 16, 20)
 TABLE = {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": ("perplexity", ",.0f"),
-         "ms a step": ("milliseconds", ",.0f")}
+         "ms a step": ("milliseconds", ",.0f"), "GB": ("memory", ".1f")}
 SIZES = {10: 1024, 13: 8192, 16: 65536}
 VECTOR_QUANTIZE = "QUANTIZER=library LIBRARY=VectorQuantize(codebook_size={},code_dim=16,"
 LINES = {  # constants of train.py, and what {} is at about so many bits a token
@@ -64,8 +65,12 @@ def main():
     for point in points:
         for line, (constants, values) in lines.items():
             if point in values:
-                run = train_run([f"DATASET={DATASET}", *others, *constants.format(values[point]).split()])
-                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **measure_run(run)}
+                run, memory = train_run([f"DATASET={DATASET}", *others, *constants.format(values[point]).split()])
+                figures = Path("outputs", run, f"compared_{PROBE_IMAGES}.json")
+                if not figures.exists():
+                    with replace_file(figures) as draft:
+                        draft.write_text(json.dumps(measure_run(run) | memory))
+                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **json.loads(figures.read_text())}
                 table = format_table(rows, TABLE, "quantizer")
                 with replace_file("outputs/quantizers.md") as draft:
                     draft.write_text(f"{table}\n")
@@ -73,13 +78,18 @@ def main():
     print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
 
 
-def train_run(arguments: list[str]) -> str:
-    """Run train.py. Returns the run's name, from the last line."""
-    process = subprocess.Popen([sys.executable, "train.py", *arguments], stdout=subprocess.PIPE, text=True)
+def train_run(arguments: list[str]) -> tuple[str, dict]:
+    """Run train.py. Returns the run's name, from its last line, and its peak "memory" in GB, where that is known."""
+    process, lines = subprocess.Popen([sys.executable, "train.py", *arguments], stdout=subprocess.PIPE, text=True), []
     for line in process.stdout:
         print(line, end="", flush=True)
+        lines.append(line)
+    memory = {}
+    if hasattr(os, "wait4"):  # not on Windows
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        memory["memory"] = usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, else kB
     check(process.wait() == 0, "train.py", arguments, "a run that ends well; the same command resumes")
-    return line.split("/")[1]
+    return line.split("/")[1], memory if len(lines) > 1 else {}  # a finished run has one line
 
 
 def measure_run(run: str) -> dict:
@@ -100,12 +110,13 @@ def plot(rows: dict[str, dict], x: str):
     """PSNR and perplexity over bits a token or a code's width, and each line's last perplexity over training."""
     figure = Figure(figsize=(16, 5), layout="constrained")
     quality, usage, training = figure.subplots(1, 3)
-    for line in dict.fromkeys(row["line"] for row in rows.values()):
+    for i, line in enumerate(dict.fromkeys(row["line"] for row in rows.values())):
+        style = dict(color=f"C{i}", linestyle="-" if i < 6 else "--", marker="os^vDPX<>*hdp"[i % 13], mfc="none")
         points = sorted((row for row in rows.values() if row["line"] == line), key=lambda row: row[x])
         for axes, name in ((quality, "psnr"), (usage, "perplexity")):
-            axes.plot([row[x] for row in points], [row[name] for row in points], "o-", label=line)
+            axes.plot([row[x] for row in points], [row[name] for row in points], label=line, **style)
         history = points[-1]["history"]
-        training.plot(range(1, len(history) + 1), history, "o-", label=f"{line}, {points[-1][x]:.4g}")
+        training.plot(range(1, len(history) + 1), history, label=f"{line}, {points[-1][x]:.4g}", **style)
     label, scale = {"token_bits": ("bits a token", "linear"), "width": ("numbers of a code", "log")}[x]
     quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
     usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
 import utils
 from data import draw_shapes, load_dataset
@@ -45,21 +46,33 @@ def test_codecs_get_one_picture_and_the_nearest_bits():
 
 def test_the_table_of_codecs(run, folder, monkeypatch):
     monkeypatch.setattr(codecs, "CODECS", {"AVIF": codecs.CODECS["AVIF"]})
-    own, avif = run(codecs, SHIPPED, COUNT=5)[2:]
-    vqrae, images = utils.load_checkpoint(SHIPPED), load_dataset(str(folder), 32).test_images[:4] / 255  # 2 x 2
-    output = (vqrae.decode_from_indices(vqrae.encode_to_indices(images)) * 255).round() / 255
-    name = os.path.relpath(SHIPPED)
+    names, _, *rows = run(codecs, SHIPPED, COUNT=5)
+    own, avif = (dict(zip(names, row)) for row in rows)
+    vqrae, data = utils.load_checkpoint(SHIPPED), load_dataset(str(folder), 32)
+    images = data.test_images[:4]  # 2 x 2
+    name, output = os.path.relpath(SHIPPED), evaluate.evaluate(vqrae, images)[2]
     expected = [name, f"{psnr(output, images).mean():.2f}", f"{64 * math.log2(64_000):,.0f}"]
-    assert [own[0], own[1], own[4]] == expected and avif[0] == f"AVIF, as {name}"
-    encoded = codecs.encode_to_bits((images * 255).round().byte(), "AVIF", 4 * 64 * math.log2(64_000))
-    assert avif[4] == f"{encoded[0] / 4:,.0f}" != f"{codecs.encode(encoded[1], 'AVIF', 50)[0] / 4:,.0f}"
-    assert float(own[6]) == pytest.approx(float(own[1]) - float(avif[1]), abs=0.011)
+    assert [own["images from"], own["PSNR"], own["bits"]] == expected and avif["images from"] == f"AVIF, as {name}"
+    bits, _, decoded = codecs.encode_to_bits(images, "AVIF", 4 * 64 * math.log2(64_000))
+    assert avif["bits"] == f"{bits / 4:,.0f}" != f"{codecs.encode(images, 'AVIF', 50)[0] / 4:,.0f}"
+    assert float(own["to AVIF"]) == pytest.approx(float(own["PSNR"]) - float(avif["PSNR"]), abs=0.011)
+    # a judge learns from decoded training images, in as many bits each
+    train = codecs.square(data.train_images, 3_000)
+    train_decoded = codecs.encode_to_bits(train, "AVIF", len(train) * 64 * math.log2(64_000))[2]
+    judge = evaluate.load_judges(4, data)[0]["cifar"]
+    x, test_x = (evaluate.pooled_features(judge, part) for part in (train_decoded, decoded))
+    accuracy = evaluate.linear_probe(x, data.train_labels[: len(x)], test_x, data.test_labels[:4])
+    assert avif["in reconstructions (cifar)"] == f"{accuracy:.1%}" and "in reconstructions (cifar)" in own
+    assert avif["class in images (cifar)"] == "-" != own["class in images (cifar)"]
 
 
 def test_a_table_of_runs(run, trained, monkeypatch):
     shutil.copytree(trained, ".", copy_function=os.link, dirs_exist_ok=True)
     (outputs,), commands, figures = Path("outputs").iterdir(), [], []
-    process = type("", (), {"stdout": ["all\n", f"see {outputs}/\n"], "wait": lambda self: len(commands) // 5})()
+    process = type("", (), {"stdout": ["all\n", f"see {outputs}/\n"], "wait": lambda self: self.returncode, "pid": 7})()
+    usage = type("", (), {"ru_maxrss": 2_500_000})
+    monkeypatch.setattr(os, "wait4", lambda pid, _: (pid, len(commands) // 5, usage))
+    monkeypatch.setattr(compare.sys, "platform", "linux")
     monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **_: commands.append(command[1:]) or process)
     monkeypatch.setattr(compare, "save_figure", lambda path, figure: figures.append(figure))
     names, _, first, *_, last = run(compare, "SEED=3", BITS=(20,))[-8:-2]
@@ -69,7 +82,7 @@ def test_a_table_of_runs(run, trained, monkeypatch):
     assert (row["quantizer"], row["a token"], row["PSNR"]) == ("FSQ (8,8,8,8,8,6,5)", "6.0", f"{results['psnr']:.2f}")
     assert row["entropy"] == f"{math.log2(results['perplexity']):.2f}" and last[0] == "product EMA-VQ 1024"
     assert figures[-1].axes[0].lines[1].get_xydata().tolist() == [[6, results["psnr"]]]
-    assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0"  # two classes
+    assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0" and row["GB"] == "2.5"  # two classes
     assert len(figures[-1].axes[2].lines[0].get_ydata()) == 3  # epochs
     for wrong, message in (({}, "train.py"), ({"BITS": (8,)}, "BITS, WIDTHS")):
         with pytest.raises(ValueError, match=message):
