@@ -224,10 +224,19 @@ def test_the_librarys_quantizers_behind_our_interface(name, options):
     ({"kind": "PQ"}, "kind = 'PQ', allowed: .*ResidualVQ"), ({"kind": "LFQ", "levels": 8}, "LFQ = .*levels"),
     ({"kind": "LFQ", "codebook_size": 60}, "LFQ = .*power of 2"),
     ({"kind": "LatentQuantize", "levels": [5, 5]}, "LatentQuantize = .*dimension"),
+    ({"kind": "FSQ", "levels": [8], "arguments": {"inv_temperature": 1.0}}, "FSQ = .*inv_temperature"),
     ({"kind": "VectorQuantize", "codebook_size": 8, "accept_image_fmap": True}, "VectorQuantize = ")])
 def test_what_the_library_does_not_take_is_refused(options, message):
     with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
         build_quantizer("library", DIM, **options)
+
+
+def test_arguments_of_the_librarys_forward():
+    z, losses = torch.randn(2, 50, DIM), []
+    for temperature in (100.0, 1.0):
+        torch.manual_seed(0)
+        losses.append(build_quantizer("bsq", DIM, codebook_size=64, arguments={"inv_temperature": temperature})(z)[1])
+    assert losses[1] > losses[0]  # a softer choice between codes is less certain
 
 
 def test_of_the_library_lfq_is_exported_and_others_say_that_they_are_not():

@@ -85,7 +85,8 @@ KILLS = [  # each is of the run that the one before left, and after it the epoch
 
 @pytest.mark.parametrize("options, kills", [
     ("EPOCHS=(2,2) CODEBOOKS=2 RANDOM_DEPTH=0.5 GAN_WEIGHT=0.5", KILLS),
-    ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", [("step", 3, (1, 1))])], ids=["all", "workers"])  # who read the files
+    ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", [("step", 3, (1, 1))]),  # workers read the files
+    ("EPOCHS=2 STAGES=(1,) QUANTIZER=rotation_vq", [("step", 3, (1, 1))])], ids=["all", "workers", "library"])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
     """Bit for bit, with all that draws random numbers."""
     arguments = [f"DATASET={folder}", *TINY, "FLIP=True", *options.split()]
