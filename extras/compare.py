@@ -9,7 +9,7 @@ outputs/quantizers.md and .png grow with each run. The same command resumes. "GB
 import csv
 import json
 import math
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,17 +79,15 @@ def main():
 
 
 def train_run(arguments: list[str]) -> tuple[str, dict]:
-    """Run train.py. Returns the run's name, from its last line, and its peak "memory" in GB, where that is known."""
-    process, lines = subprocess.Popen([sys.executable, "train.py", *arguments], stdout=subprocess.PIPE, text=True), []
+    """Run train.py. Returns the run's name, from its last line, and on Linux its peak "memory" in GB."""
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], stdout=subprocess.PIPE, text=True)
+    memory, status = {}, Path(f"/proc/{process.pid}/status")  # wait4's maximum counts this process's memory, too
     for line in process.stdout:
         print(line, end="", flush=True)
-        lines.append(line)
-    memory = {}
-    if hasattr(os, "wait4"):  # not on Windows
-        _, process.returncode, usage = os.wait4(process.pid, 0)
-        memory["memory"] = usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, else kB
+        if line.startswith(" ") and status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+            memory["memory"] = int(peak[1]) / 1e6
     check(process.wait() == 0, "train.py", arguments, "a run that ends well; the same command resumes")
-    return line.split("/")[1], memory if len(lines) > 1 else {}  # a finished run has one line
+    return line.split("/")[1], memory
 
 
 def measure_run(run: str) -> dict:

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,8 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
 def test_a_table_of_runs(run, trained, monkeypatch):
     shutil.copytree(trained, ".", copy_function=os.link, dirs_exist_ok=True)
     (outputs,), commands, figures = Path("outputs").iterdir(), [], []
-    process = type("", (), {"stdout": ["all\n", f"see {outputs}/\n"], "wait": lambda self: self.returncode, "pid": 7})()
-    usage = type("", (), {"ru_maxrss": 2_500_000})
-    monkeypatch.setattr(os, "wait4", lambda pid, _: (pid, len(commands) // 5, usage))
-    monkeypatch.setattr(compare.sys, "platform", "linux")
+    process = type("", (), {"stdout": ["     1      1\n", f"see {outputs}/\n"], "pid": os.getpid(),
+                            "wait": lambda self: len(commands) // 5})()
     monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **_: commands.append(command[1:]) or process)
     monkeypatch.setattr(compare, "save_figure", lambda path, figure: figures.append(figure))
     names, _, first, *_, last = run(compare, "SEED=3", BITS=(20,))[-8:-2]
@@ -82,7 +81,8 @@ def test_a_table_of_runs(run, trained, monkeypatch):
     assert (row["quantizer"], row["a token"], row["PSNR"]) == ("FSQ (8,8,8,8,8,6,5)", "6.0", f"{results['psnr']:.2f}")
     assert row["entropy"] == f"{math.log2(results['perplexity']):.2f}" and last[0] == "product EMA-VQ 1024"
     assert figures[-1].axes[0].lines[1].get_xydata().tolist() == [[6, results["psnr"]]]
-    assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0" and row["GB"] == "2.5"  # two classes
+    assert float(row["z_q"].strip("%")) > 50 and row["ms a step"] != "0"  # two classes
+    assert sys.platform != "linux" or float(row["GB"]) > 0.1
     assert len(figures[-1].axes[2].lines[0].get_ydata()) == 3  # epochs
     for wrong, message in (({}, "train.py"), ({"BITS": (8,)}, "BITS, WIDTHS")):
         with pytest.raises(ValueError, match=message):
