@@ -35,14 +35,14 @@ def run(folder, monkeypatch, capsys):
 
 def test_codecs_get_one_picture_and_the_nearest_bits():
     images = draw_shapes(9, 32)[0][..., :24]
-    bits, originals, decoded = codecs.encode(images, "JPEG", 95)
+    bits, originals, decoded, _ = codecs.encode(images, "JPEG", 95)
     assert originals is images and (decoded.float() - images).square().mean((1, 2, 3)).max() < 100  # each in its place
     picture = torch.cat([torch.cat([*row], 2) for row in images.split(3)], 1).permute(1, 2, 0).numpy()
     codecs.Image.fromarray(picture).save("picture.jpg", "JPEG", quality=95, **codecs.CODECS["JPEG"])
     assert bits == 8 * os.path.getsize("picture.jpg")
-    sizes = torch.tensor([codecs.encode(images, "JPEG", quality)[0] for quality in range(1, 101)])
+    sizes = torch.tensor([codecs.encode(images, "JPEG", quality).bits for quality in range(1, 101)])
     for bits in (1, 20_000, 30_000, int(sizes[60]) + 1, 10**6):
-        assert codecs.encode_to_bits(images, "JPEG", bits)[0] == sizes[(sizes - bits).abs().argmin()]
+        assert codecs.encode_to_bits(images, "JPEG", bits).bits == sizes[(sizes - bits).abs().argmin()]
 
 
 def test_the_table_of_codecs(run, folder, monkeypatch):
@@ -54,12 +54,12 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     name, output = os.path.relpath(SHIPPED), evaluate.evaluate(vqrae, images)[2]
     expected = [name, f"{psnr(output, images).mean():.2f}", f"{64 * math.log2(64_000):,.0f}"]
     assert [own["images from"], own["PSNR"], own["bits"]] == expected and avif["images from"] == f"AVIF, as {name}"
-    bits, _, decoded = codecs.encode_to_bits(images, "AVIF", 4 * 64 * math.log2(64_000))
-    assert avif["bits"] == f"{bits / 4:,.0f}" != f"{codecs.encode(images, 'AVIF', 50)[0] / 4:,.0f}"
+    bits, _, decoded, quality = codecs.encode_to_bits(images, "AVIF", 4 * 64 * math.log2(64_000))
+    assert avif["bits"] == f"{bits / 4:,.0f}" != f"{codecs.encode(images, 'AVIF', 50).bits / 4:,.0f}"
     assert float(own["to AVIF"]) == pytest.approx(float(own["PSNR"]) - float(avif["PSNR"]), abs=0.011)
     # a judge learns from decoded training images, in as many bits each
     train = codecs.square(data.train_images, 3_000)
-    train_decoded = codecs.encode_to_bits(train, "AVIF", len(train) * 64 * math.log2(64_000))[2]
+    train_decoded = codecs.encode(train, "AVIF", quality).decoded
     judge = evaluate.load_judges(4, data)[0]["cifar"]
     x, test_x = (evaluate.pooled_features(judge, part) for part in (train_decoded, decoded))
     accuracy = evaluate.linear_probe(x, data.train_labels[: len(x)], test_x, data.test_labels[:4])
