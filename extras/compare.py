@@ -28,7 +28,6 @@ BITS = (10, 13, 16, 20)
 TABLE = {"a token": ("token_bits", ".1f"), **COLUMNS, "perplexity": ("perplexity", ",.0f"),
          "ms a step": ("milliseconds", ",.0f"), "GB": ("memory", ".1f")}
 SIZES = {10: 1024, 13: 8192, 16: 65536}
-VECTOR_QUANTIZE = "QUANTIZER=library LIBRARY=VectorQuantize(codebook_size={},code_dim=16,"
 LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE={}", SIZES),
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
@@ -41,7 +40,8 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "BSQ": ("QUANTIZER=bsq CODEBOOK_SIZE={}", SIZES),
     "rotation-trick VQ": ("QUANTIZER=rotation_vq CODEBOOK_SIZE={}", SIZES),
     "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS={}", {10: "(4,4,2)", 13: "(5,4,4)", 16: "(8,8,4)"}),
-    "the library's EMA-VQ": (f"{VECTOR_QUANTIZE}decay=0.99,rotation_trick=False,threshold_ema_dead_code=0.02)", SIZES),
+    "the library's EMA-VQ": ("QUANTIZER=library LIBRARY=VectorQuantize(codebook_size={},code_dim=16,"
+                             "rotation_trick=False,threshold_ema_dead_code=0.02)", SIZES),  # its decay is 0.8
     "the library's FSQ": ("QUANTIZER=library LIBRARY=FSQ(levels={})", {10: "[8,5,5,5]", 13: "[8,8,5,5,5]",
                                                                      16: "[8,8,8,5,5,5]"}),
     "the library's SimVQ": ("QUANTIZER=library LIBRARY=SimVQ(codebook_size={},code_dim=16)", SIZES),
