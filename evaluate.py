@@ -8,7 +8,7 @@ Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
 Fréchet   distance of images' mean features, by rFID's formula: in "cifar", which trained the shipped decoders,
           and, if its package is installed, in EfficientNet-Lite0, which trained none
-Lite0     LPIPS without learned weights (1801.03924): mean squared difference of its features, each stride normalised
+error     "Lite0 error": mean squared difference of its features, as LPIPS without learned weights (1801.03924)
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
 probe     test accuracy of logistic regression on an image's mean features: z, the last layer, z_q
@@ -44,7 +44,7 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no code in torchmetrics' do
 device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
            "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
-           "Lite0": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
+           "Lite0 error": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
            "bits": ("bits", ",.0f"), "ratio": ("ratio", ".1f"), "usage": ("usage", ".1%"),
            "entropy": ("entropy", ".2f"), "probe z": ("probe_z", ".1%"), "last layer": ("probe_last_layer", ".1%"),
            "z_q": ("probe_z_q", ".1%"), "class in images (cifar)": ("image_cifar", ".1%"),

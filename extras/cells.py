@@ -27,7 +27,7 @@ KINDS = {
     "product, 8 x 8": ("ema_vq", dict(codebooks=2, codebook_size=8, code_dim=None, decay=0.9,
                                      combine="product")),
     "rotation-trick VQ": ("rotation_vq", dict(codebook_size=64, decay=0.9)),
-    "LFQ": ("lfq", dict(codebook_size=64)),
+    "LFQ": ("lfq", dict(codebook_size=64, entropy_loss_weight=0.01)),
     "BSQ": ("bsq", dict(codebook_size=64)),
 }
 
