@@ -8,7 +8,7 @@ Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
 Fréchet   distance of images' mean features, by rFID's formula: in "cifar", which trained the shipped decoders,
           and, if its package is installed, in EfficientNet-Lite0, which trained none
-error     "Lite0 error": mean squared difference of its features, as LPIPS without learned weights (1801.03924)
+error     "Lite0 error": mean squared difference of its features, like LPIPS (1801.03924) without learned weights
 bits      an image, in indices of fixed length; ratio: 24 bits a pixel / bits
 entropy   log2 of the perplexity: bits a token, coded by its frequency
 probe     test accuracy of logistic regression on an image's mean features: z, the last layer, z_q

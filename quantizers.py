@@ -477,7 +477,7 @@ class Library(Quantizer):
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer, "library": Library,
-              # LFQ's weights and temperature are of a short search (RESULTS.md), not the library's
+              # LFQ's weights: of a short search (RESULTS.md); BSQ's temperature: its authors', the library's is 100
               "lfq": partial(Library, kind="LFQ", entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
               "bsq": partial(Library, kind="LFQ", spherical=True, arguments={"inv_temperature": 1.0}),
               "rotation_vq": partial(Library, kind="VectorQuantize", rotation_trick=True, threshold_ema_dead_code=2),

@@ -241,7 +241,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
     else:
         codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
         tokens = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2)  # at a time
-        # LFQ compares tokens with all codes: a part of them, to save memory. Dead are codes below 0.1 of the mean usage
+        # LFQ's entropies compare tokens with all codes: some of the tokens, to save memory. Dead are codes below 0.1 of
+        # the mean usage; the library counts from 1, so that with a decay of 0.99 none is for some hundred steps
         part = dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / (tokens * CODEBOOK_SIZE)))
         rotation = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
                         threshold_ema_dead_code=0.1 * tokens / CODEBOOK_SIZE)

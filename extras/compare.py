@@ -33,15 +33,18 @@ LINES = {  # constants of train.py, and what {} is at about so many bits a token
     "FSQ": ("QUANTIZER=fsq FSQ_LEVELS={}",
             {10: "(8,5,5,5)", 13: "(8,8,5,5,5)", 16: "(8,8,8,5,5,5)", 20: "(8,8,8,8,8,6,5)"}),
     "DDCL": ("QUANTIZER=ddcl DDCL_DELTA={}", {10: 0.5, 13: 0.25, 16: 0.125, 20: 0.0667}),
-    "SimVQ": ("QUANTIZER=simvq CODEBOOK_SIZE={}", SIZES),
+    "SimVQ, matched": ("QUANTIZER=simvq CODEBOOK_SIZE={}", SIZES),
     "residual EMA-VQ": ("CODEBOOKS=2 CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
     "product EMA-VQ": ("CODEBOOKS=2 COMBINE=product CODEBOOK_SIZE={}", {10: 32, 13: 90, 16: 256, 20: 1024}),
     "LFQ": ("QUANTIZER=lfq CODEBOOK_SIZE={}", SIZES),
     "BSQ": ("QUANTIZER=bsq CODEBOOK_SIZE={}", SIZES),
     "rotation-trick VQ": ("QUANTIZER=rotation_vq CODEBOOK_SIZE={}", SIZES),
-    "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS={}", {10: "(4,4,2)", 13: "(5,4,4)", 16: "(8,8,4)"}),
-    "the library's EMA-VQ": ("QUANTIZER=library LIBRARY=VectorQuantize(codebook_size={},code_dim=16,"
-                             "rotation_trick=False,threshold_ema_dead_code=0.02)", SIZES),  # its decay is 0.8
+    "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS={}", {10: "(4,4,2)", 13: "(3,3,3,3)",
+                                                                            16: "(4,4,4,4)"}),
+    "the library's EMA-VQ": (  # its decay is 0.8; dead are codes below 0.1 of the mean usage, as in ours
+        "QUANTIZER=library LIBRARY=VectorQuantize(code_dim=16,rotation_trick=False,codebook_size={})",
+        {10: "1024,threshold_ema_dead_code=0.2", 13: "8192,threshold_ema_dead_code=0.025",
+         16: "65536,threshold_ema_dead_code=0.003"}),
     "the library's FSQ": ("QUANTIZER=library LIBRARY=FSQ(levels={})", {10: "[8,5,5,5]", 13: "[8,8,5,5,5]",
                                                                      16: "[8,8,8,5,5,5]"}),
     "the library's SimVQ": ("QUANTIZER=library LIBRARY=SimVQ(codebook_size={},code_dim=16)", SIZES),
