@@ -427,9 +427,9 @@ class NoQuantizer(Quantizer):
 class Library(Quantizer):
     """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's own arguments.
 
-    An index has a sub-index for each codebook. indices_to_codes equals z_q exactly, for SimVQ and ResidualSimVQ to
-    1e-6. LFQ's loss, an entropy, may be negative. code_dim None: the class projects tokens itself, if it has to.
-    arguments: those of its forward in training and evaluation, such as LFQ's inv_temperature.
+    An index has a sub-index for each codebook; in train mode, with quantize_dropout, it is of no use. LFQ's loss, an
+    entropy, may be negative. code_dim None: the class projects tokens itself, if it has to. options: plain values, for
+    checkpoints. arguments: those of its forward in training and evaluation, such as LFQ's inv_temperature.
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int | None = None, arguments: dict | None = None, **options):
@@ -439,21 +439,27 @@ class Library(Quantizer):
             raise ValueError("quantizer = 'library', allowed: after pip install vector-quantize-pytorch") from None
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
+        if isinstance(options.get("codebook_size"), list):  # from JSON, which has no tuples
+            options["codebook_size"] = tuple(options["codebook_size"])
         try:
             with torch.device("cpu"):  # some cannot be built on the meta device
-                z = torch.zeros(1, 2, code_dim or dim)
-                module = getattr(library, kind)(dim=z.shape[2], **options)  # a copy is tried: k-means starts from z
-                z_q, indices, *_ = copy.deepcopy(module).eval()(z, **arguments or {})
-            find = "get_output_from_indices" if hasattr(module, "get_output_from_indices") else "indices_to_codes"
-            assert getattr(module, find)(indices).shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
+                z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
+                module = getattr(library, kind)(dim=z.shape[2], **options)
+                with torch.random.fork_rng(devices=[]), torch.no_grad():
+                    twin = copy.deepcopy(module).eval()  # a copy is tried: k-means starts from z
+                    z_q, indices, *_ = twin(z, **arguments or {})
+                    find = "get_output_from_indices" if hasattr(twin, "get_output_from_indices") else "indices_to_codes"
+                    codes = getattr(twin, find)(indices)
+            assert codes.shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
+            assert torch.allclose(codes, z_q, atol=1e-5), f"{find} gives other codes than z_q"
         except Exception as error:  # of any kind: what a class refuses, or does not have
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{kind} = {options}, allowed: what this class takes: {reason:.300}") from None
+            value, reason = (" ".join(str(x).split())[:300] for x in (options, error))
+            raise ValueError(f"{kind} = {value}, allowed: what this class takes: {reason or repr(error)}") from None
         sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # of a group's codebooks, or of each
         super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
         self.module, self.find, self.kind, self.arguments = module, find, kind, arguments or {}
-        self.groups = len(indices) if indices.ndim == 4 else 0
+        self.groups, self.single = len(indices) if indices.ndim == 4 else 0, indices.ndim == 2
 
     def _apply(self, fn, recurse: bool = True):  # half() rounds nothing here: constants are among the weights
         return nn.Module._apply(self, lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
@@ -464,14 +470,15 @@ class Library(Quantizer):
         if self.groups:
             indices = indices.movedim(0, 2)  # (groups, B, N, q)
         loss = loss[0].sum() if loss else x.new_zeros(())  # of several codebooks one each
-        return codes, loss, join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
+        indices = join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
+        return codes if self.training else straight_through(x, self.lookup(indices)), loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
         check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         sub_indices = split_indices(indices, self.codebook_sizes)
         if self.groups:
             sub_indices = sub_indices.unflatten(2, (self.groups, -1)).movedim(2, 0)
-        if len(self.codebook_sizes) == 1:
+        if self.single:
             sub_indices = sub_indices[..., 0]
         return getattr(self.module, self.find)(sub_indices)
 

@@ -53,8 +53,8 @@ GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" one for 4 x 4
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl", "lfq", "bsq", "rotation_vq", "residual_fsq"; "none" bounds their PSNR
 LIBRARY = "ResidualLFQ(codebook_size=256, num_quantizers=2)"  # of "library": a class of vector-quantize-pytorch
-CODEBOOK_SIZE = 65536  # of all but "fsq", "ddcl" and "residual_fsq"
-CODE_DIM = 16  # dimension of their codes; 0: the encoder's width
+CODEBOOK_SIZE = 65536  # of all but "fsq", "ddcl", "residual_fsq" and "library"
+CODE_DIM = 16  # dimension of codes of "ema_vq", "simvq" and "rotation_vq"; 0: the encoder's width
 SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as in the paper, or "cosine" may collapse
 EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
 COMMITMENT = 0.25  # weight of their commitment loss
@@ -240,12 +240,12 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
         codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
-        tokens = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2)  # at a time
+        tokens, codes = max(1, BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2), max(1, CODEBOOK_SIZE)  # at a time; in all
         # LFQ's entropies compare tokens with all codes: some of the tokens, to save memory. Dead are codes below 0.1 of
         # the mean usage; the library counts from 1, so that with a decay of 0.99 none is for some hundred steps
-        part = dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / (tokens * CODEBOOK_SIZE)))
+        part = dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / (tokens * codes)))
         rotation = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
-                        threshold_ema_dead_code=0.1 * tokens / CODEBOOK_SIZE)
+                        threshold_ema_dead_code=0.1 * tokens / codes)
         options = {"fsq": dict(levels=FSQ_LEVELS), "ddcl": dict(delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT),
                    "simvq": dict(transform=SIMVQ_TRANSFORM, **codebook), "ema_vq": codebook, "lfq": part, "bsq": part,
                    "rotation_vq": rotation, "residual_fsq": dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS),
@@ -264,6 +264,9 @@ def read_library() -> dict:
     """LIBRARY, a class of vector-quantize-pytorch and its arguments, as options of build_quantizer."""
     with errors_as(ValueError, f"LIBRARY = {LIBRARY!r}, allowed: a call such as LFQ(codebook_size=1024)"):
         call = ast.parse(LIBRARY, mode="eval").body
+        names = {word.arg for word in call.keywords}
+        check(not call.args and not {None, "dim", "name", "kind"} & names, "arguments", sorted(map(str, names)),
+              "NAME=value, without dim")
         return {"kind": call.func.id, **{word.arg: ast.literal_eval(word.value) for word in call.keywords}}
 
 
@@ -387,7 +390,10 @@ def check_constants():
     for name in ("EPOCHS", "LEARNING_RATE", "PERCEPTUAL_WEIGHT"):
         value = constants[name]
         check(not isinstance(value, tuple) or len(value) == 2, name, value, "a number, or a pair for both stages")
-    check(CODEBOOKS > 1 or RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, "0 with one codebook")
+    if CODEBOOKS == 1 or QUANTIZER != "ema_vq":
+        check(RANDOM_DEPTH == 0, "RANDOM_DEPTH", RANDOM_DEPTH, '0 without several codebooks of "ema_vq"')
+        check(COMBINE == "residual", "COMBINE", COMBINE, '"residual" without several codebooks of "ema_vq"')
+    check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
           BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES")

@@ -383,7 +383,8 @@ def test_the_librarys_quantizers_train_in_both_stages_and_are_shared(options, ma
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("argument, message", [
     ("QUANTIZER=lfq CODEBOOK_SIZE=60", "LFQ = .*power of 2"), ("QUANTIZER=bsq CODEBOOKS=2", "codebooks = 2, allowed"),
-    ("LIBRARY=LFQ(", "LIBRARY = "), ("QUANTIZER=library LIBRARY=LFQ", "LIBRARY = "), ("DEVICE=tpu", "DEVICE = 'tpu', "),
+    ("LIBRARY=LFQ(", "LIBRARY = "), ("LIBRARY=LFQ(dim=8)", "LIBRARY = "), ("LIBRARY=FSQ([8,5])", "LIBRARY = "),
+    ("QUANTIZER=library LIBRARY=LFQ", "LIBRARY = "), ("DEVICE=tpu", "DEVICE = 'tpu', "),
     ("QUANTIZER=rotation_vq CODEBOOK_SIZE=16 COMPILE=default", "COMPILE = 'default', allowed: '' if ")])
 def test_what_a_quantizer_or_device_does_not_take_is_one_line(argument, message, main, monkeypatch):
     torch.compiler.reset()
@@ -477,7 +478,8 @@ def test_help_prints_headings_and_comments_of_the_file_with_the_constants_values
     ("IMAGE_SIZE=(16, 30)", "IMAGE_SIZE", "(16, 30)"),
     ("IMAGE_SIZE=48", "IMAGE_SIZE / GRID", "12"), ("ENCODER=cifra", "ENCODER", "'cifra'"),
     ("FSQ_LEVELS=(8,1) QUANTIZER=fsq", "levels", "(8, 1)"),
-    ("DDCL_DELTA=0.3 QUANTIZER=ddcl", "delta", "0.3"), ("EMA_DECAY=1.0", "decay", "1.0"),
+    ("DDCL_DELTA=0.3 QUANTIZER=ddcl", "delta", "0.3"), ("EMA_DECAY=1.0", "EMA_DECAY", "1.0"),
+    ("CODEBOOK_SIZE=0", "dim, code_dim, codebook sizes", "(256, 16, 0)"), ("COMBINE=product", "COMBINE", "'product'"),
     ("CODEBOOKS=2 COMBINE=sum", "combine", "'sum'"), ("CODEBOOKS=2 RANDOM_DEPTH=2", "random_depth", "2"),
     ("POST_QUANT_KERNEL=2", "POST_QUANT_KERNEL", "2"), ("LEARNING_RATE=-1", "LEARNING_RATE", "-1"),
     ("EPOCHS=many", "EPOCHS", "'many'"), ("FLIP=1", "FLIP", "1"), ("epochs=3", "argument", "'epochs=3'"),
