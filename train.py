@@ -73,7 +73,7 @@ DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
-DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features against the frozen one's
+DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features against the frozen one's; less: higher PSNR
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
