@@ -117,14 +117,13 @@ def plot(rows: dict[str, dict], x: str):
         for axes, name in ((quality, "psnr"), (usage, "perplexity")):
             axes.plot([row[x] for row in points], [row[name] for row in points], label=line, **style)
         history = points[-1]["history"]
-        training.plot(range(1, len(history) + 1), history, label=f"{line}, {points[-1][x]:.4g}", **style)
+        training.plot(range(1, len(history) + 1), history, **style)
     label, scale = {"token_bits": ("bits a token", "linear"), "width": ("numbers of a code", "log")}[x]
     quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
     usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
-    training.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    training.set(xlabel=f"epoch, at the most {label}", ylabel="perplexity", yscale="log")
     training.xaxis.get_major_locator().set_params(integer=True)
-    for axes in figure.axes:
-        axes.legend()
+    figure.legend(*quality.get_legend_handles_labels(), loc="outside right center")
     save_figure(Path("outputs/quantizers.png"), figure)
 
 
