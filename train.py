@@ -56,7 +56,7 @@ LIBRARY = "ResidualLFQ(codebook_size=256, num_quantizers=2)"  # of "library": a 
 CODEBOOK_SIZE = 65536  # of all but "fsq", "ddcl", "residual_fsq" and "library"
 CODE_DIM = 16  # dimension of codes of "ema_vq", "simvq" and "rotation_vq"; 0: the encoder's width
 SIMVQ_TRANSFORM = "matched"  # codes follow the tokens' moments; "learned", as in the paper, or "cosine" may collapse
-EMA_DECAY = 0.99  # of the moving averages of "ema_vq" and "simvq"
+EMA_DECAY = 0.99  # of the moving averages of "ema_vq", "simvq" and "rotation_vq"; for a hundred steps 0.8
 COMMITMENT = 0.25  # weight of their commitment loss
 CODEBOOKS = 1  # of "ema_vq" and "residual_fsq"; try 2 or 4 with CODEBOOK_SIZE = 256
 COMBINE = "residual"  # each codebook quantizes what remains; "product": some dimensions each

@@ -57,7 +57,7 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     bits, _, decoded, quality = codecs.encode_to_bits(images, "AVIF", 4 * 64 * math.log2(64_000))
     assert avif["bits"] == f"{bits / 4:,.0f}" != f"{codecs.encode(images, 'AVIF', 50).bits / 4:,.0f}"
     assert float(own["to AVIF"]) == pytest.approx(float(own["PSNR"]) - float(avif["PSNR"]), abs=0.011)
-    # a judge learns from decoded training images, in as many bits each
+    # a judge learns from training images decoded from the same quality
     train = codecs.square(data.train_images, 3_000)
     train_decoded = codecs.encode(train, "AVIF", quality).decoded
     judge = evaluate.load_judges(4, data)[0]["cifar"]
