@@ -99,8 +99,8 @@ class Quantizer(nn.Module, ABC):
         self.project_out = nn.Identity() if code_dim is None else nn.Linear(self.code_dim, dim)
 
     def _apply(self, fn, recurse: bool = True):
-        """half() and bfloat16() round weights and keep them in fp32: a code's index needs its digits."""
-        return super()._apply(lambda x: fn(x).to(x.dtype), recurse)
+        """half(), bfloat16() and double() leave a quantizer in fp32: a code's index needs its digits."""
+        return super()._apply(lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
@@ -195,7 +195,7 @@ class FSQ(Quantizer):
         n = len(levels)
         super().__init__(n if dim is None else dim, None if dim in (None, n) else n, (math.prod(levels),))
         self.levels = tuple(levels)  # the sizes of sub-indices
-        self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)  # integers: half() rounds others
+        self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)
 
     def quantize(self, x: Tensor) -> Quantized:
         x = x.tanh()
@@ -439,48 +439,36 @@ class Library(Quantizer):
             raise ValueError("quantizer = 'library', allowed: after pip install vector-quantize-pytorch") from None
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
-        if isinstance(options.get("codebook_size"), list):  # from JSON, which has no tuples
-            options["codebook_size"] = tuple(options["codebook_size"])
+        options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
         try:
-            with torch.device("cpu"):  # some cannot be built on the meta device
+            with torch.device("cpu"), torch.no_grad():  # some cannot be built on the meta device
                 z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
                 module = getattr(library, kind)(dim=z.shape[2], **options)
-                with torch.random.fork_rng(devices=[]), torch.no_grad():
-                    twin = copy.deepcopy(module).eval()  # a copy is tried: k-means starts from z
-                    z_q, indices, *_ = twin(z, **arguments or {})
-                    find = "get_output_from_indices" if hasattr(twin, "get_output_from_indices") else "indices_to_codes"
-                    codes = getattr(twin, find)(indices)
-            assert codes.shape == z_q.shape == z.shape, f"z_q of shape {tuple(z_q.shape)}"
-            assert torch.allclose(codes, z_q, atol=1e-5), f"{find} gives other codes than z_q"
+                twin = copy.deepcopy(module).eval()  # a copy is tried: k-means starts from z
+                z_q, indices, *_ = twin(z, **arguments or {})
+                find = "get_output_from_indices" if hasattr(twin, "get_output_from_indices") else "indices_to_codes"
+                codes = getattr(twin, find)(indices)
+            assert codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5), f"{find}: other codes"
         except Exception as error:  # of any kind: what a class refuses, or does not have
-            value, reason = (" ".join(str(x).split())[:300] for x in (options, error))
-            raise ValueError(f"{kind} = {value}, allowed: what this class takes: {reason or repr(error)}") from None
+            raise ValueError(f"{kind} = {options!r:.300}, allowed: what this class takes: {error!r:.300}") from None
         sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # of a group's codebooks, or of each
         super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
         self.module, self.find, self.kind, self.arguments = module, find, kind, arguments or {}
-        self.groups, self.single = len(indices) if indices.ndim == 4 else 0, indices.ndim == 2
-
-    def _apply(self, fn, recurse: bool = True):  # half() rounds nothing here: constants are among the weights
-        return nn.Module._apply(self, lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
+        self.layout, self.groups = indices.ndim, len(indices) if indices.ndim == 4 else 1
 
     def quantize(self, x: Tensor) -> Quantized:
         check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         codes, indices, *loss = self.module(x, **self.arguments)
-        if self.groups:
-            indices = indices.movedim(0, 2)  # (groups, B, N, q)
         loss = loss[0].sum() if loss else x.new_zeros(())  # of several codebooks one each
+        indices = indices.movedim(0, 2) if self.layout == 4 else indices  # (groups, B, N, q)
         indices = join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
         return codes if self.training else straight_through(x, self.lookup(indices)), loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
         check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
-        sub_indices = split_indices(indices, self.codebook_sizes)
-        if self.groups:
-            sub_indices = sub_indices.unflatten(2, (self.groups, -1)).movedim(2, 0)
-        if self.single:
-            sub_indices = sub_indices[..., 0]
-        return getattr(self.module, self.find)(sub_indices)
+        groups = split_indices(indices, self.codebook_sizes).unflatten(2, (self.groups, -1)).movedim(2, 0)
+        return getattr(self.module, self.find)({2: groups[0, ..., 0], 3: groups[0], 4: groups}[self.layout])
 
 
 QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer, "library": Library,

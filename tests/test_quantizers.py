@@ -78,10 +78,7 @@ def test_in_bf16_it_computes_in_fp32(kind):
         assert all(torch.equal(a, b) for a, b in zip(quantizer(z), expected))
         assert torch.equal(quantizer.indices_to_codes(torch.arange(16).view(2, 8)), codes)
         assert torch.equal(quantizer.codes_to_indices(expected[0]), expected[2])
-    rounded = copy.deepcopy(quantizer).bfloat16()
-    assert all(torch.equal(w, v.bfloat16().float()) for w, v in zip(rounded.parameters(), quantizer.parameters()))
-    assert all(output.dtype in (torch.float32, torch.int64) for output in rounded(z))
-    assert torch.equal(rounded.indices_to_codes(rounded(z)[2]), rounded(z)[0])
+    assert all(torch.equal(a, b) for a, b in zip(copy.deepcopy(quantizer).bfloat16()(z), quantizer(z)))
 
 
 def loss_by_hand(kind, quantizer, x, codes, indices):
@@ -210,8 +207,7 @@ def test_the_librarys_quantizers_behind_our_interface(name, options):
     assert torch.allclose(quantizer(z.flatten(2).mT)[0], z_q.flatten(2).mT, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer(z)[0], z_q)
-    half = copy.deepcopy(quantizer).bfloat16()
-    assert torch.allclose(half(z.bfloat16().float())[0], quantizer(z.bfloat16().float())[0], atol=1e-6)
+    assert torch.equal(copy.deepcopy(quantizer).half()(z)[0], z_q)
     other = build_quantizer(quantizer.config["quantizer"], DIM, **quantizer.config["quantizer_options"])
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other.eval()(z)[2], indices)
@@ -332,11 +328,6 @@ def test_fsq_table_by_hand():
     fsq = FSQ(3, [8, 6, 5])
     assert fsq.codebook_size == 240 and torch.allclose(fsq.get_codebook_entry(torch.arange(240)), torch.tensor(table))
     assert torch.equal(fsq.codes_to_indices(torch.tensor([table])), torch.arange(240)[None])
-
-
-def test_rounded_weights_leave_the_levels_as_they_are():
-    fsq, z = FSQ(1, [512]).bfloat16().eval(), torch.linspace(-9, 9, 99)[None, :, None]
-    assert torch.equal(fsq(z)[2], FSQ(1, [512])(z)[2]) and fsq(z)[2].max() == 511
 
 
 def test_fsq_is_the_librarys():
