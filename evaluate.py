@@ -107,8 +107,7 @@ def main():
     sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
     check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"not 0, as checkpoints have {sizes}")
     data = load_dataset(DATASET, sizes.pop())
-    token_sizes = {model.token_size for model in models.values()}
-    judges = {token_size: load_judges(token_size, data, METRICS) for token_size in token_sizes}
+    judges = {size: load_judges(size, data, METRICS) for size in {model.token_size for model in models.values()}}
     rows = {path: measure(model, data, *judges[model.token_size]) for path, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
 
@@ -152,16 +151,13 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable], lpips: Cal
 @torch.no_grad()
 def tokenize(model: VQRAE, images: Tensor) -> dict[str, Tensor]:
     """The "indices" (N, h, w) of uint8 images (N, 3, H, W), and their mean features (N, C), named as the probes."""
-    batches = []
+    batches, several = [], isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1
     for batch in tqdm(images.split(BATCH_SIZE), "tokenizing", leave=False):
         batch = to_float(batch.to(device))
-        several = isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1
-        z, last = model.encoder(batch, with_last=True) if several else (model.encoder(batch), None)
+        z, *last = model.encoder(batch, with_last=True) if several else [model.encoder(batch)]
         z_q, _, indices = model.quantize(z)
-        features = {"z": z, "z_q": z_q, "last_layer": last}
-        means = {name: x.mean((2, 3)) for name, x in features.items() if x is not None}
-        batches.append({"indices": indices, **means})
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        batches.append([indices, *(x.mean((2, 3)) for x in (z, z_q, *last))])
+    return dict(zip(("indices", "z", "z_q", "last_layer"), map(torch.cat, zip(*batches))))
 
 
 @torch.no_grad()

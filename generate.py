@@ -234,10 +234,9 @@ def main():
         prepare_cpu()
     constants = utils.read_constants(globals(), sys.argv[1:])
     check(0 < DROP_LABEL < 1, "DROP_LABEL", DROP_LABEL, "between 0 and 1")
-    for name in ("EPOCHS", "EVAL_IMAGES", "STEPS", "GUIDANCE"):
-        check(constants[name] >= 1, name, constants[name], "1 or more")
+    for name, least in {"EPOCHS": 1, "EVAL_IMAGES": 1, "STEPS": 1, "GUIDANCE": 1, "SAMPLES": 2}.items():
+        check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(TEMPERATURE > 0, "TEMPERATURE", TEMPERATURE, "above 0")
-    check(SAMPLES > 1, "SAMPLES", SAMPLES, "2 or more")
     check(DIM > 1 and DIM % -(-DIM // 64) == 0, "DIM", DIM, "a multiple of 64")
     vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
     dataset, files = find_dataset(DATASET)

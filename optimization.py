@@ -12,9 +12,7 @@ def fast_bf16(device: str) -> bool:
     """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
     return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
 
 
@@ -32,7 +30,7 @@ def prepare_cpu():
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
-    rank = dist.get_rank() if dist.is_initialized() else None
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else None
     if rank:
         dist.barrier()
     yield
@@ -42,7 +40,7 @@ def first_process_first():
 
 def average(tensors: list[Tensor]):
     """Replace each tensor by its mean over all processes."""
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()

@@ -340,10 +340,9 @@ class EMAVQ(Quantizer):
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
         """A step of the moving averages, equal in all processes, by tokens x (N, code_dim) at codes `indices` (N,)."""
-        counts = torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x)))
-        sums = torch.zeros_like(self.token_sums).index_add_(0, indices, x)
+        counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
+        sums = sum_of_processes(torch.zeros_like(self.token_sums).index_add_(0, indices, x))
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        counts, sums = sum_of_processes(counts), sum_of_processes(sums)
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum()

@@ -200,12 +200,7 @@ def compiled(function: Callable) -> Callable:
     torch._dynamo.config.trace_autograd_ops = True  # the backward pass is in it
     torch._dynamo.config.recompile_limit = 4 * len(sizes())  # stages, with and without GAN
     step = torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
-
-    def run(*args):
-        with errors_as(ValueError, f"COMPILE = {COMPILE!r}, allowed: '' if this step does not compile"):
-            return step(*args)
-
-    return run
+    return errors_as(ValueError, f"COMPILE = {COMPILE!r}, allowed: '' if this step does not compile")(step)
 
 
 def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
@@ -275,7 +270,6 @@ def read_library() -> dict:
 def main():
     global constants
     constants = utils.read_constants(globals(), sys.argv[1:])
-    choose_device()
     check_constants()
     start_process()
     with torch.device("meta"):  # without weights: a wrong constant fails before any download
@@ -310,18 +304,14 @@ def main():
         finish(run, model, data)
 
 
-def choose_device():
-    """Compute on DEVICE, if it is given."""
+def start_process():
+    """Choose DEVICE, this process's GPU or a CPU's arithmetic, and connect torchrun's processes."""
     global gpu, device, bf16
     if DEVICE:
         with errors_as(ValueError, f"DEVICE = {DEVICE!r}, allowed: one that torch finds here"):
             torch.zeros(1, device=DEVICE)
         device, gpu = DEVICE, DEVICE == "cuda"
         bf16 = fast_bf16(device)
-
-
-def start_process():
-    """Choose this process's GPU, or a CPU's arithmetic, and connect torchrun's processes."""
     if gpu:
         gpus, local_ranks = torch.cuda.device_count(), int(os.getenv("LOCAL_WORLD_SIZE", 1))
         check(local_ranks <= gpus, "--nproc_per_node", local_ranks, f"1 to {gpus}, a GPU each")

@@ -23,7 +23,6 @@ from optimization import take_step
 
 ROUNDS = 5
 COMPILED = train.gpu  # time compiled steps; on a CPU they take minutes to compile, and gain nothing
-device = train.device
 
 
 def seconds(run: Callable) -> float:
@@ -41,16 +40,16 @@ def ordinary_gradients(model: nn.Module, images: Tensor, *_):
 
 def steps():
     """Steps of stage 1: fp32 with AdamW and the squared error only, and train.py's."""
-    images = torch.rand(train.BATCH_SIZE, 3, *[train.sizes()[-1]] * 2, device=device)
+    images = torch.rand(train.BATCH_SIZE, 3, *[train.sizes()[-1]] * 2, device=train.device)
     networks = train.build_loss_networks(train.build_model(pretrained=False), pretrained=False)
     side, dtype = 8192 if train.gpu else 1024, torch.bfloat16 if train.bf16 else torch.float32
-    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    matrix = torch.randn(side, side, dtype=dtype, device=train.device)
     peak = 2 * side**3 / min(seconds(lambda: matrix @ matrix) for _ in range(10))
     print(f"\n{f'{train.ENCODER}, {train.QUANTIZER}, {len(images)} images of {images.shape[-1]} pixels':44} ms a step "
           f"launches  images/s  of peak's {peak / 1e9:,.0f} GFLOP/s  GB  compiling, s")
     for mode in ("", "default", "reduce-overhead")[: 1 + COMPILED * (1 + train.gpu)]:
         for name, gradients in (("ordinary", ordinary_gradients), ("train.py", train.add_gradients)):
-            train.COMPILE, model = mode, train.build_model(pretrained=False).to(device).train()
+            train.COMPILE, model = mode, train.build_model(pretrained=False).to(train.device).train()
             ours = name == "train.py"
             optimizers = train.build_optimizers(model, 1) if ours else {"adamw": AdamW(model.parameters(), lr=1e-5)}
             with FlopCounterMode(display=False) as counter:
@@ -85,7 +84,6 @@ if __name__ == "__main__":
         own = [word for word in sys.argv[1:] if word.partition("=")[0] in globals()]
         train.constants = utils.read_constants(vars(train), [word for word in sys.argv[1:] if word not in own])
         utils.read_constants(globals(), own)
-        train.choose_device()
         train.check_constants()
         train.start_process()
         name = torch.cuda.get_device_name() if train.gpu else f"CPU, {torch.get_num_threads()} threads"

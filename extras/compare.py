@@ -76,7 +76,7 @@ def main():
                 rows[f"{line} {values[point]}"] = {"line": line, "width": point, **json.loads(figures.read_text())}
                 table = format_table(rows, TABLE, "quantizer")
                 with replace_file("outputs/quantizers.md") as draft:
-                    draft.write_text(f"{table}\n")
+                    draft.write_text(f"{table}\n", "utf-8")
                 plot(rows, x_axis)
     print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
 
