@@ -73,7 +73,7 @@ DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
 # losses; pairs are for stages 1 and 2
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips" (downloads VGG16)
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # more: lower PSNR, features closer to the image's
-DISTILL_WEIGHT = 0.3  # stage 2: the encoder's features against the frozen one's; less: higher PSNR
+DISTILL_WEIGHT = 0.1  # stage 2: the encoder's features against the frozen one's; less: higher PSNR
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
@@ -82,7 +82,7 @@ ACCUMULATE = 1  # micro-batches a step, to save memory. Codes of "ema_vq" and ma
 OPTIMIZER = "muon"  # for matrices of blocks, AdamW for all else; or "adamw", as in the papers
 SEED = 0
 # on a GPU and on a CPU
-EPOCHS = (30, 10) if gpu else (8, 2)
+EPOCHS = (30, 10) if gpu else (6, 4)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, of all processes and micro-batches
 LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twice this
