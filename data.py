@@ -25,9 +25,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import CenterCrop, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
 
-from models import check_images, errors_as
 from quantizers import check
-from utils import digest, replace_file
+from utils import digest, errors_as, replace_file, to_float
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
@@ -230,11 +229,6 @@ def load_image(path: str | Path) -> Tensor:
 def fit(images: Tensor, size: int) -> Tensor:
     """Images (..., 3, H, W), uint8, resized and cropped at their centre -> (..., 3, size, size)."""
     return CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(images))
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. ValueError for others."""
-    return images.float() / 255 if images.dtype == torch.uint8 else check_images(images)
 
 
 def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool, device: str) -> Iterator:

@@ -5,9 +5,7 @@
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
       -> post_quant_conv, decoder  images (B, 3, H, W), cropped
 """
-import contextlib
 import math
-import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,25 +19,10 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import Quantized, build_quantizer, check, check_range, split_indices
+from quantizers import Quantized, build_quantizer, check, split_indices
+from utils import check_images, errors_as, load_torch, load_weights, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
-
-
-@contextlib.contextmanager
-def errors_as(kind: type[Exception], message: str):
-    """Any error of the body becomes this kind, in one line: libraries raise many for a bad file."""
-    try:
-        yield
-    except Exception as error:
-        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
-
-
-def load_weights(path: str | Path) -> object:
-    """What torch.save wrote into a file, on the CPU. An error if a checksum is wrong: torch.load looks at none."""
-    with zipfile.ZipFile(path) as archive:
-        check(not archive.testzip(), "checksum", "wrong", "an undamaged file")
-    return torch.load(path, "cpu", weights_only=True)
 
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
@@ -471,15 +454,6 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     return torch.cat(strips, -2)
 
 
-def check_images(images: Tensor, values: bool = True) -> Tensor:
-    """images in fp32. ValueError unless they are floating-point numbers (B, 3, H, W) and, if `values`, in [0, 1]."""
-    valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point() and images.numel()
-    check(valid, "images", (tuple(images.shape), images.dtype), "floating-point numbers of shape (B, 3, H, W)")
-    if values:
-        check_range(images, 0, 1, "images")
-    return images.float()
-
-
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images."""
 
@@ -494,3 +468,39 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images * 2 - 1)
+
+
+# Checkpoints
+
+def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.Module, dict]:
+    """A model of this kind, in eval mode, with a file's config and weights, and the file's content.
+
+    ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers and a scale for each row.
+    """
+    content = load_torch(path, "config", "model")
+    with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
+        if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
+            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
+        model = kind(**content["config"], **options)
+        model.load_state_dict({n: w[0] * w[1].float() if type(w) is tuple else w for n, w in content["model"].items()})
+        check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
+    return model.eval(), content
+
+
+def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
+    """Write a self-describing checkpoint: config, weights and metadata such as metrics."""
+    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DDP or torch.compile
+    quantizer = getattr(model.quantizer, "config", None)
+    check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
+    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
+    save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
+
+
+def load_checkpoint(path: str | Path) -> VQRAE:
+    """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without a download.
+
+    ValueError for a damaged or different file. Its metadata: load_torch(path).
+    """
+    model, content = load_model(path, VQRAE, pretrained=False)
+    check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")
+    return model.set_stage(content["stage"])

@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 import utils
 from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
-from evaluate import evaluate
-from models import VQRAE, PatchDiscriminator, build_encoder, errors_as
-from optimization import adamw_and_muon, average, fast_bf16, first_process_first, prepare_cpu, take_step
+from models import VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
+from muon import adamw_and_muon, take_step
 from quantizers import QUANTIZERS, check
+from utils import average, errors_as, evaluate, fast_bf16, first_process_first, prepare_cpu
 
 gpu = torch.cuda.is_available()
 device = "cuda" if gpu else "cpu"  # until main() reads DEVICE
@@ -231,7 +231,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
     """The model of START_CHECKPOINT, else that of the constants. pretrained: as in VQRAE."""
     if START_CHECKPOINT:
         with torch.device("cpu"):  # not the meta device
-            model = utils.load_checkpoint(START_CHECKPOINT)
+            model = load_checkpoint(START_CHECKPOINT)
         check(model.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'one of stage 1, or "STAGES=(2,)"')
     else:
         codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT)
@@ -348,8 +348,8 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
     path = f"{run.checkpoints}/{model.config['quantizer']}_stage{stage}"
     metadata = {"run": run.name, "metrics": row, "constants": constants}
     if row["psnr"] >= max((old["psnr"] for old in run.history if old["stage"] == stage), default=0):
-        utils.save_checkpoint(f"{path}_best.pt", model, **metadata)
-    utils.save_checkpoint(f"{path}_epoch_{epoch}.pt", model, **metadata)
+        save_checkpoint(f"{path}_best.pt", model, **metadata)
+    save_checkpoint(f"{path}_epoch_{epoch}.pt", model, **metadata)
     run.save(row, state)
     Path(f"{path}_epoch_{epoch - 2}.pt").unlink(missing_ok=True)
 
@@ -358,7 +358,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     """Measure the last stage's best epoch on all test images; results.json ends a run."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     check(utils.load_torch(path, "run")["run"] == run.name, "checkpoint", str(path), "one of this run")
-    best = utils.load_checkpoint(path).to(device)
+    best = load_checkpoint(path).to(device)
     metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)
     if len(counts):

@@ -7,18 +7,41 @@ import hashlib
 import math
 import os
 import re
+import statistics
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 from matplotlib.figure import Figure
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.utils import save_image
+from tqdm import tqdm
 
-from models import VQRAE, errors_as, load_weights
-from quantizers import check
+from quantizers import check, check_range
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def errors_as(kind: type[Exception], message: str):
+    """Any error of the body becomes this kind, in one line: libraries raise many for a bad file."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+
+
+def load_weights(path: str | Path) -> object:
+    """What torch.save wrote into a file, on the CPU. An error if a checksum is wrong: torch.load looks at none."""
+    with zipfile.ZipFile(path) as archive:
+        check(not archive.testzip(), "checksum", "wrong", "an undamaged file")
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
@@ -72,6 +95,111 @@ def digest(value: object) -> str:
 def seed_everything(*numbers: int):
     """Seed torch with a hash of these numbers."""
     torch.manual_seed(int(digest(numbers), 16))
+
+
+# Devices and processes
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
+
+
+def prepare_cpu():
+    """Deterministic arithmetic, and zeros for slow numbers below 1e-38. Call this before threads start.
+
+    Attention of models built from now on is not fused: on a CPU its backward pass is slow in bf16.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_flush_denormal(True)
+    set_fused_attn(False)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+    if rank:
+        dist.barrier()
+    yield
+    if rank == 0:
+        dist.barrier()
+
+
+def average(tensors: list[Tensor]):
+    """Replace each tensor by its mean over all processes."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+# Images and metrics
+
+def check_images(images: Tensor, values: bool = True) -> Tensor:
+    """images in fp32. ValueError unless they are floating-point numbers (B, 3, H, W) and, if `values`, in [0, 1]."""
+    valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point() and images.numel()
+    check(valid, "images", (tuple(images.shape), images.dtype), "floating-point numbers of shape (B, 3, H, W)")
+    if values:
+        check_range(images, 0, 1, "images")
+    return images.float()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. ValueError for others."""
+    return images.float() / 255 if images.dtype == torch.uint8 else check_images(images)
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratios (B,) in dB, 100 at most, of images (B, 3, H, W), uint8 or in [0, 1]."""
+    return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
+                                   reduction="none").clamp(max=100)
+
+
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
+    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1]."""
+    check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "11x11 pixels or more")
+    _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
+                                                        reduction="none", return_full_image=True)
+    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # without torchmetrics' padding
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
+             indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
+    """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
+
+    Returns metrics, VQRAE.get_codebook_usage's counts, uint8 images (N, 3, H, W). Several codebooks add usage_1, ...
+    """
+    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
+    training, device = model.training, next(model.parameters()).device
+    tokens, figures, reconstructions = [], [], []
+    try:
+        model.eval()
+        for start in tqdm(range(0, len(images), batch_size), "measuring", leave=False):
+            batch = slice(start, start + batch_size)
+            targets = to_float(images[batch].to(device))
+            if model.quantizer.codebook_size:
+                tokens.append(model.encode_to_indices(targets) if indices is None else indices[batch])
+                output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
+            else:
+                output = model(targets)[0]
+            mse = (output - targets).square().mean((1, 2, 3))
+            figures.append(torch.stack([psnr(output, targets), mse, ssim(output, targets)]))
+            reconstructions.append((output * 255).round().byte().to(images.device))
+    finally:
+        model.train(training)
+    mean_psnr, mse, mean_ssim = map(statistics.fmean, torch.cat(figures, 1).tolist())
+    counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
+    metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
+                   perplexity=perplexity)
+    number = len(model.quantizer.codebook_sizes)
+    for k in range(number if number > 1 else 0):
+        metrics[f"usage_{k + 1}"] = model.get_codebook_usage(torch.cat(tokens), k)[1]
+    return metrics, counts, torch.cat(reconstructions)
 
 
 # Grids and plots
@@ -198,37 +326,3 @@ def load_torch(path: str | Path, *keys: str) -> dict:
         content = load_weights(path)
         check(content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
         return content
-
-
-def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.Module, dict]:
-    """A model of this kind, in eval mode, with a file's config and weights, and the file's content.
-
-    ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers and a scale for each row.
-    """
-    content = load_torch(path, "config", "model")
-    with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
-        if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
-            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
-        model = kind(**content["config"], **options)
-        model.load_state_dict({n: w[0] * w[1].float() if type(w) is tuple else w for n, w in content["model"].items()})
-        check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
-    return model.eval(), content
-
-
-def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
-    """Write a self-describing checkpoint: config, weights and metadata such as metrics."""
-    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DDP or torch.compile
-    quantizer = getattr(model.quantizer, "config", None)
-    check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
-    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
-    save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
-
-
-def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without a download.
-
-    ValueError for a damaged or different file. Its metadata: load_torch(path).
-    """
-    model, content = load_model(path, VQRAE, pretrained=False)
-    check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")
-    return model.set_stage(content["stage"])

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import utils
-from optimization import take_step
+from muon import take_step
 
 ROUNDS = 5
 COMPILED = train.gpu  # time compiled steps; on a CPU they take minutes to compile, and gain nothing

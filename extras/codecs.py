@@ -4,7 +4,7 @@
     python -m extras.codecs <checkpoint> PHOTOS=my_photos      on photographs, each encoded whole
 
 Codecs get small images in one picture, so that headers do not count. They minimise the error "of MSE". "to AVIF" is
-the mean difference from AVIF's PSNR at nearly equal bits, with its standard error. "class in": as in evaluate.py;
+the mean difference from AVIF's PSNR at nearly equal bits, with its standard error. "class in": as in measure.py;
 training images are coded at the quality that was found for the test images.
 """
 import io
@@ -20,12 +20,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import evaluate
 from data import Dataset, find_images, load_dataset, read_image
-from evaluate import COLUMNS, device, format_table, psnr, ssim
-from models import VQRAE
+from extras import measure
+from extras.measure import COLUMNS, format_table
+from models import VQRAE, load_checkpoint
 from quantizers import check
-from utils import load_checkpoint, one_line_errors
+from utils import device, evaluate, one_line_errors, psnr, ssim
 
 DATASET = "cifar10"
 PHOTOS = ""  # a folder, instead of DATASET
@@ -46,18 +46,18 @@ class Encoded(NamedTuple):
 
 def main():
     rows = {}
-    for path in evaluate.read_arguments(globals()):
+    for path in measure.read_arguments(globals()):
         model = load_checkpoint(path).to(device)
         data = None if PHOTOS else load_dataset(DATASET, model.config["image_size"])
         test = encode_all(path, model, [square(data.test_images, COUNT)] if data else photographs())
         rows |= {row: average(encoded, test[f"AVIF, as {path}"]) for row, encoded in test.items()}
         if data and data.train_labels is not None:
             images = square(data.train_images, TRAIN_IMAGES)
-            train = {path: evaluate.evaluate(model, images)[2]}
+            train = {path: evaluate(model, images)[2]}
             for codec in CODECS:
                 row = f"{codec}, as {path}"
                 train[row] = encode(images, codec, test[row][0].quality).decoded
-            for name, judge in evaluate.load_judges(model.token_size, data)[0].items():
+            for name, judge in measure.load_judges(model.token_size, data)[0].items():
                 rows[path][f"image_{name}"] = probe(judge, data, images, test[path][0].images)
                 for row, decoded in train.items():
                     rows[row][f"picture_{name}"] = probe(judge, data, decoded, test[row][0].decoded)
@@ -78,16 +78,16 @@ def square(images: Tensor, count: int) -> Tensor:
 
 def probe(judge: Callable, data: Dataset, train_images: Tensor, test_images: Tensor) -> float:
     """Accuracy in [0, 1] of the first labels of data, from what a judge sees in uint8 images (n * n, 3, H, W)."""
-    x, test_x = (evaluate.pooled_features(judge, images) for images in (train_images, test_images))
+    x, test_x = (measure.pooled_features(judge, images) for images in (train_images, test_images))
     labels, test_labels = data.train_labels[: len(x)], data.test_labels[: len(test_x)]
-    return evaluate.linear_probe(x, labels.to(device), test_x, test_labels.to(device))
+    return measure.linear_probe(x, labels.to(device), test_x, test_labels.to(device))
 
 
 def encode_all(path: str, model: VQRAE, pictures: Iterable[Tensor]) -> dict[str, list[Encoded]]:
     """By tokens, and by each codec in as many bits: of each row an Encoded for each picture, uint8 (n * n, 3, H, W)."""
     results = defaultdict(list)
     for images in tqdm(pictures, "pictures"):
-        _, counts, decoded = evaluate.evaluate(model, images)
+        _, counts, decoded = evaluate(model, images)
         bits = int(counts.sum()) * math.log2(model.quantizer.codebook_size)
         results[path].append(Encoded(bits, images, decoded))
         for codec in CODECS:

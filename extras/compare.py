@@ -17,9 +17,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from data import Dataset, load_dataset
-from evaluate import COLUMNS, format_table, load_judges, measure
+from extras.measure import COLUMNS, format_table, load_judges, measure
+from models import load_checkpoint
 from quantizers import check
-from utils import load_checkpoint, one_line_errors, read_constants, replace_file, save_figure
+from utils import one_line_errors, read_constants, replace_file, save_figure
 
 DATASET = "cifar10"  # or another of train.py's
 PROBE_IMAGES = 2_000  # for training the probes, and for testing them and judges

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import load_dataset, to_float
-from evaluate import device, linear_probe, pooled_features
+from data import load_dataset
+from extras.measure import linear_probe, pooled_features
 from models import ConvEncoder, ConvPool
-from optimization import Muon, fast_bf16, prepare_cpu
+from muon import Muon
 from quantizers import check
-from utils import one_line_errors, read_constants, save_torch
+from utils import device, fast_bf16, one_line_errors, prepare_cpu, read_constants, save_torch, to_float
 
 DATASET = "cifar10"  # or a folder of the same images
 EPOCHS = 16  # three minutes each on two CPU cores

@@ -31,7 +31,7 @@ def refused(message):
 
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
-    """Each test starts with the same random state, in an empty folder, and without optimization.prepare_cpu."""
+    """Each test starts with the same random state, in an empty folder, and without utils.prepare_cpu."""
     import torch
 
     torch.manual_seed(0)

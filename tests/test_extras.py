@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 import train
-import utils
 from data import draw_shapes, load_dataset
-from evaluate import psnr
-from extras import bench, cells, codecs, compare, pretrain
+from extras import bench, cells, codecs, compare, measure, pretrain
 from models import PRETRAINED_DIR, ConvEncoder
+from utils import psnr
 
 SHIPPED = PRETRAINED_DIR / "vqrae_fsq.pt"
 
@@ -49,7 +47,7 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     monkeypatch.setattr(codecs, "CODECS", {"AVIF": codecs.CODECS["AVIF"]})
     names, _, *rows = run(codecs, SHIPPED, COUNT=5)
     own, avif = (dict(zip(names, row)) for row in rows)
-    vqrae, data = utils.load_checkpoint(SHIPPED), load_dataset(str(folder), 32)
+    vqrae, data = models.load_checkpoint(SHIPPED), load_dataset(str(folder), 32)
     images = data.test_images[:4]  # 2 x 2
     name, output = os.path.relpath(SHIPPED), evaluate.evaluate(vqrae, images)[2]
     expected = [name, f"{psnr(output, images).mean():.2f}", f"{64 * math.log2(64_000):,.0f}"]
@@ -60,9 +58,9 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     # a judge learns from training images decoded from the same quality
     train = codecs.square(data.train_images, 3_000)
     train_decoded = codecs.encode(train, "AVIF", quality).decoded
-    judge = evaluate.load_judges(4, data)[0]["cifar"]
-    x, test_x = (evaluate.pooled_features(judge, part) for part in (train_decoded, decoded))
-    accuracy = evaluate.linear_probe(x, data.train_labels[: len(x)], test_x, data.test_labels[:4])
+    judge = measure.load_judges(4, data)[0]["cifar"]
+    x, test_x = (measure.pooled_features(judge, part) for part in (train_decoded, decoded))
+    accuracy = measure.linear_probe(x, data.train_labels[: len(x)], test_x, data.test_labels[:4])
     assert avif["in reconstructions (cifar)"] == f"{accuracy:.1%}" and "in reconstructions (cifar)" in own
     assert avif["class in images (cifar)"] == "-" != own["class in images (cifar)"]
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-import generate as module
+import extras.generate as module
 import utils
 from data import Dataset, load_dataset
-from evaluate import frechet_distance, linear_probe
-from generate import Prior, build_prior, code_dim, load_prior, measure_bits
+from extras.generate import Prior, build_prior, code_dim, load_prior, measure_bits
+from extras.measure import frechet_distance, linear_probe
 from models import PRETRAINED_DIR, build_encoder
 from quantizers import build_quantizer, join_indices, split_indices
 
@@ -178,12 +178,12 @@ def test_training(small, monkeypatch):
 
 def test_a_run_and_one_that_was_stopped(small, folder, trained, tmp_path, monkeypatch):
     (best,), samples, sample = trained.glob("checkpoints/*/*stage2_best.pt"), [], module.sample
-    monkeypatch.setattr("sys.argv", ["generate.py", f"CHECKPOINT={best}", f"DATASET={folder}"])
+    monkeypatch.setattr("sys.argv", ["extras.generate", f"CHECKPOINT={best}", f"DATASET={folder}"])
     monkeypatch.setattr(module, "sample", lambda *a: samples.append((sample(*a), a[-1])) or samples[-1][0])
     module.main()
     (outputs,), (checkpoints,) = Path("outputs").iterdir(), Path("checkpoints").iterdir()
     tokens, prior = utils.load_torch(checkpoints / "tokens.pt"), load_prior(checkpoints / "prior.pt")
-    data, vqrae, results = load_dataset(str(folder), 32), utils.load_checkpoint(best), outputs / "results.json"
+    data, vqrae, results = load_dataset(str(folder), 32), models.load_checkpoint(best), outputs / "results.json"
     train, test, (drawn, classes) = data.train_images / 255, data.test_images / 255, samples[-1]
     for name, images in (("train", torch.cat([train, train.flip(3)])), ("test", test)):  # mirrored ones follow
         assert (vqrae.encode_to_indices(images) == tokens[name]).float().mean() > 0.99
@@ -226,13 +226,13 @@ def test_what_is_refused(options, name):
 
 @pytest.mark.parametrize("name, value", [("SAMPLES", 1), ("GUIDANCE", 0.5), ("EVAL_IMAGES", 0), ("DIM", 130)])
 def test_a_constant_that_would_fail_after_training_is_refused_before(name, value, monkeypatch):
-    monkeypatch.setattr(module, name, value), monkeypatch.setattr("sys.argv", ["generate.py"])
+    monkeypatch.setattr(module, name, value), monkeypatch.setattr("sys.argv", ["extras.generate"])
     with pytest.raises(ValueError, match=f"^{name} = "):
         module.main()
 
 
 def test_the_prior_that_ships_is_of_the_checkpoint_that_ships():
-    prior, vqrae = load_prior(PRETRAINED_DIR / "prior.pt"), utils.load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt")
+    prior, vqrae = load_prior(PRETRAINED_DIR / "prior.pt"), models.load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt")
     images = vqrae.decode_from_indices(prior.generate(torch.arange(10), steps=4))
     assert images.shape == (10, 3, 32, 32) and images.std() > 0.1
     for damaged in ((PRETRAINED_DIR / "prior.pt").read_bytes()[:-1000], (PRETRAINED_DIR / "vqrae_fsq.pt").read_bytes()):

@@ -19,14 +19,14 @@ def test_both_stages_and_their_measurement(options, folder, tmp_path):
     assert done.returncode == 0 and "1 x cuda" in done.stdout, done.stderr
     results, = (tmp_path / "outputs").glob("*/results.json")
     best, = (tmp_path / "checkpoints").glob("*/*_stage2_best.pt")
-    printed = run_script(tmp_path, "evaluate.py", best, f"DATASET={folder}", environment=ENVIRONMENT).stdout
+    printed = run_script(tmp_path, "extras.measure", best, f"DATASET={folder}", environment=ENVIRONMENT).stdout
     row = re.search(r"stage2_best.pt +\| +([\d.]+)", printed)
     assert float(row[1]) == pytest.approx(json.loads(results.read_text())["psnr"], abs=0.02)  # TF32 rounds
 
 
 STEP = """
 import sys, torch, train, utils
-from optimization import take_step
+from muon import take_step
 
 utils.read_constants(vars(train), sys.argv[1:])
 model, images = train.build_model().cuda().train(), torch.rand(8, 3, 32, 32).cuda()

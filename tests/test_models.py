@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import models
 from data import load_image
-from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips
+from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips, load_checkpoint
 from quantizers import build_quantizer
-from utils import load_checkpoint
 
 TINY = {"depth": 3, "embed_dim": 32, "num_heads": 2}
 QUANTIZERS = {"fsq": ("fsq", {"levels": [8, 6, 5]}), "simvq": ("simvq", {"codebook_size": 64}),

@@ -18,14 +18,14 @@ import train
 from utils import Run, load_torch, save_torch
 
 processes = multiprocessing.get_context("forkserver")  # imports torch once for all of them
-processes.set_forkserver_preload(["evaluate", "torchmetrics.image.lpip"])
+processes.set_forkserver_preload(["train", "torchmetrics.image.lpip"])
 TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=8", "EPOCH_IMAGES=16", "EVAL_IMAGES=4"]
 
 
 def child(folder, arguments, event, count, environment):
     """train.py in `folder`, killed before its count-th step, or before the count-th file whose name ends in `event`."""
     import models
-    import optimization
+    import muon
     import utils
 
     utils.plot_curves = utils.plot_usage = lambda path, *_: path.touch()  # they take longer than training does here
@@ -33,18 +33,18 @@ def child(folder, arguments, event, count, environment):
     os.environ |= environment
     with open("log", "a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    remaining, seen, step, replace = [event] * count, {"norms": []}, optimization.take_step, os.replace
+    remaining, seen, step, replace = [event] * count, {"norms": []}, muon.take_step, os.replace
 
     def reach(where):
         if remaining and str(where).endswith(event):
             remaining.pop()
             remaining or os.kill(os.getpid(), signal.SIGKILL)
 
-    optimization.take_step = lambda *arguments: (reach("step"), step(*arguments))
+    muon.take_step = lambda *arguments: (reach("step"), step(*arguments))
     os.replace = lambda old, new: (reach(new), replace(old, new))
     if environment:  # of several processes: what they end with is kept
         quantize, judge, clip = models.VQRAE.quantize, models.PatchDiscriminator.forward, nn.utils.clip_grad_norm_
-        optimization.fast_bf16 = lambda device: False
+        muon.fast_bf16 = lambda device: False
         models.VQRAE.quantize = lambda self, z: (seen.setdefault("model", self), quantize(self, z))[1]
         models.PatchDiscriminator.forward = lambda self, x: (seen.setdefault("discriminator", self), judge(self, x))[1]
         nn.utils.clip_grad_norm_ = lambda *args: seen["norms"].append(clip(*args)) or seen["norms"][-1]

@@ -22,13 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-import optimization
+import muon
 import train
 import utils
 from data import list_split, load_dataset
-from evaluate import evaluate
-from models import VQRAE, PatchDiscriminator, build_encoder
-from utils import load_checkpoint, load_torch
+from models import VQRAE, PatchDiscriminator, build_encoder, load_checkpoint
+from utils import evaluate, load_torch
 
 TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=(1, 1)"]
 CONSTANTS = {name: value for name, value in vars(train).items()
@@ -141,7 +140,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine():
     optimizers = {"first": torch.optim.SGD([weight], lr=8.0), "second": torch.optim.SGD([weight], lr=2.0)}
     weight.grad = torch.ones(1)
     for step in range(100):
-        optimization.take_step(optimizers, step, 100)
+        muon.take_step(optimizers, step, 100)
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()])
     scale = [0.2, 0.4, 0.6, 0.8, *(0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(4, 100))]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor(scale)[:, None] * torch.tensor([8.0, 2.0]))
@@ -179,11 +178,11 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, count, sma
 
 
 def test_muon_is_that_of_torch(monkeypatch):
-    monkeypatch.setattr(optimization, "fast_bf16", lambda device: True)  # torch's Muon is in bf16 everywhere
+    monkeypatch.setattr(muon, "fast_bf16", lambda device: True)  # torch's Muon is in bf16 everywhere
     theirs = [nn.Parameter(torch.randn(shape)) for shape in ((8, 72), (8, 40), (72, 8), (10, 30), (16, 16))]
     ours = copy.deepcopy([theirs[0].detach().view(8, 8, 3, 3).requires_grad_(), *theirs[1:]])  # one of a convolution
     unused, options = nn.Parameter(torch.ones(3, 3)), {"lr": 0.1, "weight_decay": 0.5}
-    optimizer = optimization.Muon([*ours, unused], **options)
+    optimizer = muon.Muon([*ours, unused], **options)
     torchs = torch.optim.Muon(theirs, **options, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         before = [p.detach().clone() for p in theirs]
@@ -396,7 +395,7 @@ def test_what_a_quantizer_or_device_does_not_take_is_one_line(argument, message,
 def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, capsys):
     """And the last two epochs of each stage are kept. After the first one reads how long all will take."""
     psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
-    monkeypatch.setattr("evaluate.psnr", lambda images, _, psnrs=psnrs: torch.full((len(images),), next(psnrs, 0.0)))
+    monkeypatch.setattr("utils.psnr", lambda images, _, psnrs=psnrs: torch.full((len(images),), next(psnrs, 0.0)))
     monkeypatch.setattr(train, "time", SimpleNamespace(time=itertools.count(0, 10).__next__))
     outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")  # 20 s the first of 3 epochs, with two more of 28
     assert re.findall("whole run takes about (.*)", capsys.readouterr().out) == ["1.9 minutes"]
@@ -436,7 +435,7 @@ def test_a_start_checkpoint_is_the_model_whatever_the_constants_say(encoder, qua
     """Its encoder, quantizer, decoder and token; and at another image size it has another grid."""
     options = {"codebook_size": 64} if quantizer == "ema_vq" else {"levels": (5, 5)}
     start = VQRAE(encoder, quantizer, options, 16, grid, decoder_width=64, decoder_depth=2)
-    utils.save_checkpoint("start.pt", start)
+    models.save_checkpoint("start.pt", start)
     outputs = main("STAGES=(2,)", "START_CHECKPOINT=start.pt", "LEARNING_RATE=0.0", "IMAGE_SIZE=32")
     model = load_checkpoint(checkpoint(outputs, "stage2_best"))
     assert model.config == start.config | {"image_size": 32, "grid": 2 * grid}
@@ -455,7 +454,7 @@ def test_a_start_checkpoint_is_the_model_whatever_the_constants_say(encoder, qua
     ("DECODER_HEADS=1", "DECODER_HEADS = 1, allowed: no argument with START_CHECKPOINT")])
 def test_a_start_checkpoint_refuses_what_it_would_not_use(argument, message, main):
     model = VQRAE("cifar", "fsq", {"levels": (5, 5)}, 16, 4, decoder_width=32, decoder_depth=1)
-    utils.save_checkpoint("start.pt", model.set_stage(2))
+    models.save_checkpoint("start.pt", model.set_stage(2))
     with pytest.raises(SystemExit, match=f"^train.py: {message}"):
         main("STAGES=(2,)", "START_CHECKPOINT=start.pt", argument)
 

@@ -130,43 +130,43 @@ def test_a_file_that_is_no_checkpoint(capsys):
 def saved(tmp_path_factory):
     model = models.VQRAE("cifar", "fsq", {"levels": [8, 5]}, decoder_width=32, decoder_depth=1).set_stage(2)
     path = tmp_path_factory.mktemp("saved") / "a.pt"
-    utils.save_checkpoint(path, model, metrics={"psnr": 20.0}, epoch=3)
+    models.save_checkpoint(path, model, metrics={"psnr": 20.0}, epoch=3)
     return model.eval(), path
 
 
 def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
     """It has the model's config, weights and stage, and what is told of it. Pairs are weights of 8 bits."""
     monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
-    model, images, name = utils.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32), "decoder.head.weight"
+    model, images, name = models.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32), "decoder.head.weight"
     assert not model.training and model.stage == 2 and model.config == saved[0].config
     assert torch.equal(model(images)[0], saved[0](images)[0])
-    _, content = utils.load_model(saved[1], models.VQRAE, pretrained=False)
+    _, content = models.load_model(saved[1], models.VQRAE, pretrained=False)
     assert (content["metrics"], content["epoch"], content["stage"]) == ({"psnr": 20.0}, 3, 2)
     weight = content["model"][name]
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
     content["model"][name] = (scale, (weight / scale).round().to(torch.int8))
     utils.save_torch("small.pt", content)
-    assert ((utils.load_checkpoint("small.pt").state_dict()[name] - weight).abs() <= scale * 0.51).all()
+    assert ((models.load_checkpoint("small.pt").state_dict()[name] - weight).abs() <= scale * 0.51).all()
 
 
 def test_a_wrapped_model_and_another_quantizer_are_saved(saved):
     model = copy.deepcopy(saved[0])
     model.decoder = torch.compile(model.decoder)
-    utils.save_checkpoint("compiled.pt", torch.compile(model))
+    models.save_checkpoint("compiled.pt", torch.compile(model))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    utils.save_checkpoint("parallel.pt", torch.nn.parallel.DistributedDataParallel(copy.deepcopy(saved[0])))
+    models.save_checkpoint("parallel.pt", torch.nn.parallel.DistributedDataParallel(copy.deepcopy(saved[0])))
     torch.distributed.destroy_process_group()
     for name in ("compiled.pt", "parallel.pt"):
-        weights, expected = utils.load_checkpoint(name).state_dict(), saved[0].state_dict()
+        weights, expected = models.load_checkpoint(name).state_dict(), saved[0].state_dict()
         assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
     for options in ({"name": "fsq", "levels": [5, 8]}, {"name": "ema_vq", "codebooks": 2, "codebook_size": 16}):
         model.quantizer = build_quantizer(dim=256, **options).eval()
-        utils.save_checkpoint("other.pt", model)
-        z, again = torch.randn(1, 256, 8, 8), utils.load_checkpoint("other.pt").quantizer
+        models.save_checkpoint("other.pt", model)
+        z, again = torch.randn(1, 256, 8, 8), models.load_checkpoint("other.pt").quantizer
         assert torch.equal(again(z)[0], model.quantizer(z)[0])
     model.quantizer = FSQ(256, [8, 5])
     with refused("^model.quantizer = 'FSQ', allowed: one made by build_quantizer"):
-        utils.save_checkpoint("direct.pt", model)
+        models.save_checkpoint("direct.pt", model)
     assert not Path("direct.pt").exists()
 
 
@@ -194,4 +194,4 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(part, change, sav
     content = utils.load_torch(saved[1])
     utils.save_torch("bad.pt", content | {part: content[part] | change})
     with refused("^checkpoint bad.pt does not fit this code: ."):
-        utils.load_checkpoint("bad.pt")
+        models.load_checkpoint("bad.pt")

@@ -1,49 +1,10 @@
 """Muon, the schedule of learning rates, which arithmetic is fast, and what processes do together."""
-import contextlib
 import math
 
 import torch
-import torch.distributed as dist
-from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-
-def fast_bf16(device: str) -> bool:
-    """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
-
-
-def prepare_cpu():
-    """Deterministic arithmetic, and zeros for slow numbers below 1e-38. Call this before threads start.
-
-    Attention of models built from now on is not fused: on a CPU its backward pass is slow in bf16.
-    """
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.set_flush_denormal(True)
-    set_fused_attn(False)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else None
-    if rank:
-        dist.barrier()
-    yield
-    if rank == 0:
-        dist.barrier()
-
-
-def average(tensors: list[Tensor]):
-    """Replace each tensor by its mean over all processes."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+from utils import fast_bf16
 
 
 def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):

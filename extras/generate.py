@@ -1,7 +1,7 @@
 """Generate images: train a masked diffusion model over a checkpoint's tokens, and measure what they cost in bits.
 
-    python generate.py                                     the tokens of vqrae_fsq.pt
-    python generate.py CHECKPOINT=<path> DATASET=shapes    those of another checkpoint
+    python -m extras.generate                                     the tokens of vqrae_fsq.pt
+    python -m extras.generate CHECKPOINT=<path> DATASET=shapes    those of another checkpoint
 
 Masked tokens, any number of them, are predicted from the others and the class: absorbing-state discrete diffusion
 (MD4, 2406.04329). Samples go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes a run.
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from data import DECODE_GB, Dataset, find_dataset, load_dataset, to_float
-from evaluate import device, frechet_distance, linear_probe, load_judges, pooled_features
-from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock
-from optimization import adamw_and_muon, fast_bf16, prepare_cpu, take_step
+from data import DECODE_GB, Dataset, find_dataset, load_dataset
+from extras.measure import frechet_distance, linear_probe, load_judges, pooled_features
+from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock, load_checkpoint, load_model
+from muon import adamw_and_muon, take_step
 from quantizers import Quantizer, check, join_indices, split_indices
+from utils import device, fast_bf16, prepare_cpu, to_float
 
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # of train.py
@@ -209,7 +210,7 @@ def sort_codes(codes: Tensor, order: Tensor) -> Tensor:
 
 def load_prior(path: str | Path) -> Prior:
     """The prior in a file of this script, in eval mode. ValueError for any other file."""
-    return utils.load_model(path, Prior)[0]
+    return load_model(path, Prior)[0]
 
 
 def draw_masks(count: int, tokens: int) -> Tensor:
@@ -238,7 +239,7 @@ def main():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(TEMPERATURE > 0, "TEMPERATURE", TEMPERATURE, "above 0")
     check(DIM > 1 and DIM % -(-DIM // 64) == 0, "DIM", DIM, "a multiple of 64")
-    vqrae, stat = utils.load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
+    vqrae, stat = load_checkpoint(CHECKPOINT), Path(CHECKPOINT).stat()
     dataset, files = find_dataset(DATASET)
     name = utils.digest((constants, dataset, files, stat.st_size, stat.st_mtime_ns))
     run = utils.Run(f"prior_{Path(dataset).resolve().name}_{vqrae.config['quantizer']}_{name}")

@@ -1,8 +1,8 @@
 """Measure checkpoints: how well their tokens keep an image's pixels and class.
 
-    python evaluate.py                               those that ship, on CIFAR-10
-    python evaluate.py <path> DATASET=my_images      another, on a folder
-    python evaluate.py METRICS=rfid,lpips            with the field's metrics
+    python -m extras.measure                               those that ship, on CIFAR-10
+    python -m extras.measure <path> DATASET=my_images      another, on a folder
+    python -m extras.measure METRICS=rfid,lpips            with the field's metrics
 
 Columns, measured in fp32 on all test images:
 PSNR      mean over images, in dB; "of MSE": PSNR of the MSE over all images, which codecs minimise
@@ -16,7 +16,6 @@ class     the same of a judge's features, which looks at images, and at their re
 """
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,15 +23,14 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 
-from data import Dataset, load_dataset, to_float
-from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder, errors_as
+from data import Dataset, load_dataset
+from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder, load_checkpoint
 from quantizers import check
-from utils import load_checkpoint, one_line_errors, read_constants
+from utils import device, errors_as, evaluate, one_line_errors, read_constants, to_float
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # for the probes, at most
@@ -41,7 +39,6 @@ METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their ne
 BATCH_SIZE = 250
 
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no code in torchmetrics' downloads is executed
-device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
            "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
            "Lite0 error": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("lpips", ".4f"),
@@ -50,55 +47,6 @@ COLUMNS = {"PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("
            "z_q": ("probe_z_q", ".1%"), "class in images (cifar)": ("image_cifar", ".1%"),
            "in reconstructions (cifar)": ("picture_cifar", ".1%"), "class in images (Lite0)": ("image_lite0", ".1%"),
            "in reconstructions (Lite0)": ("picture_lite0", ".1%")}
-
-
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratios (B,) in dB, 100 at most, of images (B, 3, H, W), uint8 or in [0, 1]."""
-    return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
-                                   reduction="none").clamp(max=100)
-
-
-def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1]."""
-    check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "11x11 pixels or more")
-    _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
-                                                        reduction="none", return_full_image=True)
-    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # without torchmetrics' padding
-
-
-@torch.no_grad()
-def evaluate(model: VQRAE, images: Tensor, batch_size: int = 250,
-             indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
-
-    Returns metrics, VQRAE.get_codebook_usage's counts, uint8 images (N, 3, H, W). Several codebooks add usage_1, ...
-    """
-    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
-    training, device = model.training, next(model.parameters()).device
-    tokens, figures, reconstructions = [], [], []
-    try:
-        model.eval()
-        for start in tqdm(range(0, len(images), batch_size), "measuring", leave=False):
-            batch = slice(start, start + batch_size)
-            targets = to_float(images[batch].to(device))
-            if model.quantizer.codebook_size:
-                tokens.append(model.encode_to_indices(targets) if indices is None else indices[batch])
-                output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
-            else:
-                output = model(targets)[0]
-            mse = (output - targets).square().mean((1, 2, 3))
-            figures.append(torch.stack([psnr(output, targets), mse, ssim(output, targets)]))
-            reconstructions.append((output * 255).round().byte().to(images.device))
-    finally:
-        model.train(training)
-    mean_psnr, mse, mean_ssim = map(statistics.fmean, torch.cat(figures, 1).tolist())
-    counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
-    metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
-                   perplexity=perplexity)
-    number = len(model.quantizer.codebook_sizes)
-    for k in range(number if number > 1 else 0):
-        metrics[f"usage_{k + 1}"] = model.get_codebook_usage(torch.cat(tokens), k)[1]
-    return metrics, counts, torch.cat(reconstructions)
 
 
 def main():

@@ -10,14 +10,14 @@ from skimage.metrics import structural_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import evaluate as module
+import extras.measure as module
 import train
 from data import Dataset, draw_shapes
-from evaluate import COLUMNS, evaluate, format_table, frechet_distance, linear_probe, measure, psnr, ssim
-from generate import build_prior
-from models import VQRAE, build_encoder
-from optimization import adamw_and_muon, take_step
-from utils import save_checkpoint
+from extras.generate import build_prior
+from extras.measure import COLUMNS, format_table, frechet_distance, linear_probe, measure
+from models import VQRAE, build_encoder, save_checkpoint
+from muon import adamw_and_muon, take_step
+from utils import evaluate, psnr, ssim
 
 
 def small(encoder="cnn", quantizer="fsq", options={"levels": [4, 3]}, **more):
