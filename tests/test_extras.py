@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 import train
+import utils
 from data import draw_shapes, load_dataset
 from extras import bench, cells, codecs, compare, measure, pretrain
 from models import PRETRAINED_DIR, ConvEncoder
@@ -49,7 +51,7 @@ def test_the_table_of_codecs(run, folder, monkeypatch):
     own, avif = (dict(zip(names, row)) for row in rows)
     vqrae, data = models.load_checkpoint(SHIPPED), load_dataset(str(folder), 32)
     images = data.test_images[:4]  # 2 x 2
-    name, output = os.path.relpath(SHIPPED), evaluate.evaluate(vqrae, images)[2]
+    name, output = os.path.relpath(SHIPPED), utils.evaluate(vqrae, images)[2]
     expected = [name, f"{psnr(output, images).mean():.2f}", f"{64 * math.log2(64_000):,.0f}"]
     assert [own["images from"], own["PSNR"], own["bits"]] == expected and avif["images from"] == f"AVIF, as {name}"
     bits, _, decoded, quality = codecs.encode_to_bits(images, "AVIF", 4 * 64 * math.log2(64_000))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import extras.generate as module
+import models
 import utils
 from data import Dataset, load_dataset
 from extras.generate import Prior, build_prior, code_dim, load_prior, measure_bits

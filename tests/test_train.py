@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+import models
 import muon
 import train
 import utils
