@@ -1,4 +1,4 @@
-"""Constants of the command line, grids and plots, runs and checkpoints."""
+"""What all modules share: errors, constants, devices and processes, images and metrics, pictures, files and runs."""
 import ast
 import contextlib
 import csv
@@ -9,8 +9,10 @@ import os
 import re
 import statistics
 import sys
+import time
+import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,94 +25,133 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from quantizers import check, check_range
+from quantizers import InputError, check, check_range, require
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = "cuda" if torch.cuda.is_available() else "cpu"  # for the scripts of extras/; train.py has its own
 
+
+# Errors
 
 @contextlib.contextmanager
 def errors_as(kind: type[Exception], message: str):
-    """Any error of the body becomes this kind, in one line: libraries raise many for a bad file."""
+    """Turn any error of a library's into `kind`, in one line. The error itself stays as its cause."""
     try:
         yield
     except Exception as error:
-        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
-
-
-def load_weights(path: str | Path) -> object:
-    """What torch.save wrote into a file, on the CPU. An error if a checksum is wrong: torch.load looks at none."""
-    with zipfile.ZipFile(path) as archive:
-        check(not archive.testzip(), "checksum", "wrong", "an undamaged file")
-    return torch.load(path, "cpu", weights_only=True)
-
-
-def read_constants(namespace: dict, arguments: list[str]) -> dict:
-    """Replace constants in `namespace` by NAME=value arguments, and return all; --help prints them.
-
-    A fraction, 1/15, is a number, too. ValueError for an unknown name, a negative number or another type.
-    """
-    constants = {k: v for k, v in namespace.items() if k.isupper() and isinstance(v, (int, float, str, tuple))}
-    if "--help" in arguments:
-        print(namespace["__doc__"])
-        source = Path(namespace["__file__"]).read_text("utf-8")
-        for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z_]+) = .*?(  # .*)?$", source):
-            if name in constants:
-                print(f"{heading}{name} = {constants[name]!r}{comment}")
-        sys.exit()
-    for argument in arguments:
-        name, sign, value = argument.partition("=")
-        similar = difflib.get_close_matches(name.upper(), constants) or constants
-        check(sign and name in constants, "argument", argument, f"NAME=value with a NAME such as {', '.join(similar)}")
-        if not isinstance(constants[name], str):
-            several = isinstance(constants[name], tuple)
-            old = constants[name][0] if several else constants[name]
-            with contextlib.suppress(SyntaxError, ValueError, ZeroDivisionError):
-                value = re.sub(r"([\d.]+) */ *([\d.]+)", lambda m: str(float(m[1]) / float(m[2])), value)
-                value = ast.literal_eval(value)
-            numbers = value if isinstance(value, tuple) and (several or name == "IMAGE_SIZE") else [value]
-            kinds = (float, int) if isinstance(old, float) else (type(old),)
-            valid = numbers and all(type(n) in kinds and 0 <= n < math.inf for n in numbers)
-            check(valid, name, value, f"{kinds[0].__name__}, such as {old}")
-        constants[name] = value
-    namespace.update(constants)
-    return constants
+        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = "stopped"):
-    """End the script in one line at wrong input, a failing file, a full GPU or Ctrl-C."""
+    """End a script in one line where its user can do something: wrong input, a failing file, a full GPU, Ctrl-C.
+
+    Any other error is a mistake in the code, perhaps in the user's own. Its traceback shows the file and the line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not lose a table
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        message = stopped if isinstance(error, KeyboardInterrupt) else str(error).partition(". Tried to")[0]
-        message = message.rpartition("\nValueError: ")[2].strip()  # without a DataLoader worker's traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+    except KeyboardInterrupt:
+        message = stopped
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).partition(". Tried to")[0]
+        if "Original Traceback" in message:  # the error of a DataLoader's worker
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
+    else:
+        return
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-def digest(value: object) -> str:
-    """A value's hash: twelve hexadecimal digits."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+# Constants
+
+def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = None) -> dict:
+    """Replace a script's constants by NAME=value arguments. Returns all constants; -h and --help print them.
+
+    namespace: the script's globals(). Each name in capitals with a plain value is a constant.
+    kinds: {type: "NAMES"}. A constant that is not named there has the type of its value in the file.
+    Values in the file and on the command line pass the same checks. InputError for an unknown name, for another type,
+    and for a negative or infinite number.
+    """
+    constants = {name: value for name, value in namespace.items() if name.isupper() and is_plain(value)}
+    kind_of = {name: type(value) for name, value in constants.items()}
+    for kind, names in (kinds or {}).items():
+        kind_of |= dict.fromkeys(names.split(), kind)
+    if "-h" in arguments or "--help" in arguments:
+        print_help(namespace, constants)
+        sys.exit()
+    for argument in arguments:
+        name, sign, text = argument.partition("=")
+        similar = difflib.get_close_matches(name.upper(), constants) or constants
+        check(sign and name in constants, "argument", argument, f"NAME=value with a NAME such as {', '.join(similar)}")
+        constants[name] = text
+        if kind_of[name] is not str:
+            with contextlib.suppress(SyntaxError, ValueError):  # then the text itself is refused below
+                constants[name] = ast.literal_eval(text)
+    for name, value in constants.items():
+        constants[name] = value = tuple(value) if isinstance(value, list) else value
+        kind = kind_of[name] if kind_of[name] is not list else tuple
+        expected = kind.__name__ if isinstance(kind, type) else str(kind)
+        check(fits(value, kind), name, value, f"{expected}; numbers from 0")
+    namespace.update(constants)
+    return constants
 
 
-def seed_everything(*numbers: int):
-    """Seed torch with a hash of these numbers."""
-    torch.manual_seed(int(digest(numbers), 16))
+def is_plain(value: object) -> bool:
+    """Whether a value can be written down in a file: a number, a text, or a list or dict of such values."""
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (SyntaxError, ValueError):
+        return False
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a constant's value is of its type, such as int | tuple[int, int]. No number may be negative."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, option) for option in kind.__args__)
+    if isinstance(kind, types.GenericAlias):  # tuple[int, int] has two numbers, tuple[int, ...] one or more
+        numbers = kind.__args__
+        if not isinstance(value, tuple):
+            return False
+        if numbers[-1] is ...:
+            numbers = numbers[:1] * len(value)
+        return 0 < len(value) == len(numbers) and all(map(fits, value, numbers))
+    if kind in (int, float):
+        return type(value) in {int, kind} and 0 <= value < math.inf
+    return type(value) is kind
+
+
+def print_help(namespace: dict, constants: dict):
+    """Print a script's docstring, and its constants with their comments."""
+    print(namespace["__doc__"])
+    source = Path(namespace["__file__"]).read_text("utf-8")
+    for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_]*) = .*?(  # .*)?$", source):
+        if name in constants:
+            print(f"{heading}{name} = {constants[name]!r}{comment}")
 
 
 # Devices and processes
 
+def choose_device(name: str) -> str:
+    """The device of DEVICE=... on the command line, else `name`, else CUDA's GPU or the CPU."""
+    for argument in sys.argv[1:]:
+        if argument.startswith("DEVICE="):
+            name = argument.removeprefix("DEVICE=")
+    return name or device
+
+
 def fast_bf16(device: str) -> bool:
     """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    cpu = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
     return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
 
 
 def prepare_cpu():
-    """Deterministic arithmetic, and zeros for slow numbers below 1e-38. Call this before threads start.
+    """Make arithmetic deterministic, and numbers below 1e-38, which are slow, zero. Call this before threads start.
 
-    Attention of models built from now on is not fused: on a CPU its backward pass is slow in bf16.
+    Attention in models built from now on is not fused: on a CPU its backward pass is slow in bf16.
     """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -118,10 +159,15 @@ def prepare_cpu():
     set_fused_attn(False)
 
 
+def several_processes() -> bool:
+    """Whether torchrun started this process beside others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @contextlib.contextmanager
 def first_process_first():
-    """The first process runs the body while the others wait; then they do. After an error there, nobody waits."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+    """Run the body in the first process, then in the others. If the first fails, the others do not wait."""
+    rank = dist.get_rank() if several_processes() else None
     if rank:
         dist.barrier()
     yield
@@ -130,56 +176,72 @@ def first_process_first():
 
 
 def average(tensors: list[Tensor]):
-    """Replace each tensor by its mean over all processes."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+    """Replace tensors by their means over all processes, which exchange them in one message."""
+    if several_processes() and tensors:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(message)
+        parts = (message / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
+
+
+def check_agreement(name: str, value: object):
+    """InputError in all processes unless they have the same value."""
+    if several_processes():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        require(len({*values}) == 1, f"Processes do not agree on {name}: {values}. They need one disk for checkpoints/, "
+                                     "or none of them an earlier run.")
+
+
+def progress(iterable: Iterable, text: str, total: int | None = None) -> tqdm:
+    """Show a progress bar, but not in a log file, in the other processes of torchrun, or with TQDM_DISABLE=1."""
+    hidden = os.getenv("TQDM_DISABLE") or int(os.getenv("RANK", 0)) > 0
+    return tqdm(iterable, text, total, leave=False, disable=True if hidden else None)
 
 
 # Images and metrics
 
 def check_images(images: Tensor, values: bool = True) -> Tensor:
-    """images in fp32. ValueError unless they are floating-point numbers (B, 3, H, W) and, if `values`, in [0, 1]."""
+    """Images in fp32. InputError unless they are floats (B, 3, H, W) and, if `values`, in [0, 1]."""
     valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point() and images.numel()
-    check(valid, "images", (tuple(images.shape), images.dtype), "floating-point numbers of shape (B, 3, H, W)")
+    require(valid, f"Images have shape {tuple(images.shape)} and type {images.dtype}, but floats (B, 3, H, W) are needed.")
     if values:
         check_range(images, 0, 1, "images")
     return images.float()
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. ValueError for others."""
+    """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. InputError for others."""
     return images.float() / 255 if images.dtype == torch.uint8 else check_images(images)
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratios (B,) in dB, 100 at most, of images (B, 3, H, W), uint8 or in [0, 1]."""
+    """Peak signal-to-noise ratios (B,) in dB, at most 100, of images (B, 3, H, W), uint8 or in [0, 1]."""
     return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
                                    reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1]."""
-    check(min(images.shape[2:]) > 10, "images", tuple(images.shape), "11x11 pixels or more")
+    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], from 11 x 11 pixels on."""
+    require(min(images.shape[2:]) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
     _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
                                                         reduction="none", return_full_image=True)
-    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # without torchmetrics' padding
+    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics padded the border
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
              indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) from their indices (N, h, w), computed unless given.
+    """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, from their indices (N, h, w), and measure the result.
 
-    Returns metrics, VQRAE.get_codebook_usage's counts, uint8 images (N, 3, H, W). Several codebooks add usage_1, ...
+    indices: None computes them. Returns metrics, get_codebook_usage's counts, and uint8 images (N, 3, H, W).
     """
-    check(images.dtype == torch.uint8 and len(images), "images", (tuple(images.shape), images.dtype), "N > 0, uint8")
+    require(images.dtype == torch.uint8 and len(images), f"{len(images)} images of {images.dtype} cannot be measured.")
     training, device = model.training, next(model.parameters()).device
     tokens, figures, reconstructions = [], [], []
     try:
         model.eval()
-        for start in tqdm(range(0, len(images), batch_size), "measuring", leave=False):
+        for start in progress(range(0, len(images), batch_size), "measuring"):
             batch = slice(start, start + batch_size)
             targets = to_float(images[batch].to(device))
             if model.quantizer.codebook_size:
@@ -196,26 +258,26 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
                    perplexity=perplexity)
-    number = len(model.quantizer.codebook_sizes)
-    for k in range(number if number > 1 else 0):
-        metrics[f"usage_{k + 1}"] = model.get_codebook_usage(torch.cat(tokens), k)[1]
     return metrics, counts, torch.cat(reconstructions)
 
 
-# Grids and plots
+# Pictures
 
 def save_grid(path: Path, images: Tensor, columns: int):
-    """Write uint8 images (N, 3, H, W) as a grid, row by row. Small ones are enlarged: a viewer would blur them."""
+    """Write uint8 images (N, 3, H, W) as a grid, row by row. Small images are enlarged, or a viewer would blur them."""
     zoom = max(1, 128 // images.shape[-1])
     with replace_file(path) as draft:
         save_image(nn.Upsample(scale_factor=zoom)(images / 255), draft, format="PNG", nrow=columns, pad_value=1)
 
 
 def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
-    """As save_grid: each row of images above the row of their reconstructions."""
-    count = (len(images) // columns or 1) * columns  # an incomplete row is left out, unless it is the only one
-    rows = zip(*(x[:count].split(columns) for x in (images, reconstructions)))
-    save_grid(path, torch.cat(sum(rows, ())), min(columns, len(images)))
+    """Write a grid with each row of images above the row of their reconstructions. Both are uint8 (N, 3, H, W)."""
+    columns = min(columns, len(images))
+    whole = len(images) // columns * columns  # an incomplete last row is left out
+    rows = []
+    for pair in zip(images[:whole].split(columns), reconstructions[:whole].split(columns)):
+        rows += pair
+    save_grid(path, torch.cat(rows), columns)
 
 
 def save_figure(path: Path, figure: Figure):
@@ -224,7 +286,7 @@ def save_figure(path: Path, figure: Figure):
 
 
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
-    """Plot how often each code was used, sorted; counts and metrics: evaluate's."""
+    """Plot how often each code was used, the most used first. evaluate gives counts and metrics."""
     used = counts[counts > 0].sort(descending=True)[0].cpu()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -237,7 +299,7 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
 
 
 def plot_curves(path: Path, history: list[dict], title: str):
-    """Plot losses together, and each metric alone. Stage 1 ends at the dotted line."""
+    """Plot the losses together, and each metric alone, over epochs. Stage 1 ends at the dotted line."""
     losses = [name for name in history[0] if name.endswith("_loss") and any(row[name] for row in history)]
     panels = {"losses, before their weights": losses, "PSNR, dB": ["psnr"], "SSIM": ["ssim"],
               "fraction of codes used": ["usage"], "perplexity": ["perplexity"]}
@@ -252,25 +314,62 @@ def plot_curves(path: Path, history: list[dict], title: str):
     save_figure(path, figure)
 
 
-# Files, runs and checkpoints
+# Files and runs
+
+def digest(value: object) -> str:
+    """A value's hash: twelve hexadecimal digits."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def seed_everything(*numbers: int):
+    """Seed torch with a hash of these numbers."""
+    torch.manual_seed(int(digest(numbers), 16))
+
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """The path of a draft, renamed to `path` once written: nobody reads half a file."""
+    """Give the path of a draft, which is renamed to `path` once it is written. So nobody reads half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield draft
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
-        raise OSError(f"{path} could not be written: {error}") from None
+        for wait in (0.1, 0.3, 0.6, 1.0):  # on Windows, a virus scanner may hold a file for a moment
+            try:
+                os.replace(draft, path)
+                break
+            except PermissionError:
+                time.sleep(wait)
+        else:
+            os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError on a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
 
+def save_torch(path: str | Path, content: dict):
+    with replace_file(path) as draft:
+        torch.save(content, draft)
+
+
+def load_weights(path: str | Path) -> object:
+    """What torch.save wrote into a file, on the CPU. torch.load checks no checksum, so this function does."""
+    with zipfile.ZipFile(path) as archive:
+        require(not archive.testzip(), "its checksum is wrong")
+    return torch.load(path, "cpu", weights_only=True)
+
+
+def load_torch(path: str | Path, *keys: str) -> dict:
+    """A dict of tensors and plain values with these keys, from torch.save. InputError for another or damaged file."""
+    with errors_as(InputError, f"The checkpoint {path} cannot be read"):
+        content = load_weights(path)
+        require(isinstance(content, dict) and content.keys() >= {*keys}, f"it is no dict with the keys {keys}")
+        return content
+
+
 class Run:
-    """A run's folders, outputs/<name>/ and checkpoints/<name>/, locked for one process, and progress."""
+    """The folders of a run, outputs/<name>/ and checkpoints/<name>/, locked for one process, and its progress."""
 
     def __init__(self, name: str, first_process: bool = True):
         self.name = name
@@ -279,7 +378,7 @@ class Run:
         self.last = self.checkpoints / "last.pt"
         self.lock = FileLock(self.checkpoints / "lock")
         if first_process and not self.finished:
-            with errors_as(ValueError, f"this run goes on in another process, or {self.checkpoints} cannot be locked"):
+            with errors_as(InputError, f"{self.checkpoints} cannot be locked: perhaps another process trains this run"):
                 self.lock.acquire(blocking=False)
             self.inode = os.stat(self.lock.lock_file).st_ino
             for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
@@ -287,22 +386,22 @@ class Run:
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
         if self.last.exists():
             self.saved = load_torch(self.last, *self.saved)
-            check(self.saved["run"] == name, "run", str(self.last), "this run's last.pt")
+            require(self.saved["run"] == name, f"{self.last} belongs to the run {self.saved['run']}. Delete it.")
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch to begin this stage with. If the run was stopped in this stage, `state` is loaded."""
+        """The epoch with which this stage begins. Fills `state` if the run was stopped in this stage."""
         if self.stage != stage:
             return 1
-        with errors_as(ValueError, f"{self.last} does not fit this code, change SEED"):
+        with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):
             for name, module in state.items():
                 module.load_state_dict(self.saved.pop(name))
         return self.epoch + 1
 
     def check_folder(self):
-        """ValueError if the folder was removed: it may be another process's by now."""
+        """InputError if the folder was removed: by now it may belong to another process."""
         kept = os.path.exists(self.lock.lock_file) and os.stat(self.lock.lock_file).st_ino == self.inode
-        check(kept, "run", str(self.checkpoints), "a folder that exists until the run ends")
+        require(kept, f"The folder {self.checkpoints} was removed while this run was using it. Nothing more is saved.")
 
     def save(self, row: dict, state: dict):
         """Add an epoch's row to metrics.csv, and write what resume needs."""
@@ -313,16 +412,3 @@ class Run:
             writer.writerows(self.history)
         progress = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
         save_torch(self.last, progress | {k: v.state_dict() for k, v in state.items()})
-
-
-def save_torch(path: str | Path, content: dict):
-    with replace_file(path) as draft:
-        torch.save(content, draft)
-
-
-def load_torch(path: str | Path, *keys: str) -> dict:
-    """A dict with these keys, of tensors and plain values, from torch.save. ValueError for another file."""
-    with errors_as(ValueError, f"checkpoint {path} cannot be read"):
-        content = load_weights(path)
-        check(content.keys() >= set(keys), "content", type(content), f"a dict of {keys}")
-        return content
