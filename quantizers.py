@@ -1,18 +1,18 @@
-"""FSQ, SimVQ, EMA-VQ, DDCL, residual and product codebooks, and vector-quantize-pytorch's, behind one interface.
+"""FSQ, DDCL, SimVQ, EMA-VQ, residual and product codebooks, and vector-quantize-pytorch's, behind one interface.
 
     quantizer = build_quantizer("fsq", dim=256)
-    z_q, loss, indices = quantizer(z)       # z, z_q (B, C, H, W) or (B, N, C); indices (B, H, W) or (B, N)
-    quantizer.indices_to_codes(indices)     # z_q again: in eval mode the same numbers, exactly
-    quantizer.codes_to_indices(z_q)         # and back
+    z_q, loss, indices = quantizer(z)       # z and z_q (B, C, H, W) or (B, N, C), indices (B, H, W) or (B, N)
+    quantizer.indices_to_codes(indices)     # z_q again, in eval mode exactly the same numbers
+    quantizer.codes_to_indices(z_q)         # the indices again
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
-    quantizer.codebook_size
+    quantizer.codebook_size                 # the number of codes
 
-A token is a position of the grid: its C numbers, or its index. project_in maps the C numbers to code_dim numbers,
-one of codebook_size codes is picked for them, and project_out maps it to z_q. code_dim 0 means C; None: no maps.
+A token is one position of the grid and has C numbers. project_in maps them to code_dim numbers, a code replaces these,
+and project_out maps the code to z_q. code_dim=0 means as wide as the tokens; project=False leaves out both maps.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
-import copy
 import importlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from functools import partial
@@ -25,82 +25,58 @@ from torch import Tensor, nn
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 
 
+class InputError(ValueError):
+    """A mistake in what the user gave. The message says in one line what to change."""
+
+
 def check(ok: bool, name: str, value: object, allowed: str):
-    """Unless ok, ValueError in one line: name, value and what is allowed."""
+    """Unless ok, raise InputError("NAME = value, allowed: ..."). This form suits constants and arguments."""
     if not ok:
-        raise ValueError(f"{name} = {value!r:.300}, allowed: {allowed}")
+        raise InputError(f"{name} = {value!r:.300}, allowed: {allowed}")
+
+
+def require(ok: bool, sentence: str):
+    """Unless ok, raise InputError(sentence). The sentence says what happened and what to do."""
+    if not ok:
+        raise InputError(sentence)
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """ValueError unless x is in [low, high]. No check while torch compiles or exports: x has no values."""
+    """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
     if not torch.compiler.is_compiling() and x.numel():
         least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
-        check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
+        require(low <= least <= most <= high,
+                f"The {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
-    """The codes, with x's gradient (1308.3432). The usual x + (codes - x).detach() is not exact."""
+    """The codes, with x's gradient (1308.3432). The usual x + (codes - x).detach() would round the codes."""
     return codes.detach() + (x - x.detach())
 
 
-def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
-
-    |x - c|^2 is least where x.c - |c|^2 / 2 is largest: a matrix product, in chunks of 16 MB on a CPU, 1 GB on a GPU.
-    Both are taken from the codes' mean first: far from zero, fp32 would round the differences away.
-    """
-    center = codebook.detach().mean(0)
-    x, codebook = x.detach() - center, codebook.detach() - center  # not by no_grad, which torch.jit.trace ignores
-    bias = torch.linalg.vector_norm(codebook, dim=1).square() / -2  # without a temporary copy
-    size, tokens = math.gcd(len(codebook), 256), x.flatten(0, -2)
-    rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codebook))
-    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # without a loop, for any number of tokens
-    chunks = [tokens] if exported else tokens.split(rows)
-    scores, found = None, []
-    for chunk in chunks:  # the best group of `size` codes, then its best: three times as fast as one argmax
-        out = None if scores is None else scores[: len(chunk)]  # reused: new memory costs as much as the product
-        scores = torch.addmm(bias, chunk, codebook.T, out=out)
-        groups = scores.unflatten(1, (-1, size))
-        best = groups.amax(2, keepdim=True).argmax(1, keepdim=True)
-        found.append(best[:, 0, 0] * size + groups.gather(1, best.expand(-1, -1, size))[:, 0].argmax(1))
-    return torch.cat(found).view(x.shape[:-1])
-
-
-def sum_of_processes(x: Tensor) -> Tensor:
-    """x summed over the processes of torchrun; x itself in one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """indices (...) -> sub-indices (..., k) in mixed radix: index = i_0 + sizes[0] (i_1 + sizes[1] (i_2 + ...))."""
-    return torch.stack([indices // math.prod(sizes[:k]) % size for k, size in enumerate(sizes)], -1)
-
-
-def join_indices(sub_indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Inverse of split_indices: sub-indices (..., k) -> indices (...)."""
-    return sum(index * math.prod(sizes[:k]) for k, index in enumerate(sub_indices.unbind(-1)))
-
-
 class Quantizer(nn.Module, ABC):
-    """Shapes, checks and projections of all quantizers. Each defines `quantize` and `lookup`."""
+    """Shapes, checks and maps, which all quantizers share. A quantizer of your own defines `quantize` and `lookup`.
+
+    An index may have digits, such as the indices in several codebooks: codebook_sizes are their numbers of values.
+    `config` holds the name and the options with which build_quantizer builds the quantizer again.
+    """
 
     residual = False  # whether the first few codebooks can be decoded alone
 
-    def __init__(self, dim: int, code_dim: int | None, codebook_sizes: tuple[int, ...]):
+    def __new__(cls, *arguments, **options):
+        quantizer = super().__new__(cls)
+        quantizer.config = describe(cls, arguments, options)
+        return quantizer
+
+    def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
         super().__init__()
-        self.dim, self.code_dim = dim, code_dim or dim
+        self.dim, self.code_dim = dim, (code_dim or dim) if project else dim
         self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         sizes = (dim, self.code_dim, *codebook_sizes)
         valid = all(isinstance(n, int) and n > 0 for n in sizes) and self.codebook_size < 2**62
         check(valid, "dim, code_dim, codebook sizes", sizes, "integers from 1, below 2**62 codes in all")
-        self.project_in = nn.Identity() if code_dim is None else nn.Linear(dim, self.code_dim)
-        self.project_out = nn.Identity() if code_dim is None else nn.Linear(self.code_dim, dim)
-
-    def _apply(self, fn, recurse: bool = True):
-        """half(), bfloat16() and double() leave a quantizer in fp32: a code's index needs its digits."""
-        return super()._apply(lambda x: y if (y := fn(x)).dtype == x.dtype else x.to(y.device), recurse)
+        self.project_in = nn.Linear(dim, self.code_dim) if project else nn.Identity()
+        self.project_out = nn.Linear(self.code_dim, dim) if project else nn.Identity()
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Quantized:
@@ -108,72 +84,87 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices (...) in [0, codebook_size) -> codes (..., code_dim)."""
+        """indices (B, N) in [0, codebook_size) -> codes (B, N, code_dim)."""
 
     def forward(self, z: Tensor) -> Quantized:
-        """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar >= 0), indices (B, H, W) or (B, N), int64.
+        """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar), indices (B, H, W) or (B, N), int64.
 
-        z_q's gradient reaches z. In train mode codes of EMA-VQ and matched SimVQ move, and DDCL adds noise.
-        ValueError for another shape and, in eval mode, for NaNs or magnitudes above 1e12. Train mode does not look at
-        values, so as not to wait for the device: look at your loss, which a NaN reaches.
+        z_q's gradient reaches z. In train mode the codes of EMA-VQ and MatchedSimVQ move, and DDCL adds noise.
+        InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12. Train mode does not look at
+        values, as it would wait for the GPU. A NaN reaches your loss.
         """
         tokens, shape = self._to_tokens(z, "z", values=not self.training)
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             codes, loss, indices = self.quantize(self.project_in(tokens))
             return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
 
-    def indices_to_codes(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, depth: int | None = None) -> Tensor:
         """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C).
-        codebooks: how many residual ones, from the first; None: all."""
-        valid = codebooks is None or self.residual and codebooks in range(1, len(self.codebook_sizes) + 1)
-        check(valid, "codebooks", codebooks, "None; with residual codebooks 1 to their number")
+
+        depth decodes the first few residual codebooks alone: coarse to fine.
+        """
+        valid = depth is None or self.residual and depth in range(1, len(self.codebook_sizes) + 1)
+        check(valid, "depth", depth, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
+        tokens = indices.flatten(1)
         with torch.autocast(indices.device.type, enabled=False):
-            codes = self.lookup(indices.flatten(1), *([codebooks] if codebooks else []))
+            codes = self.lookup(tokens) if depth is None else self.lookup(tokens, depth)
             return self._to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """indices (N,) -> z_q (N, C)."""
         return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
-    @torch.no_grad()
-    def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """Inverse of indices_to_codes, by comparison with each code. ValueError beyond 2**24 codes."""
-        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
-        tokens, shape = self._to_tokens(z_q, "z_q")
-        best, indices = torch.inf, 0
-        for some in torch.arange(self.codebook_size, device=z_q.device).split(2**13):
-            codes = self.get_codebook_entry(some)
-            center = codes.mean(0)
-            scores = (tokens - center) @ (codes - center).T - (codes - center).square().sum(1) / 2
-            few = scores.topk(min(8, len(some)))[1]  # a product's rounding hides which is nearest, differences do not
-            distance, index = (tokens[..., None, :] - codes[few]).square().sum(3).min(2)
-            indices = torch.where(distance < best, some[few.gather(2, index[..., None])[..., 0]], indices)
-            best = distance.clamp(max=best)
-        return indices.view(shape)
-
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
-        """indices, a list or array too, as int64 on the quantizer's device. ValueError unless in [0, codebook_size),
-        and of an ndim among dims, if given."""
+        """indices, which may be a list or an array, as int64 on the quantizer's device.
+
+        InputError unless they lie in [0, codebook_size) and, if dims are given, have one of these numbers of axes.
+        """
         indices = torch.as_tensor(indices)
         valid = not (indices.is_floating_point() or indices.dtype == torch.bool)
         check(valid, "dtype of indices", indices.dtype, "integers")
-        allowed = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
-        check(not dims or indices.ndim in dims, "shape of indices", tuple(indices.shape),
-              f"{allowed}: reshape them; indices[None] makes a batch of one image")
-        own = [*self.parameters(), *self.buffers(), indices]
-        indices = indices.to(own[0].device).long()
+        if dims and indices.ndim not in dims:
+            allowed = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
+            raise InputError(f"indices have the shape {tuple(indices.shape)}, but {allowed} is needed. "
+                             "Reshape them; indices[None] makes a batch of one image.")
+        weights = [*self.parameters(), *self.buffers()]
+        indices = indices.to(weights[0].device if weights else indices.device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
+
+    @torch.no_grad()
+    def codes_to_indices(self, z_q: Tensor) -> Tensor:
+        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N).
+
+        Each token is compared with each code, in blocks, so that memory is bounded. InputError beyond 2**24 codes.
+        """
+        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
+        tokens, shape = self._to_tokens(z_q, "z_q")
+        least, indices = torch.inf, 0
+        for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):
+            codes = self.get_codebook_entry(block)
+            nearest = nearest_code(tokens, codes)
+            distances = (tokens - codes[nearest]).square().sum(-1)
+            indices = torch.where(distances < least, block[nearest], indices)
+            least = distances.clamp(max=least)
+        return indices.view(shape)
+
+    def _apply(self, function, recurse: bool = True):
+        """half(), bfloat16() and double() leave a quantizer in fp32: a code's index needs its digits."""
+        def move(x: Tensor) -> Tensor:
+            moved = function(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+        return super()._apply(move, recurse)
 
     def _to_tokens(self, z: Tensor, name: str, values: bool = True) -> tuple[Tensor, torch.Size]:
         """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
         valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
         check(valid, name, getattr(z, "shape", type(z)), "floats (B, C, H, W) or (B, N, C)")
         tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
-        check(tokens.shape[-1] == self.dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's {self.dim}")
+        if tokens.shape[-1] != self.dim:
+            raise InputError(f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {self.dim}.")
         if values:
-            check_range(tokens, -1e12, 1e12, name)
+            check_range(tokens, -1e12, 1e12, f"numbers of {name}")
         return tokens.flatten(1, -2), tokens.shape[:-1]
 
     def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:
@@ -181,20 +172,30 @@ class Quantizer(nn.Module, ABC):
         return z.movedim(3, 1) if len(shape) == 3 else z
 
 
+def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """indices (...) -> digits (..., k) in mixed radix: index = i_0 + sizes[0] (i_1 + sizes[1] (i_2 + ...))."""
+    return torch.stack([indices // math.prod(sizes[:k]) % size for k, size in enumerate(sizes)], -1)
+
+
+def join_indices(digits: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The inverse of split_indices: digits (..., k) -> indices (...)."""
+    return sum(digit * math.prod(sizes[:k]) for k, digit in enumerate(digits.unbind(-1)))
+
+
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al., 2309.15505): each of a few numbers is rounded to one of a few levels.
 
-    All combinations are codes. None is learned, so none collapses; the loss is 0. Levels lie symmetrically from -1 to 1
-    (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512, [8, 5, 5, 5] = 1,000,
-    [8, 8, 8, 5, 5, 5] = 64,000.
+    Each combination of levels is a code. No code is learned, so none collapses, and the loss is 0. Levels lie
+    symmetrically from -1 to 1 (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512,
+    [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000. Tokens with a number for each level need no maps.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
         valid = isinstance(levels, (list, tuple)) and levels and all(isinstance(n, int) and n > 1 for n in levels)
         check(valid, "levels", levels, "a list of integers from 2")
-        n = len(levels)
-        super().__init__(n if dim is None else dim, None if dim in (None, n) else n, (math.prod(levels),))
-        self.levels = tuple(levels)  # the sizes of sub-indices
+        dim = len(levels) if dim is None else dim
+        super().__init__(dim, len(levels), (math.prod(levels),), project=dim != len(levels))
+        self.levels = tuple(levels)
         self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -202,8 +203,9 @@ class FSQ(Quantizer):
         indices = self.nearest(x)
         return straight_through(x, self.lookup(indices)), x.new_zeros(()), indices
 
-    def nearest(self, codes: Tensor) -> Tensor:
-        return join_indices(((codes.clamp(-1, 1) + 1) / 2 * self.steps).round().long(), self.levels)
+    def nearest(self, x: Tensor) -> Tensor:
+        digits = ((x.clamp(-1, 1) + 1) / 2 * self.steps).round().long()
+        return join_indices(digits, self.levels)
 
     def lookup(self, indices: Tensor) -> Tensor:
         return 2 * split_indices(indices, self.levels) / self.steps - 1
@@ -213,9 +215,9 @@ class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
     A token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends m = round((x + u) / delta)
-    and receives m delta - u: its error is uniform and independent of x, so x's gradient is exact. In eval mode u = 0:
-    codes are FSQ's with 2 / delta + 1 levels. The loss, comm_weight times log2(2 |x| / delta + 1) bits, summed over the
-    four, bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1) by Jensen.
+    and receives m delta - u. This error is uniform and independent of x, so x's gradient is exact. In eval mode u is 0,
+    and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed
+    over the four numbers. By Jensen it bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1).
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -233,95 +235,163 @@ class DDCL(FSQ):
         return received, self.comm_weight * bits, indices
 
 
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
+
+    |x - c|^2 is least where x.c - |c|^2 / 2 is largest. The codes' mean is subtracted from both first: far from zero,
+    fp32 would round the differences away. Chunks bound the memory to 16 MB on a CPU and 1 GB on a GPU.
+    """
+    center = codebook.detach().mean(0)
+    tokens, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
+    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2
+    rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codes))
+    # an export must hold for any number of tokens, and has no loop
+    chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)
+    found = [grouped_argmax(torch.addmm(bias, chunk, codes.T)) for chunk in chunks]
+    return torch.cat(found).view(x.shape[:-1])
+
+
+def grouped_argmax(scores: Tensor) -> Tensor:
+    """scores.argmax(1) for scores (N, K): first the best group of 256 columns, then the best column in it.
+
+    A CPU finds a maximum faster than its place: 65,536 columns take 71 instead of 237 ms, with their product.
+    """
+    size = math.gcd(scores.shape[1], 256)
+    groups = scores.unflatten(1, (-1, size))
+    best = groups.amax(2).argmax(1)
+    columns = groups.gather(1, best[:, None, None].expand(-1, 1, size))[:, 0]
+    return best * size + columns.argmax(1)
+
+
+def count_processes() -> int:
+    """The number of torchrun's processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_of_processes(x: Tensor) -> Tensor:
+    """x, summed in place over torchrun's processes."""
+    if count_processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 class SimVQ(Quantizer):
-    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook g, seen through one map: code e_i = A g_i + m.
+    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
 
-    The map moves all codes, used or not. `transform` names its source:
-    - "matched": the tokens' running mean m and covariance C. Codes of any width stay in use.
-    - "learned": gradient descent, without m, as in the paper; "cosine": the same with tokens and codes normalised.
-      Wide codes collapsed here: A follows the tokens' few strongest directions, and tokens follow the codes.
-
-    Matched codes are distributed like best guesses of Gaussian tokens seen in noise (Cover and Thomas, chapter 9). K
-    codes tell tokens apart down to noise of variance s, where 1/2 log det(I + C / s) = log K. The guesses' covariance
-    is C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal variances this is
-    Shannon's random code (section 10.3).
+    The map moves all codes, used or not. Wide codes collapsed here all the same: the map follows the tokens' few
+    strongest directions, and tokens follow the codes. cosine=True normalises tokens and codes.
     """
 
-    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int | None = 16, transform: str = "matched",
-                 decay: float = 0.99, commitment_cost: float = 0.25):
-        check(transform in ("matched", "learned", "cosine"), "transform", transform, '"matched", "learned" or "cosine"')
-        check(0 < decay < 1, "decay", decay, "between 0 and 1")
-        super().__init__(dim, code_dim, (codebook_size,))
-        n, matched = self.code_dim, transform == "matched"
-        check(transform != "cosine" or n > 1, "code_dim", n, "2 or more: normalised, others are -1 or 1")
-        self.transform, self.decay, self.commitment_cost = transform, decay, commitment_cost
-        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
-        self.code_transform = nn.Linear(n, n, bias=matched).requires_grad_(not matched)  # A and m
-        if matched:
-            self.register_buffer("moments", torch.zeros(n + 1, n + 1))  # of (tokens minus a recent m, 1), squared
-            self.register_buffer("variance", torch.ones(()))  # of the tokens' numbers, on average
-            self.register_buffer("noise_ratio", torch.ones(()))  # s / variance
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, cosine: bool = False,
+                 commitment_cost: float = 0.25, project: bool = True):
+        super().__init__(dim, code_dim, (codebook_size,), project)
+        check(self.code_dim > 1 or not cosine, "code_dim", self.code_dim, "2 or more with cosine=True")
+        self.cosine, self.commitment_cost = cosine, commitment_cost
+        codebook = torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5
+        self.register_buffer("frozen_codebook", codebook)
+        self.code_transform = nn.Linear(self.code_dim, self.code_dim, bias=False)
 
     def quantize(self, x: Tensor) -> Quantized:
         x = self.normalize(x)
-        if self.transform == "matched" and self.training:
-            self.match(x.flatten(0, 1))
-        indices = nearest_code(x, self.lookup(slice(None)))  # of all codes
+        indices = nearest_code(x, self.transform(self.frozen_codebook))
         codes = self.lookup(indices)
-        # squared errors of codes (constant if matched) and tokens, the commitment: summed, or relative to variance
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
-        scale = 1 / self.variance if self.transform == "matched" else self.code_dim
-        return straight_through(x, codes), scale * loss, indices
+        return straight_through(x, codes), self.code_dim * loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return self.normalize(self.code_transform(self.frozen_codebook[indices]))
+        return self.transform(self.frozen_codebook[indices])
+
+    def transform(self, codes: Tensor) -> Tensor:
+        return self.normalize(self.code_transform(codes))
 
     def normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.transform == "cosine" else x
+        return F.normalize(x, dim=-1) if self.cosine else x
+
+
+class MatchedSimVQ(Quantizer):
+    """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
+
+    A code is A g + m, with a frozen random g and the tokens' running mean m. The codes shall be distributed like the
+    best guesses of Gaussian tokens that are seen in noise (Cover and Thomas, chapter 9). K codes tell tokens of
+    covariance C apart down to noise of variance s, where log det(I + C / s) / 2 = log K. The guesses then have the
+    covariance C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal variances
+    this is Shannon's random code (section 10.3).
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
+                 commitment_cost: float = 0.25, project: bool = True):
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
+        super().__init__(dim, code_dim, (codebook_size,), project)
+        n = self.code_dim
+        self.decay, self.commitment_cost = decay, commitment_cost
+        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
+        self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
+        self.register_buffer("mean", torch.zeros(n))  # m
+        self.register_buffer("covariance", torch.eye(n))  # C
+        self.register_buffer("total_weight", torch.zeros(()))  # the weights of all steps so far: 1 - decay^steps
+        self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the tokens' variance
+
+    def quantize(self, x: Tensor) -> Quantized:
+        if self.training:
+            self.update(x.flatten(0, 1))
+        indices = nearest_code(x, self.code_transform(self.frozen_codebook))
+        codes = self.lookup(indices)
+        error = F.mse_loss(x, codes) / self.variance()
+        loss = error.detach() + self.commitment_cost * error  # as SimVQ's: its first part moves codes, here nothing
+        return straight_through(x, codes), loss, indices
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.code_transform(self.frozen_codebook[indices])
+
+    def variance(self) -> Tensor:
+        """The variance of a token's numbers, averaged over them."""
+        return self.covariance.diagonal().mean().clamp(min=1e-10)
 
     @torch.no_grad()
-    def match(self, x: Tensor):
-        """Set A and m from moving averages, equal in all processes, of the moments of tokens x (N, code_dim)."""
-        mean, first = self.code_transform.bias, sum_of_processes(F.pad(x, (0, 1), value=1).mean(0))
-        mean.copy_(torch.where(self.moments[-1, -1] > 0, mean, first[:-1] / first[-1]))
-        x = F.pad(x - mean, (0, 1), value=1)  # around m: around zero, far tokens would have no variance in fp32
-        moments = sum_of_processes(x.T @ x / len(x))
-        shift = torch.eye(len(moments), device=x.device)  # of the old moments to today's m
-        shift[:-1, -1] = -self.moments[:-1, -1] / self.moments[-1, -1].clamp(min=1e-30)
-        self.moments.copy_(torch.lerp(shift @ self.moments @ shift.T, moments, 1 - self.decay))
-        second, step = (self.moments / self.moments[-1, -1])[:, :-1].split(self.code_dim)
-        cov = second - step.T * step
-        self.variance.copy_(cov.diagonal().mean().clamp(min=1e-10))
-        s = (self.noise_ratio * self.variance).maximum(1e-6 * second.trace())  # above the rounding of C
-        factor, _ = torch.linalg.cholesky_ex(cov + s.expand(self.code_dim).diag())
-        root = torch.linalg.solve_triangular(factor, cov, upper=False)  # A' but for g's scale
-        self.code_transform.weight.copy_(self.code_dim**0.5 * root.T)
-        mean += step[0]
-        # a Newton step for log s, for the next step of training
-        excess = factor.diagonal().log().sum() - self.code_dim / 2 * s.log() - math.log(self.codebook_size)
+    def update(self, x: Tensor):
+        """Follow tokens x (N, code_dim) with the moving averages, equal in all processes, and match A and m to them."""
+        self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
+        rate = (1 - self.decay) / self.total_weight  # 1 in the first step, which forgets the initial values
+        x = x - self.mean  # tokens far from zero keep their digits
+        step = sum_of_processes(x.mean(0)) / count_processes()
+        x = x - step
+        covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
+        # the covariance of a mixture: those of its two parts, and that of their means
+        self.covariance.lerp_(covariance + (1 - rate) * step.outer(step), rate)
+        self.mean += rate * step
+
+        n, variance = self.code_dim, self.variance()
+        s = self.noise_ratio * variance
+        factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L L' = C + s I
+        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R = L^-1 C: R' R is the goal
+        self.code_transform.weight.copy_(n**0.5 * root.T)  # g's numbers have the variance 1 / n
+        self.code_transform.bias.copy_(self.mean)
+        # one Newton step for log s, for the next step of training
+        excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
-        self.noise_ratio.mul_((excess / slope).clamp(-1, 1).exp()).clamp_(1e-6, 1e6)
+        self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
+        self.noise_ratio.clamp_(1e-6 * n, 1e6)  # at least the rounding errors of C
 
 
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    A step has n_i tokens at code i, with the sum s_i:
+    In a step n_i tokens with the sum s_i have code i:
         N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
-    Laplace smoothing adds 1e-5 to N_i, little if a code has well above 1e-4 tokens. The loss is the commitment loss.
-    With n the moving average of a step's tokens a code, codes with N_i below 0.1 n, at first nearly all, are dead: they
-    restart at random tokens, N_i = 0.2 n.
+    Laplace smoothing adds 1e-5 to N_i, which is little for codes with well above 1e-4 tokens. The loss is the
+    commitment loss. A code with N_i below 0.1 times the mean is dead. It restarts at a random token, counted as 0.2
+    times the mean.
     """
 
-    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int | None = 16, decay: float = 0.99,
-                 commitment_cost: float = 0.25):
+    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
+                 commitment_cost: float = 0.25, project: bool = True):
         check(0 < decay < 1, "decay", decay, "between 0 and 1")
-        super().__init__(dim, code_dim, (codebook_size,))
+        super().__init__(dim, code_dim, (codebook_size,), project)
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # n; 0 before the first step
+        self.register_buffer("mean_count", torch.zeros(()))  # the moving average of n_i's mean; 0 before the first step
 
     def quantize(self, x: Tensor) -> Quantized:
         indices = nearest_code(x, self.codebook)
@@ -333,16 +403,15 @@ class EMAVQ(Quantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *args):
-        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # in files of older code there is none
-        super()._load_from_state_dict(state, prefix, *args)
+    def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
+        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # older files have none
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
         """A step of the moving averages, equal in all processes, by tokens x (N, code_dim) at codes `indices` (N,)."""
         counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
         sums = sum_of_processes(torch.zeros_like(self.token_sums).index_add_(0, indices, x))
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.token_counts.lerp_(counts, 1 - self.decay)
         self.token_sums.lerp_(sums, 1 - self.decay)
         total = self.token_counts.sum()
@@ -352,10 +421,10 @@ class EMAVQ(Quantizer):
         mean = self.mean_count.lerp_(counts.mean(), torch.where(self.mean_count > 0, 1 - self.decay, 1))
         dead = self.token_counts < 0.1 * mean
         number = dead.cumsum(0) - 1  # of the dead, from 0: each restarts at another token
-        dead &= number < counts.sum() / processes
+        dead &= number < counts.sum() / count_processes()
         order = torch.rand_like(x[:, 0]).argsort()
-        tokens = x[order[number % len(x)]]  # for all codes, not the dead alone: no shape depends on values
-        if processes > 1:  # process 0's, by a sum: torch.compile does not know dist.broadcast
+        tokens = x[order[number % len(x)]]  # for all codes, as compiled code needs shapes that no value changes
+        if count_processes() > 1:  # all processes take process 0's, by a sum: torch.compile does not know broadcast
             tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
         self.codebook.copy_(torch.where(dead[:, None], tokens, codes))
         self.token_sums.copy_(torch.where(dead[:, None], 0.2 * mean * tokens, self.token_sums))
@@ -363,128 +432,193 @@ class EMAVQ(Quantizer):
 
 
 class MultiCodebook(Quantizer):
-    """Several EMA-VQ codebooks: two of 256 codes make 65,536. An index has a sub-index for each.
+    """Several EMA-VQ codebooks. An index has a digit for each: two codebooks of 256 codes make 65,536 codes."""
 
-    "residual" (2107.03312, 2203.01941): each quantizes what those before it leave, and their codes add up. "product"
-    (Jegou et al., PAMI 2011): each quantizes some dimensions. random_depth: fraction of training images decoded from a
-    random number of first codebooks, as indices_to_codes can.
-    """
-
-    def __init__(self, dim: int, codebooks: int, combine: str = "residual", random_depth: float = 0.0,
-                 codebook_size: int = 256, code_dim: int | None = 16, **options):
+    def __init__(self, dim: int, codebooks: int = 2, codebook_size: int = 256, code_dim: int = 16,
+                 decay: float = 0.99, commitment_cost: float = 0.25, project: bool = True):
         check(isinstance(codebooks, int) and codebooks > 0, "codebooks", codebooks, "an integer from 1")
-        check(combine in ("residual", "product"), "combine", combine, '"residual" or "product"')
-        super().__init__(dim, code_dim, (codebook_size,) * codebooks)
-        self.residual, self.random_depth = combine == "residual", random_depth
-        check(0 <= random_depth <= self.residual, "random_depth", random_depth, '0 to 1, 0 with "product"')
-        n = self.code_dim
-        check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
-        width = n if self.residual else n // codebooks
-        self.codebooks = nn.ModuleList(EMAVQ(width, codebook_size, None, **options) for _ in range(codebooks))
-        # the dimensions of each
-        self.parts = [slice(n)] * codebooks if self.residual else [slice(i, i + width) for i in range(0, n, width)]
+        super().__init__(dim, code_dim, (codebook_size,) * codebooks, project)
+        self.width = self.split_width(codebooks)
+        self.stages = nn.ModuleList()
+        for _ in range(codebooks):
+            self.stages.append(EMAVQ(self.width, codebook_size, 0, decay, commitment_cost, project=False))
+
+    @abstractmethod
+    def split_width(self, codebooks: int) -> int:
+        """How many of a code's numbers each codebook quantizes."""
+
+    @abstractmethod
+    def part(self, stage: int) -> slice:
+        """Which of a code's numbers this codebook quantizes."""
 
     def quantize(self, x: Tensor) -> Quantized:
-        depth = torch.full((x.shape[0], 1, 1), len(self.codebooks), device=x.device)  # of each image
-        if self.training and self.random_depth:
-            random = torch.randint_like(depth, 1, len(self.codebooks) + 1)
-            depth = torch.where(torch.rand_like(x[:, :1, :1]) < self.random_depth, random, depth)
-        codes, output = torch.zeros_like(x), torch.zeros_like(x)
-        indices, loss = [], 0
-        for i, (codebook, part) in enumerate(zip(self.codebooks, self.parts)):
-            code, codebook_loss, index = codebook.quantize((x - codes)[..., part])
-            codes[..., part] += code.detach()
-            output = torch.where(depth > i, codes, output)
-            indices.append(index)
-            loss += codebook_loss
-        return straight_through(x, output), loss, join_indices(torch.stack(indices, -1), self.codebook_sizes)
+        codes, loss, digits = torch.zeros_like(x), 0, []
+        for i, stage in enumerate(self.stages):
+            code, stage_loss, digit = stage.quantize((x - codes)[..., self.part(i)])
+            codes[..., self.part(i)] += code.detach()
+            loss = loss + stage_loss
+            digits.append(digit)
+        return straight_through(x, codes), loss, join_indices(torch.stack(digits, -1), self.codebook_sizes)
 
-    def lookup(self, indices: Tensor, codebooks: int | None = None) -> Tensor:
-        sub_indices = split_indices(indices, self.codebook_sizes).unbind(-1)[:codebooks]
+    def lookup(self, indices: Tensor, depth: int | None = None) -> Tensor:
+        digits = split_indices(indices, self.codebook_sizes)
         codes = torch.zeros(*indices.shape, self.code_dim, device=indices.device)
-        for codebook, part, index in zip(self.codebooks, self.parts, sub_indices):
-            codes[..., part] += codebook.lookup(index)
+        for i, stage in enumerate(self.stages[:depth]):
+            codes[..., self.part(i)] += stage.lookup(digits[..., i])
         return codes
+
+
+class ResidualVQ(MultiCodebook):
+    """Residual quantization (2107.03312, 2203.01941): each codebook quantizes what those before it leave.
+
+    Codes add up. The first few codebooks can be decoded alone, coarse to fine: indices_to_codes(indices, depth=1).
+    """
+
+    residual = True
+
+    def split_width(self, codebooks: int) -> int:
+        return self.code_dim
+
+    def part(self, stage: int) -> slice:
+        return slice(None)
+
+
+class ProductVQ(MultiCodebook):
+    """Product quantization (Jegou et al., PAMI 2011): each codebook quantizes its own share of the numbers."""
+
+    def split_width(self, codebooks: int) -> int:
+        check(self.code_dim % codebooks == 0, "code_dim", self.code_dim, f"a multiple of {codebooks}")
+        return self.code_dim // codebooks
+
+    def part(self, stage: int) -> slice:
+        return slice(stage * self.width, (stage + 1) * self.width)
 
 
 class NoQuantizer(Quantizer):
     """Tokens pass unchanged: the upper bound of all quantizers. codebook_size is 0."""
 
     def __init__(self, dim: int):
-        super().__init__(dim, None, ())
+        super().__init__(dim, 0, (), project=False)
         self.codebook_size = 0
 
     def quantize(self, x: Tensor) -> Quantized:
         return x, x.new_zeros(()), x.new_zeros(x.shape[:2], dtype=torch.int64)
 
-    def lookup(self, indices: Tensor, *_) -> Tensor:
-        raise ValueError("quantizer = 'none', allowed: one that has codes")
+    def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
+        raise InputError("Without a quantizer there are no indices to decode. Choose another quantizer than 'none'.")
 
-    check_indices = lookup
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.check_indices(indices)
 
 
 class Library(Quantizer):
-    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's own arguments.
+    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with the options of this class.
 
-    An index has a sub-index for each codebook; in train mode, with quantize_dropout, it is of no use. LFQ's loss, an
-    entropy, may be negative. code_dim None: the class projects tokens itself, if it has to. options: plain values, for
-    checkpoints. arguments: those of its forward in training and evaluation, such as LFQ's inv_temperature.
+    code_dim 0 gives the class tokens of all channels, which it projects if it has to. An index has a digit for each of
+    the class's codebooks. LFQ's loss, an entropy, may be negative. With quantize_dropout indices of train mode are of
+    no use. `arguments` go to the class's forward, such as LFQ's inv_temperature.
     """
 
-    def __init__(self, dim: int, kind: str, code_dim: int | None = None, arguments: dict | None = None, **options):
+    def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
         try:
             library = importlib.import_module("vector_quantize_pytorch")
-        except ImportError:
-            raise ValueError("quantizer = 'library', allowed: after pip install vector-quantize-pytorch") from None
+        except ImportError as error:
+            raise InputError("This quantizer needs a package: pip install vector-quantize-pytorch") from error
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
+        build = partial(getattr(library, kind), dim=code_dim or dim)
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
+        arguments = arguments or {}
+        # a trial tells the indices' shape. k-means, and shared statistics, would wait for other processes
+        alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
         try:
-            with torch.device("cpu"), torch.no_grad():  # some cannot be built on the meta device
+            with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
+                module = build(**options)
+                with torch.random.fork_rng(devices=[]):
+                    trial = build(**options | alone).eval()
                 z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
-                module = getattr(library, kind)(dim=z.shape[2], **options)
-                twin = copy.deepcopy(module).eval()  # a copy is tried: k-means starts from z
-                z_q, indices, *_ = twin(z, **arguments or {})
-                find = "get_output_from_indices" if hasattr(twin, "get_output_from_indices") else "indices_to_codes"
-                codes = getattr(twin, find)(indices)
-            assert codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5), f"{find}: other codes"
-        except Exception as error:  # of any kind: what a class refuses, or does not have
-            raise ValueError(f"{kind} = {options!r:.300}, allowed: what this class takes: {error!r:.300}") from None
+                z_q, indices, *_ = trial(z, **arguments)
+                codes = read_codes(trial, indices)
+            require(codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5),
+                    "its codes of indices differ from its output")
+        except Exception as error:  # classes refuse options by errors of all kinds
+            message = f"{kind} of vector-quantize-pytorch refuses {options!r:.300}: {error!r:.300}"
+            raise InputError(" ".join(message.split())) from error
+        digits = indices.numel() // 2
         sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # of a group's codebooks, or of each
-        super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)))
-        self.module, self.find, self.kind, self.arguments = module, find, kind, arguments or {}
-        self.layout, self.groups = indices.ndim, len(indices) if indices.ndim == 4 else 1
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # a group's, or one for all codebooks
+        super().__init__(dim, code_dim, sizes * (digits // len(sizes)), project=code_dim > 0)
+        self.kind, self.module, self.arguments = kind, module, arguments
+        self.groups = len(indices) if indices.ndim == 4 else 0
+        self.one_digit = indices.ndim == 2
 
     def quantize(self, x: Tensor) -> Quantized:
-        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
-        codes, indices, *loss = self.module(x, **self.arguments)
-        loss = loss[0].sum() if loss else x.new_zeros(())  # of several codebooks one each
-        indices = indices.movedim(0, 2) if self.layout == 4 else indices  # (groups, B, N, q)
-        indices = join_indices(indices.long().reshape(*x.shape[:2], -1), self.codebook_sizes)
+        self.check_export()
+        codes, indices, *losses = self.module(x, **self.arguments)
+        loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
+        indices = self.from_library(indices)
         return codes if self.training else straight_through(x, self.lookup(indices)), loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
-        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
-        groups = split_indices(indices, self.codebook_sizes).unflatten(2, (self.groups, -1)).movedim(2, 0)
-        return getattr(self.module, self.find)({2: groups[0, ..., 0], 3: groups[0], 4: groups}[self.layout])
+        self.check_export()
+        return read_codes(self.module, self.to_library(indices))
+
+    def from_library(self, indices: Tensor) -> Tensor:
+        """The class's indices (B, N), (B, N, codebooks) or (groups, B, N, codebooks) -> indices (B, N)."""
+        if self.groups:
+            indices = indices.movedim(0, 2)
+        digits = indices[..., None] if self.one_digit else indices.flatten(2)
+        return join_indices(digits.long(), self.codebook_sizes)
+
+    def to_library(self, indices: Tensor) -> Tensor:
+        """The inverse of from_library."""
+        digits = split_indices(indices, self.codebook_sizes)
+        if self.groups:
+            return digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
+        return digits[..., 0] if self.one_digit else digits
+
+    def check_export(self):
+        lfq = self.kind == "LFQ" or not torch.compiler.is_exporting()
+        check(lfq, "quantizer", self.kind, "LFQ in an export")
 
 
-QUANTIZERS = {"fsq": FSQ, "simvq": SimVQ, "ema_vq": EMAVQ, "ddcl": DDCL, "none": NoQuantizer, "library": Library,
-              # LFQ's weights: of a short search (RESULTS.md); BSQ's temperature: its authors', the library's is 100
-              "lfq": partial(Library, kind="LFQ", entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
-              "bsq": partial(Library, kind="LFQ", spherical=True, arguments={"inv_temperature": 1.0}),
-              "rotation_vq": partial(Library, kind="VectorQuantize", rotation_trick=True, threshold_ema_dead_code=2),
-              "residual_fsq": partial(Library, kind="ResidualFSQ")}
+def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
+    """The codes of a class of vector-quantize-pytorch for its own indices."""
+    if hasattr(module, "get_output_from_indices"):
+        return module.get_output_from_indices(indices)
+    return module.indices_to_codes(indices)
 
 
-def build_quantizer(name: str, dim: int, codebooks: int = 1, **options) -> Quantizer:
-    """One of QUANTIZERS for tokens of dim channels. options: of its constructor."""
+# LFQ's weights come from a short search (RESULTS.md). BSQ's temperature is its authors', the library's is 100.
+QUANTIZERS = {
+    "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,
+    "residual_vq": ResidualVQ, "product_vq": ProductVQ, "none": NoQuantizer, "library": Library,
+    "lfq": partial(Library, kind="LFQ", codebook_size=65536, entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
+    "bsq": partial(Library, kind="LFQ", codebook_size=65536, spherical=True, arguments={"inv_temperature": 1.0}),
+    "rotation_vq": partial(Library, kind="VectorQuantize", codebook_size=65536, code_dim=16, rotation_trick=True,
+                           threshold_ema_dead_code=2),
+    "residual_fsq": partial(Library, kind="ResidualFSQ", levels=(8, 6, 5), num_quantizers=2)}
+
+
+def build_quantizer(name: str, dim: int, **options) -> Quantizer:
+    """Build the quantizer with this name in QUANTIZERS, for tokens of dim channels. options go to its class."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(QUANTIZERS))
-    check(codebooks == 1 or name == "ema_vq", "codebooks", codebooks, '1, or more with "ema_vq"')
-    kind = QUANTIZERS[name]
-    if codebooks != 1:
-        kind, options["codebooks"] = MultiCodebook, codebooks
-    quantizer = kind(dim, **options)
-    quantizer.config = {"quantizer": name, "quantizer_options": options}  # VQRAE's arguments, for checkpoints
+    quantizer = QUANTIZERS[name](dim, **options)
+    quantizer.config["quantizer"] = name
     return quantizer
+
+
+def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
+    """Name and options, for build_quantizer, of the quantizer kind(*arguments, **options). Defaults are filled in."""
+    names = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
+    signature = inspect.signature(kind.__init__)
+    bound = signature.bind_partial(None, *arguments, **options)  # copies and unpickled quantizers come without any
+    bound.apply_defaults()
+    kept = {}
+    for parameter, value in list(bound.arguments.items())[2:]:  # without self and dim
+        if signature.parameters[parameter].kind is inspect.Parameter.VAR_KEYWORD:
+            kept |= value
+        else:
+            kept[parameter] = value
+    kept = {option: tuple(value) if isinstance(value, list) else value for option, value in kept.items()}
+    return {"quantizer": names[0] if names else kind.__name__, "quantizer_options": kept}
