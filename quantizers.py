@@ -25,40 +25,11 @@ from torch import Tensor, nn
 Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 
 
-class InputError(ValueError):
-    """A mistake in what the user gave. The message says in one line what to change."""
-
-
-def check(ok: bool, name: str, value: object, allowed: str):
-    """Unless ok, raise InputError("NAME = value, allowed: ..."). This form suits constants and arguments."""
-    if not ok:
-        raise InputError(f"{name} = {value!r:.300}, allowed: {allowed}")
-
-
-def require(ok: bool, sentence: str):
-    """Unless ok, raise InputError(sentence). The sentence says what happened and what to do."""
-    if not ok:
-        raise InputError(sentence)
-
-
-def check_range(x: Tensor, low: float, high: float, name: str):
-    """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
-    if not torch.compiler.is_compiling() and x.numel():
-        least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
-        require(low <= least <= most <= high,
-                f"The {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
-
-
-def straight_through(x: Tensor, codes: Tensor) -> Tensor:
-    """The codes, with x's gradient (1308.3432). The usual x + (codes - x).detach() would round the codes."""
-    return codes.detach() + (x - x.detach())
-
-
 class Quantizer(nn.Module, ABC):
-    """Shapes, checks and maps, which all quantizers share. A quantizer of your own defines `quantize` and `lookup`.
+    """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    An index may have digits, such as the indices in several codebooks: codebook_sizes are their numbers of values.
-    `config` holds the name and the options with which build_quantizer builds the quantizer again.
+    An index may have several digits, such as its indices in residual codebooks: codebook_sizes has their ranges.
+    `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
     residual = False  # whether the first few codebooks can be decoded alone
@@ -91,63 +62,49 @@ class Quantizer(nn.Module, ABC):
 
         z_q's gradient reaches z. In train mode the codes of EMA-VQ and MatchedSimVQ move, and DDCL adds noise.
         InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12. Train mode does not look at
-        values, as it would wait for the GPU. A NaN reaches your loss.
+        values, as it would wait for the GPU: a NaN reaches your loss.
         """
-        tokens, shape = self._to_tokens(z, "z", values=not self.training)
+        tokens, shape = to_tokens(z, self.dim, "z")
+        if not self.training:
+            check_range(tokens, -1e12, 1e12, "z")
         with torch.autocast(z.device.type, enabled=False):  # bf16 would round distances and codes
             codes, loss, indices = self.quantize(self.project_in(tokens))
-            return self._to_grid(self.project_out(codes), shape), loss, indices.view(shape)
+            return to_grid(self.project_out(codes), shape), loss, indices.view(shape)
 
     def indices_to_codes(self, indices: Tensor, depth: int | None = None) -> Tensor:
-        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C).
-
-        depth decodes the first few residual codebooks alone: coarse to fine.
-        """
+        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C), by the first `depth` residual codebooks."""
         valid = depth is None or self.residual and depth in range(1, len(self.codebook_sizes) + 1)
         check(valid, "depth", depth, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
         tokens = indices.flatten(1)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.lookup(tokens) if depth is None else self.lookup(tokens, depth)
-            return self._to_grid(self.project_out(codes), indices.shape)
+            return to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """indices (N,) -> z_q (N, C)."""
         return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
+    def codes_to_indices(self, z_q: Tensor) -> Tensor:
+        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N). At most 2**24 codes."""
+        tokens, shape = to_tokens(z_q, self.dim, "z_q")
+        check_range(tokens, -1e12, 1e12, "z_q")
+        return nearest_entry(tokens, self).view(shape)
+
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, which may be a list or an array, as int64 on the quantizer's device.
 
-        InputError unless they lie in [0, codebook_size) and, if dims are given, have one of these numbers of axes.
+        InputError unless they are integers in [0, codebook_size), with one of these numbers of dimensions, if given.
         """
-        indices = torch.as_tensor(indices)
-        valid = not (indices.is_floating_point() or indices.dtype == torch.bool)
-        check(valid, "dtype of indices", indices.dtype, "integers")
-        if dims and indices.ndim not in dims:
-            allowed = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
-            raise InputError(f"indices have the shape {tuple(indices.shape)}, but {allowed} is needed. "
-                             "Reshape them; indices[None] makes a batch of one image.")
         weights = [*self.parameters(), *self.buffers()]
+        indices = torch.as_tensor(indices)
+        integers = not indices.is_floating_point() and indices.dtype != torch.bool
+        check(integers, "dtype of indices", indices.dtype, "integers")
+        shapes = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
+        check(not dims or indices.ndim in dims, "shape of indices", tuple(indices.shape), shapes)
         indices = indices.to(weights[0].device if weights else indices.device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
-
-    @torch.no_grad()
-    def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N).
-
-        Each token is compared with each code, in blocks, so that memory is bounded. InputError beyond 2**24 codes.
-        """
-        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
-        tokens, shape = self._to_tokens(z_q, "z_q")
-        least, indices = torch.inf, 0
-        for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):
-            codes = self.get_codebook_entry(block)
-            nearest = nearest_code(tokens, codes)
-            distances = (tokens - codes[nearest]).square().sum(-1)
-            indices = torch.where(distances < least, block[nearest], indices)
-            least = distances.clamp(max=least)
-        return indices.view(shape)
 
     def _apply(self, function, recurse: bool = True):
         """half(), bfloat16() and double() leave a quantizer in fp32: a code's index needs its digits."""
@@ -156,30 +113,10 @@ class Quantizer(nn.Module, ABC):
             return moved if moved.dtype == x.dtype else x.to(moved.device)
         return super()._apply(move, recurse)
 
-    def _to_tokens(self, z: Tensor, name: str, values: bool = True) -> tuple[Tensor, torch.Size]:
-        """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
-        valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
-        check(valid, name, getattr(z, "shape", type(z)), "floats (B, C, H, W) or (B, N, C)")
-        tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
-        if tokens.shape[-1] != self.dim:
-            raise InputError(f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {self.dim}.")
-        if values:
-            check_range(tokens, -1e12, 1e12, f"numbers of {name}")
-        return tokens.flatten(1, -2), tokens.shape[:-1]
 
-    def _to_grid(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        z = tokens.view(*shape, self.dim)
-        return z.movedim(3, 1) if len(shape) == 3 else z
-
-
-def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """indices (...) -> digits (..., k) in mixed radix: index = i_0 + sizes[0] (i_1 + sizes[1] (i_2 + ...))."""
-    return torch.stack([indices // math.prod(sizes[:k]) % size for k, size in enumerate(sizes)], -1)
-
-
-def join_indices(digits: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The inverse of split_indices: digits (..., k) -> indices (...)."""
-    return sum(digit * math.prod(sizes[:k]) for k, digit in enumerate(digits.unbind(-1)))
+def straight_through(x: Tensor, codes: Tensor) -> Tensor:
+    """The codes, with x's gradient (1308.3432). The usual x + (codes - x).detach() would round the codes."""
+    return codes.detach() + (x - x.detach())
 
 
 class FSQ(Quantizer):
@@ -235,26 +172,73 @@ class DDCL(FSQ):
         return received, self.comm_weight * bits, indices
 
 
+class InputError(ValueError):
+    """A mistake in the user's input. The message says in one line what to change."""
+
+
+def check(ok: bool, name: str, value: object, allowed: str):
+    """Unless ok, raise InputError("NAME = value, allowed: ..."). This form suits constants and arguments."""
+    if not ok:
+        raise InputError(f"{name} = {value!r:.300}, allowed: {allowed}")
+
+
+def require(ok: bool, sentence: str):
+    """Unless ok, raise InputError(sentence). The sentence says what happened and what to do."""
+    if not ok:
+        raise InputError(sentence)
+
+
+def check_range(x: Tensor, low: float, high: float, name: str):
+    """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
+    if not torch.compiler.is_compiling() and x.numel():
+        least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
+        check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
+
+
+def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
+    """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
+    valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
+    check(valid, name, getattr(z, "shape", type(z)), "floats (B, C, H, W) or (B, N, C)")
+    tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
+    check(tokens.shape[-1] == dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's {dim}")
+    return tokens.flatten(1, -2), tokens.shape[:-1]
+
+
+def to_grid(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of to_tokens."""
+    z = tokens.view(*shape, -1)
+    return z.movedim(3, 1) if len(shape) == 3 else z
+
+
+def split_indices(indices: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """indices (...) -> digits (..., k) in mixed radix: index = i_0 + sizes[0] (i_1 + sizes[1] (i_2 + ...))."""
+    return torch.stack([indices // math.prod(sizes[:k]) % size for k, size in enumerate(sizes)], -1)
+
+
+def join_indices(digits: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The inverse of split_indices: digits (..., k) -> indices (...)."""
+    return sum(digit * math.prod(sizes[:k]) for k, digit in enumerate(digits.unbind(-1)))
+
+
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
 
-    |x - c|^2 is least where x.c - |c|^2 / 2 is largest. The codes' mean is subtracted from both first: far from zero,
-    fp32 would round the differences away. Chunks bound the memory to 16 MB on a CPU and 1 GB on a GPU.
+    |x - c|^2 is least where x.c - |c|^2 / 2 is largest. Both are first centred at the codes' mean: far from zero, fp32
+    would round the differences away. Blocks bound the memory to 8 MB on a CPU and 1 GB on a GPU.
     """
     center = codebook.detach().mean(0)
     tokens, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
     bias = torch.linalg.vector_norm(codes, dim=1).square() / -2
-    rows = max(1, (2**28 if x.is_cuda else 2**22) // len(codes))
-    # an export must hold for any number of tokens, and has no loop
-    chunks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)
-    found = [grouped_argmax(torch.addmm(bias, chunk, codes.T)) for chunk in chunks]
-    return torch.cat(found).view(x.shape[:-1])
+    rows = max(1, (2**28 if x.is_cuda else 2**21) // len(codes))
+    # an export has no loop, as it must hold for any number of tokens
+    blocks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)
+    return torch.cat([grouped_argmax(torch.addmm(bias, block, codes.T)) for block in blocks]).view(x.shape[:-1])
 
 
 def grouped_argmax(scores: Tensor) -> Tensor:
-    """scores.argmax(1) for scores (N, K): first the best group of 256 columns, then the best column in it.
+    """scores.argmax(1) for scores (N, K): the best group of 256 columns first, then the best column in this group.
 
-    A CPU finds a maximum faster than its place: 65,536 columns take 71 instead of 237 ms, with their product.
+    A CPU finds a maximum faster than its place: for 65,536 codes, nearest_code takes a third of the time.
     """
     size = math.gcd(scores.shape[1], 256)
     groups = scores.unflatten(1, (-1, size))
@@ -263,8 +247,21 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     return best * size + columns.argmax(1)
 
 
+@torch.no_grad()
+def nearest_entry(tokens: Tensor, quantizer: Quantizer) -> Tensor:
+    """Indices (B, N) of the quantizer's codes nearest to tokens (B, N, C). Blocks of codes bound the memory."""
+    check(0 < quantizer.codebook_size <= 2**24, "codebook_size", quantizer.codebook_size, "1 to 2**24 here")
+    least, indices = torch.inf, 0
+    for block in torch.arange(quantizer.codebook_size, device=tokens.device).split(2**13):
+        codes = quantizer.get_codebook_entry(block)
+        nearest = nearest_code(tokens, codes)
+        distances = (tokens - codes[nearest]).square().sum(-1)
+        indices = torch.where(distances < least, block[nearest], indices)
+        least = distances.clamp(max=least)
+    return indices
+
+
 def count_processes() -> int:
-    """The number of torchrun's processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -438,24 +435,20 @@ class MultiCodebook(Quantizer):
                  decay: float = 0.99, commitment_cost: float = 0.25, project: bool = True):
         check(isinstance(codebooks, int) and codebooks > 0, "codebooks", codebooks, "an integer from 1")
         super().__init__(dim, code_dim, (codebook_size,) * codebooks, project)
-        self.width = self.split_width(codebooks)
+        n = self.code_dim
+        check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
+        width = n if self.residual else n // codebooks
         self.stages = nn.ModuleList()
-        for _ in range(codebooks):
-            self.stages.append(EMAVQ(self.width, codebook_size, 0, decay, commitment_cost, project=False))
-
-    @abstractmethod
-    def split_width(self, codebooks: int) -> int:
-        """How many of a code's numbers each codebook quantizes."""
-
-    @abstractmethod
-    def part(self, stage: int) -> slice:
-        """Which of a code's numbers this codebook quantizes."""
+        self.parts = []  # which of a code's numbers each codebook quantizes
+        for i in range(codebooks):
+            self.stages.append(EMAVQ(width, codebook_size, 0, decay, commitment_cost, project=False))
+            self.parts.append(slice(0, n) if self.residual else slice(i * width, (i + 1) * width))
 
     def quantize(self, x: Tensor) -> Quantized:
         codes, loss, digits = torch.zeros_like(x), 0, []
-        for i, stage in enumerate(self.stages):
-            code, stage_loss, digit = stage.quantize((x - codes)[..., self.part(i)])
-            codes[..., self.part(i)] += code.detach()
+        for stage, part in zip(self.stages, self.parts):
+            code, stage_loss, digit = stage.quantize((x - codes)[..., part])
+            codes[..., part] += code.detach()
             loss = loss + stage_loss
             digits.append(digit)
         return straight_through(x, codes), loss, join_indices(torch.stack(digits, -1), self.codebook_sizes)
@@ -463,35 +456,22 @@ class MultiCodebook(Quantizer):
     def lookup(self, indices: Tensor, depth: int | None = None) -> Tensor:
         digits = split_indices(indices, self.codebook_sizes)
         codes = torch.zeros(*indices.shape, self.code_dim, device=indices.device)
-        for i, stage in enumerate(self.stages[:depth]):
-            codes[..., self.part(i)] += stage.lookup(digits[..., i])
+        for i in range(depth or len(self.stages)):
+            codes[..., self.parts[i]] += self.stages[i].lookup(digits[..., i])
         return codes
 
 
 class ResidualVQ(MultiCodebook):
     """Residual quantization (2107.03312, 2203.01941): each codebook quantizes what those before it leave.
 
-    Codes add up. The first few codebooks can be decoded alone, coarse to fine: indices_to_codes(indices, depth=1).
+    Codes add up, so the first few codebooks can be decoded alone, coarse to fine: indices_to_codes(indices, depth=1).
     """
 
     residual = True
 
-    def split_width(self, codebooks: int) -> int:
-        return self.code_dim
-
-    def part(self, stage: int) -> slice:
-        return slice(None)
-
 
 class ProductVQ(MultiCodebook):
     """Product quantization (Jegou et al., PAMI 2011): each codebook quantizes its own share of the numbers."""
-
-    def split_width(self, codebooks: int) -> int:
-        check(self.code_dim % codebooks == 0, "code_dim", self.code_dim, f"a multiple of {codebooks}")
-        return self.code_dim // codebooks
-
-    def part(self, stage: int) -> slice:
-        return slice(stage * self.width, (stage + 1) * self.width)
 
 
 class NoQuantizer(Quantizer):
@@ -505,18 +485,18 @@ class NoQuantizer(Quantizer):
         return x, x.new_zeros(()), x.new_zeros(x.shape[:2], dtype=torch.int64)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
-        raise InputError("Without a quantizer there are no indices to decode. Choose another quantizer than 'none'.")
+        raise InputError("Without a quantizer there are no indices to decode: choose another one than 'none'.")
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.check_indices(indices)
 
 
 class Library(Quantizer):
-    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with the options of this class.
+    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
 
-    code_dim 0 gives the class tokens of all channels, which it projects if it has to. An index has a digit for each of
-    the class's codebooks. LFQ's loss, an entropy, may be negative. With quantize_dropout indices of train mode are of
-    no use. `arguments` go to the class's forward, such as LFQ's inv_temperature.
+    With code_dim 0 the class gets tokens of all channels, and projects them if it has to. An index has a digit for
+    each of its codebooks. LFQ's loss, an entropy, may be negative. `arguments` are those of the class's forward, such
+    as LFQ's inv_temperature. With quantize_dropout, indices of train mode are of no use.
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
@@ -526,73 +506,66 @@ class Library(Quantizer):
             raise InputError("This quantizer needs a package: pip install vector-quantize-pytorch") from error
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
-        build = partial(getattr(library, kind), dim=code_dim or dim)
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
-        arguments = arguments or {}
-        # a trial tells the indices' shape. k-means, and shared statistics, would wait for other processes
+        build = partial(getattr(library, kind), dim=code_dim or dim)
+        # a copy is tried on two tokens, without what would make processes wait for each other
         alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
         try:
             with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
                 module = build(**options)
                 with torch.random.fork_rng(devices=[]):
-                    trial = build(**options | alone).eval()
+                    copy = build(**options | alone).eval()
                 z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
-                z_q, indices, *_ = trial(z, **arguments)
-                codes = read_codes(trial, indices)
-            require(codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5),
-                    "its codes of indices differ from its output")
+                z_q, indices, *_ = copy(z, **arguments or {})
+                codes = read_codes(copy, indices)
+            same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
+            require(same, "the codes of its indices are not its output")
         except Exception as error:  # classes refuse options by errors of all kinds
-            message = f"{kind} of vector-quantize-pytorch refuses {options!r:.300}: {error!r:.300}"
-            raise InputError(" ".join(message.split())) from error
-        digits = indices.numel() // 2
+            reason = " ".join(str(error).split())
+            raise InputError(f"{kind} does not work with {options!r:.300}: {reason:.300}") from error
         sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # a group's, or one for all codebooks
-        super().__init__(dim, code_dim, sizes * (digits // len(sizes)), project=code_dim > 0)
-        self.kind, self.module, self.arguments = kind, module, arguments
-        self.groups = len(indices) if indices.ndim == 4 else 0
-        self.one_digit = indices.ndim == 2
+        super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)), project=code_dim > 0)
+        self.kind, self.module, self.arguments = kind, module, arguments or {}
+        self.axes, self.groups = indices.ndim, len(indices)  # groups only with four axes
 
     def quantize(self, x: Tensor) -> Quantized:
-        self.check_export()
+        exported = torch.compiler.is_exporting()
+        check(self.kind == "LFQ" or not exported, "quantizer", self.kind, "LFQ in an export")
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
         indices = self.from_library(indices)
         return codes if self.training else straight_through(x, self.lookup(indices)), loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
-        self.check_export()
         return read_codes(self.module, self.to_library(indices))
 
     def from_library(self, indices: Tensor) -> Tensor:
         """The class's indices (B, N), (B, N, codebooks) or (groups, B, N, codebooks) -> indices (B, N)."""
-        if self.groups:
+        if self.axes == 4:
             indices = indices.movedim(0, 2)
-        digits = indices[..., None] if self.one_digit else indices.flatten(2)
-        return join_indices(digits.long(), self.codebook_sizes)
+        digits = indices.reshape(*indices.shape[:2], -1).long()
+        return join_indices(digits, self.codebook_sizes)
 
     def to_library(self, indices: Tensor) -> Tensor:
         """The inverse of from_library."""
         digits = split_indices(indices, self.codebook_sizes)
-        if self.groups:
+        if self.axes == 4:
             return digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
-        return digits[..., 0] if self.one_digit else digits
-
-    def check_export(self):
-        lfq = self.kind == "LFQ" or not torch.compiler.is_exporting()
-        check(lfq, "quantizer", self.kind, "LFQ in an export")
+        return digits if self.axes == 3 else digits[..., 0]
 
 
 def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
-    """The codes of a class of vector-quantize-pytorch for its own indices."""
+    """The output of a class of vector-quantize-pytorch for its own indices."""
     if hasattr(module, "get_output_from_indices"):
         return module.get_output_from_indices(indices)
     return module.indices_to_codes(indices)
 
 
-# LFQ's weights come from a short search (RESULTS.md). BSQ's temperature is its authors', the library's is 100.
 QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,
     "residual_vq": ResidualVQ, "product_vq": ProductVQ, "none": NoQuantizer, "library": Library,
+    # LFQ's weights come from a short search (RESULTS.md), BSQ's temperature from its authors; the library's is 100
     "lfq": partial(Library, kind="LFQ", codebook_size=65536, entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
     "bsq": partial(Library, kind="LFQ", codebook_size=65536, spherical=True, arguments={"inv_temperature": 1.0}),
     "rotation_vq": partial(Library, kind="VectorQuantize", codebook_size=65536, code_dim=16, rotation_trick=True,
@@ -601,7 +574,7 @@ QUANTIZERS = {
 
 
 def build_quantizer(name: str, dim: int, **options) -> Quantizer:
-    """Build the quantizer with this name in QUANTIZERS, for tokens of dim channels. options go to its class."""
+    """Build the quantizer of this name in QUANTIZERS for tokens of dim channels. Its class takes the options."""
     check(name in QUANTIZERS, "quantizer", name, ", ".join(QUANTIZERS))
     quantizer = QUANTIZERS[name](dim, **options)
     quantizer.config["quantizer"] = name
@@ -609,16 +582,11 @@ def build_quantizer(name: str, dim: int, **options) -> Quantizer:
 
 
 def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
-    """Name and options, for build_quantizer, of the quantizer kind(*arguments, **options). Defaults are filled in."""
+    """The name and all options, also defaults, with which build_quantizer builds kind(*arguments, **options)."""
+    parameters = inspect.signature(kind.__init__).parameters
+    _, dim, *_ = parameters  # without self and dim the others are options
+    kept = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
+    kept |= dict(zip(list(parameters)[1:], arguments)) | options
+    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name != dim}
     names = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
-    signature = inspect.signature(kind.__init__)
-    bound = signature.bind_partial(None, *arguments, **options)  # copies and unpickled quantizers come without any
-    bound.apply_defaults()
-    kept = {}
-    for parameter, value in list(bound.arguments.items())[2:]:  # without self and dim
-        if signature.parameters[parameter].kind is inspect.Parameter.VAR_KEYWORD:
-            kept |= value
-        else:
-            kept[parameter] = value
-    kept = {option: tuple(value) if isinstance(value, list) else value for option, value in kept.items()}
     return {"quantizer": names[0] if names else kind.__name__, "quantizer_options": kept}
