@@ -311,8 +311,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'a file of stage 1, or "STAGES=(2,)"')
         check(start.token_size == model.token_size, "IMAGE_SIZE / GRID", model.token_size,
               f"{start.token_size} with START_CHECKPOINT")
-        for name in model.config.keys() - {"image_size", "grid"}:
-            check(model.config[name] == start.config[name], name.upper(), model.config[name],
+        for name, value in model.config.items():  # a quantizer's name comes before its options
+            check(value == start.config[name] or name in ("image_size", "grid"), name.upper(), value,
                   f"{start.config[name]} with START_CHECKPOINT = {START_CHECKPOINT}")
         start.arguments = model.arguments
         return start
