@@ -438,6 +438,8 @@ def check_constants():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name, least in {"GRID": 1, "BATCH_SIZE": 1, "ACCUMULATE": 1, "CODEBOOKS": 1, "CODEBOOK_SIZE": 2}.items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
+    check(QUANTIZER != "library" or "kind" in LIBRARY and "dim" not in LIBRARY, "LIBRARY", LIBRARY,
+          'a "kind", and options of this class except "dim"')
     check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(SEED < 10**12, "SEED", SEED, "below 10**12")
