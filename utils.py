@@ -73,10 +73,10 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
     Values in the file and on the command line pass the same checks. InputError for an unknown name, for another type,
     and for a negative or infinite number.
     """
-    constants = {name: value for name, value in namespace.items() if name.isupper() and is_plain(value)}
-    kind_of = {name: type(value) for name, value in constants.items()}
-    for kind, names in (kinds or {}).items():
-        kind_of |= dict.fromkeys(names.split(), kind)
+    named = {name: kind for kind, names in (kinds or {}).items() for name in names.split()}
+    constants = {name: value for name, value in namespace.items()
+                 if name in named or name.isupper() and is_plain(value)}
+    kind_of = {name: type(value) for name, value in constants.items()} | named
     if "-h" in arguments or "--help" in arguments:
         print_help(namespace, constants)
         sys.exit()
