@@ -137,7 +137,7 @@ def choose_device(name: str) -> str:
     for argument in sys.argv[1:]:
         if argument.startswith("DEVICE="):
             name = argument.removeprefix("DEVICE=")
-    return name or device
+    return str(name or device)
 
 
 def fast_bf16(device: str) -> bool:
