@@ -1,34 +1,25 @@
-"""Draw what each quantizer does to vectors of two numbers: which part of the plane becomes which code.
+"""Draw what quantizers do to vectors of two numbers: which part of the plane becomes which code.
 
     python -m extras.cells    writes outputs/cells.png, in under a minute
 
-Each quantizer of about 64 codes (6 bits) learns STEPS steps, between two linear maps that start as the identity.
+Each quantizer has about 64 codes (6 bits). It learns for STEPS steps, between two linear maps that start as identity.
 """
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from quantizers import build_quantizer, check
+from quantizers import build_quantizer
 from utils import one_line_errors, read_constants, save_figure
 
 STEPS = 400
-BATCH_SIZE = 1024
 KINDS = {
-    "EMA-VQ": ("ema_vq", dict(codebook_size=64, code_dim=None, decay=0.9)),
-    "SimVQ, matched": ("simvq", dict(codebook_size=64, code_dim=None)),
-    "SimVQ, learned": ("simvq", dict(codebook_size=64, code_dim=None, transform="learned")),
+    "EMA-VQ": ("ema_vq", dict(codebook_size=64, decay=0.9, project=False)),
     "FSQ, 8 x 8": ("fsq", dict(levels=[8, 8])),
-    "DDCL, 3 x 3 x 3 x 3": ("ddcl", dict(delta=1, comm_weight=1e-4)),
-    "residual, 8 + 8": ("ema_vq", dict(codebooks=2, codebook_size=8, code_dim=None, decay=0.9)),
-    "product, 8 x 8": ("ema_vq", dict(codebooks=2, codebook_size=8, code_dim=None, decay=0.9,
-                                     combine="product")),
-    "rotation-trick VQ": ("rotation_vq", dict(codebook_size=64, decay=0.9)),
-    "LFQ": ("lfq", dict(codebook_size=64, entropy_loss_weight=0.01)),
-    "BSQ": ("bsq", dict(codebook_size=64)),
+    "SimVQ, matched": ("simvq", dict(codebook_size=64, project=False)),
+    "residual, 8 + 8": ("residual_vq", dict(codebooks=2, codebook_size=8, decay=0.9, project=False)),
 }
 
 
@@ -41,25 +32,26 @@ def draw_vectors(count: int) -> Tensor:
 class Autoencoder(nn.Module):
     """Vectors (N, 2) -> their reconstructions (N, 2), the quantizer's loss, and indices (N,)."""
 
-    def __init__(self, name: str, options: dict):
+    def __init__(self, quantizer: str, options: dict):
         super().__init__()
         self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.quantizer = build_quantizer(name, 2, **options)
+        self.quantizer = build_quantizer(quantizer, 2, **options)
         for layer in (self.encoder, self.decoder):
-            nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z_q, loss, indices = self.quantizer(self.encoder(x)[None])
         return self.decoder(z_q[0]), loss, indices[0]
 
 
-def learn(name: str, options: dict) -> Autoencoder:
+def learn(quantizer: str, options: dict) -> Autoencoder:
     torch.manual_seed(0)
-    model = Autoencoder(name, options)
+    model = Autoencoder(quantizer, options)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
-        x = draw_vectors(BATCH_SIZE)
+        x = draw_vectors(1024)
         output, loss, _ = model(x)
         (F.mse_loss(output, x) + loss).backward()
         optimizer.step()
@@ -68,26 +60,28 @@ def learn(name: str, options: dict) -> Autoencoder:
 
 
 @torch.no_grad()
+def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
+    """Draw vectors (N, 2) in grey, their codes in black, and each code's cell in a colour."""
+    side = torch.linspace(-1.3, 1.3, 300)
+    plane = torch.cartesian_prod(side, side).flip(1)  # (x, y), row by row
+    cells = model(plane)[2].view(300, 300) * 7 % 20  # neighbours in other colours
+    output, _, indices = model(vectors)
+    used = indices.unique()
+    codes = model.decoder(model.quantizer.get_codebook_entry(used))
+    axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
+    axes.scatter(*vectors[:1500].T.numpy(), s=2, c="grey")
+    axes.scatter(*codes.T.numpy(), s=12, c="black")
+    summary = f"error {F.mse_loss(output, vectors):.4f}, {len(used)} of {model.quantizer.codebook_size} codes"
+    axes.set(title=f"{title}\n{summary}", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
+    print(f"{title:16} mean squared {summary}")
+
+
 def main():
     read_constants(globals(), sys.argv[1:])
-    check(STEPS >= 1 and BATCH_SIZE >= 1, "STEPS, BATCH_SIZE", (STEPS, BATCH_SIZE), "1 or more")
-    side, vectors = np.linspace(-1.3, 1.3, 300), draw_vectors(5000)
-    plane = torch.from_numpy(np.stack(np.meshgrid(side, side), -1)).float().flatten(0, 1)
-    figure = Figure(figsize=(15, 6.4), layout="constrained")
-    for axes, (title, (name, options)) in zip(figure.subplots(2, 5).flat, KINDS.items()):
-        with torch.enable_grad():
-            model = learn(name, options)
-        output, _, indices = model(vectors)
-        used = indices.unique()
-        codes = model.decoder(model.quantizer.get_codebook_entry(used))
-        cells = model(plane)[2].view(300, 300) * 7 % 20  # neighbours in other colours
-        axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
-        axes.scatter(*vectors[:1500].T.numpy(), s=2, c="grey")
-        axes.scatter(*codes.T.numpy(), s=12, c="black")
-        error = F.mse_loss(output, vectors)
-        axes.set(title=f"{title}\nerror {error:.4f}, {len(used)} of {model.quantizer.codebook_size} codes",
-                 xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
-        print(f"{title:22} mean squared error {error:.4f}, {len(used)} of {model.quantizer.codebook_size} codes used")
+    vectors = draw_vectors(5000)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (title, (quantizer, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
+        draw(axes, title, learn(quantizer, options), vectors)
     save_figure("outputs/cells.png", figure)
 
 
