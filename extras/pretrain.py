@@ -2,8 +2,9 @@
 
     python -m extras.pretrain    writes OUT/cifar_encoder.pt, 16-bit weights with BatchNorm folded in
 
-Most is airbench's (2404.00498): network, whitened input, convolutions that start as the identity, label smoothing,
-alternating flips, Muon with weights of a fixed norm. docs/NOTES.md has how the shipped encoder differs.
+Most of it comes from airbench (2404.00498): the network, whitened input, convolutions that start as the identity,
+label smoothing, alternating flips, and Muon with weights of a fixed norm. docs/NOTES.md says how the shipped encoder
+differs.
 """
 import sys
 import time
@@ -12,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 from data import load_dataset
 from extras.measure import linear_probe, pooled_features
 from models import ConvEncoder, ConvPool
 from muon import Muon
-from quantizers import check
-from utils import device, fast_bf16, one_line_errors, prepare_cpu, read_constants, save_torch, to_float
+from quantizers import check, require
+from utils import device, fast_bf16, one_line_errors, prepare_cpu, progress, read_constants, save_torch, to_float
 
 DATASET = "cifar10"  # or a folder of the same images
 EPOCHS = 16  # three minutes each on two CPU cores
@@ -31,17 +31,20 @@ OUT = "outputs/pretrain"
 
 def augment(images: Tensor, mirror: Tensor) -> Tensor:
     """Shift images (B, 3, H, W) by up to two pixels, with reflected borders. Mirror those in `mirror` (B,) bool."""
-    b, _, h, w = images.shape
-    shifts = F.pad(images, (2,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)  # (B, 3, y, x, H, W)
-    y, x = (torch.randint(5, (b,), device=images.device) for _ in range(2))
-    images = shifts[torch.arange(b), :, y, x]
-    return torch.where(mirror[:, None, None, None], images.flip(3), images)
+    count, _, height, width = images.shape
+    crops = F.pad(images, (2, 2, 2, 2), "reflect").unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 5, 5, H, W)
+    y, x = torch.randint(5, (2, count), device=images.device)
+    shifted = crops[torch.arange(count), :, y, x]
+    return torch.where(mirror[:, None, None, None], shifted.flip(3), shifted)
 
 
 @torch.no_grad()
 def initialize(encoder: ConvEncoder, images: Tensor):
-    """Fixed filters whiten 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both signs.
-    Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each."""
+    """Set the first filters, which stay fixed, and the start of the others.
+
+    The first filters whiten 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both signs.
+    Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each.
+    """
     weight, patches = encoder.whiten.weight, F.unfold((images - 0.5) / 0.25, 3).mT.flatten(0, 1)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     components = (components / (variances + 5e-4).sqrt()).T.flip(0)[: len(weight) // 2]
@@ -58,14 +61,14 @@ def initialize(encoder: ConvEncoder, images: Tensor):
 
 
 def main():
+    read_constants(globals(), sys.argv[1:], {tuple[float, float]: "LEARNING_RATE"})
     if device == "cpu":
         prepare_cpu()
-    read_constants(globals(), sys.argv[1:])
-    check(isinstance(LEARNING_RATE, tuple) and len(LEARNING_RATE) == 2, "LEARNING_RATE", LEARNING_RATE, "a pair")
     data = load_dataset(DATASET)
-    check(data.train_labels is not None, "DATASET", DATASET, "one with classes")
-    valid = EPOCHS >= 1 and 1 <= BATCH_SIZE <= len(data.train_images)
-    check(valid, "EPOCHS, BATCH_SIZE", (EPOCHS, BATCH_SIZE), f"1 or more, at most {len(data.train_images)} images")
+    require(data.train_labels is not None, f"DATASET={DATASET} has no classes to learn.")
+    steps = len(data.train_images) // max(1, BATCH_SIZE)  # in an epoch
+    check(EPOCHS >= 1, "EPOCHS", EPOCHS, "1 or more")
+    check(BATCH_SIZE >= 1 and steps >= 1, "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}, all images")
     torch.manual_seed(SEED)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     encoder = ConvEncoder()
@@ -79,15 +82,13 @@ def main():
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
-    steps = len(images) // BATCH_SIZE  # in an epoch
-    schedules = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
-        optimizer, lambda i: min((i + 1) / 50, 1, 2 - 2 * i / (EPOCHS * steps))) for optimizer in optimizers]
-
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
+        optimizer, lambda step: min((step + 1) / 50, 1, 2 - 2 * step / (EPOCHS * steps))) for optimizer in optimizers]
     start, mirror = time.time(), torch.rand(len(images), device=device) < 0.5
     for epoch in range(1, EPOCHS + 1):
         mirror, total = ~mirror, 0  # alternating flips: two epochs show each image both ways
         order = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
-        for index in tqdm(order, f"epoch {epoch}/{EPOCHS}", leave=False):
+        for index in progress(order, f"epoch {epoch}/{EPOCHS}"):
             batch = augment(to_float(images[index]), mirror[index]).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device)):
                 z = encoder(batch)
@@ -95,23 +96,28 @@ def main():
             class_loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.2)
             pixel_loss = F.mse_loss(F.pixel_shuffle(pixels.float(), encoder.patch), (batch - 0.5) / 0.25)
             (class_loss + pixel_loss).backward()
-            for optimizer, schedule in zip(optimizers, schedules):
+            for optimizer, scheduler in zip(optimizers, schedulers):
                 optimizer.step()
-                schedule.step()
+                scheduler.step()
                 optimizer.zero_grad()
-            for p in filters:  # BatchNorm cancels the weights' norm: fixed, relative steps stay equal
+            for p in filters:  # BatchNorm cancels the weights' norm; a fixed norm keeps relative steps equal
                 p.data.mul_(len(p) ** 0.5 / p.data.norm())
             total += class_loss.detach()
-        print(f"epoch {epoch:3}  class loss {total / len(order):.4f}  {time.time() - start:6.0f} s", flush=True)
-    encoder.eval()
+        print(f"epoch {epoch:3}  class loss {total / steps:.4f}  {time.time() - start:6.0f} s", flush=True)
+    save_encoder(encoder.eval())
+    train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)
+    probe = linear_probe(train, labels, test, data.test_labels.to(device))
+    print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
+
+
+def save_encoder(encoder: ConvEncoder):
+    """Fold each BatchNorm into its convolution, and write the weights in 16 bits."""
     for module in encoder.modules():
         if isinstance(module, ConvPool):  # also across max pooling, as BatchNorm's scale is positive
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
-    encoder = encoder.half().float()
-    train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)
-    save_torch(f"{OUT}/cifar_encoder.pt", {name: w.half().cpu() for name, w in encoder.state_dict().items()})
-    probe = linear_probe(train, labels, test, data.test_labels.to(device))
-    print(f"linear probe {probe:.4f}, wrote {OUT}/cifar_encoder.pt")
+    encoder.half()
+    save_torch(f"{OUT}/cifar_encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
+    encoder.float()  # with the file's weights
 
 
 if __name__ == "__main__":
