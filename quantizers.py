@@ -89,7 +89,8 @@ class Quantizer(nn.Module, ABC):
         """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N). At most 2**24 codes."""
         tokens, shape = to_tokens(z_q, self.dim, "z_q")
         check_range(tokens, -1e12, 1e12, "z_q")
-        return nearest_entry(tokens, self).view(shape)
+        with torch.autocast(z_q.device.type, enabled=False):
+            return nearest_entry(tokens, self).view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """indices, which may be a list or an array, as int64 on the quantizer's device.
@@ -373,11 +374,13 @@ class MatchedSimVQ(Quantizer):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In a step n_i tokens with the sum s_i have code i:
-        N_i = decay N_i + (1 - decay) n_i        m_i = decay m_i + (1 - decay) s_i        e_i = m_i / N_i
-    Laplace smoothing adds 1e-5 to N_i, which is little for codes with well above 1e-4 tokens. The loss is the
-    commitment loss. A code with N_i below 0.1 times the mean is dead. It restarts at a random token, counted as 0.2
-    times the mean.
+    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. It follows with the weight w = 2 / (t + 3), but at
+    least 1 - decay, so that the first steps, when nothing has settled, are soon forgotten:
+        N_i = (1 - w) N_i + w n_i        m_i = (1 - w) m_i + w s_i        e_i = m_i / N_i
+    A code without tokens stays where it is. The loss is the commitment loss.
+
+    Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
+    0.2 times the mean. A step restarts at most as many codes as it has tokens: more would share their places.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -388,7 +391,8 @@ class EMAVQ(Quantizer):
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # the moving average of n_i's mean; 0 before the first step
+        self.register_buffer("mean_count", torch.zeros(()))  # the same average of the mean of all n_i
+        self.register_buffer("steps", torch.zeros(()))  # t
 
     def quantize(self, x: Tensor) -> Quantized:
         indices = nearest_code(x, self.codebook)
@@ -401,31 +405,32 @@ class EMAVQ(Quantizer):
         return self.codebook[indices]
 
     def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
-        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # older files have none
+        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # files of older code lack these two
+        state.setdefault(f"{prefix}steps", torch.tensor(1e4))
         super()._load_from_state_dict(state, prefix, *arguments)
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
-        """A step of the moving averages, equal in all processes, by tokens x (N, code_dim) at codes `indices` (N,)."""
+        """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
         counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
         sums = sum_of_processes(torch.zeros_like(self.token_sums).index_add_(0, indices, x))
-        self.token_counts.lerp_(counts, 1 - self.decay)
-        self.token_sums.lerp_(sums, 1 - self.decay)
-        total = self.token_counts.sum()
-        smoothed = (self.token_counts + 1e-5) / (total + 1e-5 * self.codebook_size) * total
-        codes = self.token_sums / smoothed[:, None]
+        weight = (2 / (self.steps + 3)).clamp(min=1 - self.decay)
+        self.steps += 1
+        self.token_counts.lerp_(counts, weight)
+        self.token_sums.lerp_(sums, weight)
+        self.mean_count.lerp_(counts.mean(), weight)
 
-        mean = self.mean_count.lerp_(counts.mean(), torch.where(self.mean_count > 0, 1 - self.decay, 1))
-        dead = self.token_counts < 0.1 * mean
-        number = dead.cumsum(0) - 1  # of the dead, from 0: each restarts at another token
-        dead &= number < counts.sum() / count_processes()
-        order = torch.rand_like(x[:, 0]).argsort()
-        tokens = x[order[number % len(x)]]  # for all codes, as compiled code needs shapes that no value changes
-        if count_processes() > 1:  # all processes take process 0's, by a sum: torch.compile does not know broadcast
+        dead = self.token_counts < 0.1 * self.mean_count
+        dead &= dead.cumsum(0) <= counts.sum() / count_processes()
+        # each code draws a token, dead or not: compiled code needs shapes that do not depend on values
+        tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
+        if count_processes() > 1:  # all take process 0's tokens. torch.compile knows no broadcast, but sums
             tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
-        self.codebook.copy_(torch.where(dead[:, None], tokens, codes))
-        self.token_sums.copy_(torch.where(dead[:, None], 0.2 * mean * tokens, self.token_sums))
-        self.token_counts.masked_fill_(dead, 0.2 * mean)
+        restart_count = 0.2 * self.mean_count
+        self.token_counts.masked_fill_(dead, restart_count)
+        self.token_sums.copy_(torch.where(dead[:, None], restart_count * tokens, self.token_sums))
+        codes = self.token_sums / self.token_counts[:, None]
+        self.codebook.copy_(torch.where(self.token_counts[:, None] > 1e-20, codes, self.codebook))
 
 
 class MultiCodebook(Quantizer):
