@@ -1,13 +1,18 @@
-"""What all tests share: an empty folder each, a small folder of images, and one small run of train.py."""
+"""What all tests share: a seed, an empty folder each, a small folder of images, and one small run of train.py."""
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+SEED = int(os.getenv("TEST_SEED", "0"))  # of all random numbers in tests: each test holds for any seed
+os.environ["TEST_SESSION"] = f"{os.getpid()}."  # marks the processes that tests start
 ENVIRONMENT = dict(os.environ)  # what test_gpu.py starts its processes with
 # results are compared bit for bit and between processes: on a CPU; set before any test imports torch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,8 +30,10 @@ def run_script(folder, script, *arguments, environment=os.environ):
 
 
 def refused(message):
-    """A ValueError of one short line in which the regular expression `message` is found."""
-    return pytest.raises(ValueError, match=rf"^(?=.*{message})[^\n]{{1,600}}\Z")
+    """An InputError of one short line in which the regular expression `message` is found."""
+    from quantizers import InputError
+
+    return pytest.raises(InputError, match=rf"^(?=.*{message})[^\n]{{1,600}}\Z")
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +41,37 @@ def reproducible(tmp_path, monkeypatch):
     """Each test starts with the same random state, in an empty folder, and without utils.prepare_cpu."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_stays_behind():
+    """No process that a test started lives on when all tests are over: no worker, forkserver or resource tracker."""
+    yield
+    for _ in range(50):  # a process that was just killed may need a moment
+        found = processes_of_tests()
+        if not found:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"processes stay behind: {found}")
+
+
+def processes_of_tests():
+    """The commands of living processes that this session started, by their ids. Linux alone tells them."""
+    # this process's own two helpers end with it
+    own = {os.getpid(), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            marked = f"TEST_SESSION={os.getpid()}.".encode() in (process / "environ").read_bytes()
+            if (marked or int(parent) == os.getpid()) and state != "Z" and int(process.name) not in own:
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    return found
 
 
 @pytest.fixture(scope="session")
