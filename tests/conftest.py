@@ -48,30 +48,27 @@ def reproducible(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_stays_behind():
-    """No process that a test started lives on when all tests are over: no worker, forkserver or resource tracker."""
-    yield
-    for _ in range(50):  # a process that was just killed may need a moment
-        found = processes_of_tests()
-        if not found:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"processes stay behind: {found}")
-
-
 def processes_of_tests():
-    """The commands of living processes that this session started, by their ids. Linux alone tells them."""
-    # this process's own two helpers end with it
+    """The commands of living processes that this session started, as Linux tells them."""
+    # two helpers of this process end with it
     own = {os.getpid(), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
-    found = {}
+    commands = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
             marked = f"TEST_SESSION={os.getpid()}.".encode() in (process / "environ").read_bytes()
             if (marked or int(parent) == os.getpid()) and state != "Z" and int(process.name) not in own:
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
-    return found
+                commands.append((process / "cmdline").read_bytes().decode().split("\0"))
+    return commands
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_stays_behind():
+    """No worker, forkserver or resource tracker of a test lives on when all tests are over."""
+    yield
+    for _ in range(50):  # a process that was just killed may need a moment
+        time.sleep(0.1 if processes_of_tests() else 0)
+    assert not processes_of_tests()
 
 
 @pytest.fixture(scope="session")
