@@ -11,6 +11,7 @@
 Pictures go to outputs/<run>/, a stage's best and last two checkpoints to checkpoints/<run>/. The same command resumes a
 run after its last finished epoch. Another constant or another dataset makes another run.
 """
+import inspect
 import json
 import math
 import os
@@ -33,12 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-import quantizers
 import utils
 from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
 from models import VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
 from muon import adamw_and_muon, take_step
-from quantizers import InputError, check, require
+from quantizers import QUANTIZERS, InputError, check, require
 from utils import average, errors_as, evaluate, fast_bf16, first_process_first, progress
 
 # images
@@ -274,19 +274,10 @@ def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimize
 # The model and the networks of its losses
 
 def quantizer_options() -> dict:
-    """The constants that QUANTIZER's class takes, by the names of its arguments."""
-    codebook = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, commitment_cost=COMMITMENT)
+    """The options of QUANTIZER's class: the constants below, if the class has arguments of these names."""
     batch_tokens = BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2
-    if QUANTIZER in ("ema_vq", "simvq"):
-        return dict(**codebook, decay=EMA_DECAY)
-    if QUANTIZER in ("residual_vq", "product_vq"):
-        return dict(**codebook, decay=EMA_DECAY, codebooks=CODEBOOKS)
-    if QUANTIZER == "simvq_learned":
-        return codebook
-    if QUANTIZER == "fsq":
-        return dict(levels=FSQ_LEVELS)
-    if QUANTIZER == "ddcl":
-        return dict(delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT)
+    if QUANTIZER == "library":
+        return LIBRARY
     if QUANTIZER == "residual_fsq":
         return dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS)
     if QUANTIZER in ("lfq", "bsq"):  # their entropies compare tokens with all codes: a part of the tokens saves memory
@@ -294,9 +285,10 @@ def quantizer_options() -> dict:
     if QUANTIZER == "rotation_vq":  # as in ours, codes with less than 0.1 of the mean usage are dead
         return dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
                     threshold_ema_dead_code=0.1 * batch_tokens / CODEBOOK_SIZE)
-    if QUANTIZER == "library":
-        return LIBRARY
-    return {}  # "none"; add the options of a class of your own above
+    options = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT,
+                   codebooks=CODEBOOKS, levels=FSQ_LEVELS, delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT)
+    names = inspect.signature(QUANTIZERS[QUANTIZER]).parameters
+    return {name: value for name, value in options.items() if name in names}
 
 
 def build_model(pretrained: bool = True) -> VQRAE:
@@ -432,7 +424,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
 
 def check_constants():
     """InputError for a constant with a wrong value. read_constants has checked their types."""
-    for name, allowed in {"QUANTIZER": [*quantizers.QUANTIZERS], "OPTIMIZER": ["muon", "adamw"],
+    for name, allowed in {"QUANTIZER": [*QUANTIZERS], "OPTIMIZER": ["muon", "adamw"],
                           "PERCEPTUAL": ["encoder", "lpips"], "COMPILE": ["", "default", "reduce-overhead"],
                           "STAGES": [(1,), (1, 2), (2,)]}.items():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
