@@ -1,12 +1,12 @@
-"""Train quantizers at equal bits a token, or with 16,384 codes of several widths, and write a table and a figure.
+"""Train quantizers at equal bits a token, or with 16,384 codes of several widths, and write a table.
 
     python -m extras.compare                                           all of LINES, with train.py's constants
     python -m extras.compare "BITS=(16,)" DATASET=...                  some sizes; other arguments go to train.py
     python -m extras.compare "SEEDS=(0, 1, 2)" DATASET=...             a row is the mean of three runs
     python -m extras.compare "WIDTHS=(8,16,64,256,1536)" DATASET=...   all of WIDTH_LINES
 
-outputs/quantizers.md and .png grow with each run, and the same command resumes. "max - min" is the range of several
-seeds' PSNR. "ms a step" is no benchmark: it contains whatever else the machine did.
+outputs/quantizers.md grows with each run, and the same command resumes. "max - min" is the range of several seeds'
+PSNR. "ms a step" is no benchmark: it contains whatever else the machine did.
 """
 import csv
 import json
@@ -17,13 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data import Dataset, load_dataset
 from extras.measure import COLUMNS, format_table, load_judges, measure
 from models import load_checkpoint
 from quantizers import check, require
-from utils import one_line_errors, read_constants, replace_file, save_figure
+from utils import one_line_errors, read_constants, replace_file
 
 DATASET = "cifar10"  # or another of train.py's
 PROBE_IMAGES = 2_000  # for training the probes, and for testing them and the judges
@@ -65,23 +63,20 @@ def main():
     others = [word for word in sys.argv[1:] if word not in own]
     read_constants(globals(), own, {tuple[int, ...]: "BITS SEEDS"})
     check({*BITS} <= {10, 13, 16, 20}, "BITS", BITS, "10, 13, 16 and 20")
-    lines, points, x, label = LINES, BITS, "token_bits", "bits a token"
+    lines, points, rows = LINES, BITS, {}
     if WIDTHS:
-        points, x, label = WIDTHS, "width", "numbers of a code"
-        values = dict(zip(WIDTHS, WIDTHS))
-        lines = {line: (words, values) for line, words in WIDTH_LINES.items()}
-    rows = {}
+        widths = {width: width for width in WIDTHS}
+        lines, points = {line: (words, widths) for line, words in WIDTH_LINES.items()}, WIDTHS
     for point in points:
         for line, (words, values) in lines.items():
             if point in values:
-                arguments = [f"DATASET={DATASET}", *others, *words.replace("*", str(values[point])).split()]
-                runs = [run_and_measure([*arguments, f"SEED={seed}"]) for seed in SEEDS]
-                rows[f"{line} {values[point]}"] = {"line": line, "width": point, **average(runs)}
+                value = values[point]
+                arguments = [f"DATASET={DATASET}", *others, *words.replace("*", str(value)).split()]
+                rows[f"{line} {value}"] = average([run_and_measure([*arguments, f"SEED={seed}"]) for seed in SEEDS])
                 table = format_table(rows, TABLE, "quantizer")
                 with replace_file("outputs/quantizers.md") as draft:
                     draft.write_text(f"{table}\n", "utf-8")
-                plot(rows, x, label)
-    print(f"\n{table}\n\nsee outputs/quantizers.md and .png")
+    print(f"\n{table}\n\nsee outputs/quantizers.md")
 
 
 def run_and_measure(arguments: list[str]) -> dict:
@@ -125,22 +120,6 @@ def average(runs: list[dict]) -> dict:
         psnrs = [run["psnr"] for run in runs]
         figures["psnr_range"] = max(psnrs) - min(psnrs)
     return figures
-
-
-def plot(rows: dict[str, dict], x: str, label: str):
-    """PSNR and perplexity over rows' figure x, which is bits a token or a code's width."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    quality, usage = figure.subplots(1, 2)
-    for i, line in enumerate(dict.fromkeys(row["line"] for row in rows.values())):
-        style = dict(color=f"C{i}", linestyle="-" if i < 6 else "--", marker="os^vDPX<>*hdp"[i % 13], mfc="none")
-        points = sorted((row for row in rows.values() if row["line"] == line), key=lambda row: row[x])
-        for axes, name in ((quality, "psnr"), (usage, "perplexity")):
-            axes.plot([row[x] for row in points], [row[name] for row in points], label=line, **style)
-    scale = "log" if x == "width" else "linear"
-    quality.set(xlabel=label, ylabel="PSNR, dB", xscale=scale)
-    usage.set(xlabel=label, ylabel="perplexity", xscale=scale, yscale="log")
-    figure.legend(*quality.get_legend_handles_labels(), loc="outside right center")
-    save_figure("outputs/quantizers.png", figure)
 
 
 if __name__ == "__main__":

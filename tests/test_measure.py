@@ -106,8 +106,8 @@ def test_measured_figures(options, monkeypatch):
     model, (images, labels) = small(*options, **vit).eval(), draw_shapes(50, 16)
     data = Dataset(images[:35], labels[:35], images[35:], labels[35:], [*"0123456789"])
     expected, _, output = evaluate(model, data.test_images)
-    if options[0] != "cnn":
-        codes = model.quantizer.codebook_size
+    codes = model.quantizer.codebook_size
+    if codes:
         expected |= {"bits": 16 * math.log2(codes), "ratio": 24 * 256 / (16 * math.log2(codes)),
                      "entropy": math.log2(expected["perplexity"])}
     maps = {"z": model.encoder(images / 255)}
