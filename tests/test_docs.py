@@ -1,4 +1,4 @@
-"""What README.md and explore.ipynb show runs as printed.
+"""What the texts and explore.ipynb show runs as printed.
 
     python tests/test_docs.py cifar10-jpeg      executes the notebook on images of this dataset, and keeps its outputs
 """
@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-README = (ROOT / "README.md").read_text()
+from quantizers import QUANTIZERS
+
+TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md")}
 
 
 def execute(dataset: str, folder: Path) -> tuple[nbformat.NotebookNode, list]:
@@ -35,11 +37,12 @@ def test_the_notebook_runs(folder, tmp_path):
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     _, code = execute(folder, tmp_path)  # no download, and few images
     kinds = [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
-    assert kinds.count("image/png") >= 8 and kinds.count("image/jpeg") >= 5
+    assert "image/png" in kinds and "image/jpeg" in kinds
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_a_python_block_of_the_readme_runs(block, tmp_path, capsys):
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), re.DOTALL))
+def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "sign", None)  # so that README's class is gone after the test
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     for psnr in re.findall(r"# ([\d.]+) dB", block):
@@ -53,15 +56,18 @@ def test_links_lead_to_files(name):
         assert (ROOT / name).parent.joinpath(link).exists(), link
 
 
-def test_constants_in_the_commands_exist():
-    """A NAME=value of a command in README, RESULTS and SETTINGS is a constant of its script."""
-    for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md"):
-        text = (ROOT / name).read_text().replace("\\\n", " ")
-        for script, arguments in re.findall(r"(train\.py|generate\.py|evaluate\.py|-m extras\.\w+)([^`#\n]*)", text):
-            file = ROOT / (script if script.endswith(".py") else script[3:].replace(".", "/") + ".py")
-            for constant in re.findall(r"\b([A-Z][A-Z_]+)=", arguments):
-                known = file.read_text() + (ROOT / "train.py").read_text() * ("compare" in script)
-                assert re.search(rf"^{constant} = ", known, re.MULTILINE), f"{name}: {script} {constant}"
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_name_constants_and_quantizers_that_exist(name):
+    """Each NAME=value of a command is a constant of its script."""
+    text = TEXTS[name].replace("\\\n", " ")
+    for script, arguments in re.findall(r"(train\.py|-m extras\.\w+)([^`#\n]*)", text):
+        file = ROOT / (script if script.endswith(".py") else script[3:].replace(".", "/") + ".py")
+        known = file.read_text("utf-8")
+        if script == "-m extras.compare":  # which passes them on
+            known += (ROOT / "train.py").read_text("utf-8")
+        for constant, value in re.findall(r"\b([A-Z][A-Z_]+)=(\w*)", arguments):
+            assert re.search(rf"^{constant} = ", known, re.MULTILINE), f"{script} {constant}"
+            assert constant != "QUANTIZER" or value in QUANTIZERS, value
 
 
 if __name__ == "__main__":
