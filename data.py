@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -25,13 +26,14 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import CenterCrop, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
 
-from quantizers import check
-from utils import digest, errors_as, replace_file, to_float
+from quantizers import InputError, check, require
+from utils import digest, errors_as, progress, replace_file, to_float
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # Pillow has others: EPS is code to run
 FORMATS += ("AVIF",) if features.check("avif") else ()
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG; all others are metadata
 
 
 class Dataset(NamedTuple):
@@ -45,33 +47,74 @@ class Dataset(NamedTuple):
 
 
 class ImageFiles:
-    """Images that stay in their files: images[:n] are the first n, images[i, size] a random crop of one."""
+    """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops.
+
+    The next image of the same class takes a broken image's place. InputError if more than 1 % are broken.
+    """
 
     device = "cpu"
 
-    def __init__(self, files: list[Path], size: int):
+    def __init__(self, files: list[Path], size: int, labels: Tensor | None = None):
         self.files = np.array(files, str)  # each worker would copy a list
         self.size = size
+        self.labels = torch.zeros(len(files)) if labels is None else labels
+        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # all workers see it
+        self.reported = 0
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: slice | tuple[int, int]) -> Tensor:
-        if isinstance(key, slice):
-            return torch.stack([fit(read_image(file), self.size) for file in self.files[key]])
-        i, size = key
+    def __getitem__(self, part: slice) -> Tensor:
+        """uint8 images (N, 3, size, size), resized and cropped at their centre."""
+        images = torch.stack([fit(self.read_or_next(i), self.size) for i in range(len(self))[part]])
+        self.report()
+        return images
+
+    def __getitems__(self, samples: list[tuple[int, int]]) -> list[Tensor]:
+        """A DataLoader calls this for a batch: random crops (3, size, size) of images i, for each (i, size)."""
+        crops = []
+        for i, size in samples:
+            image = self.read_or_next(i)
+            least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
+            crops.append(RandomResizedCrop(size, (least, 1))(image))
+        return crops
+
+    def read(self, i: int) -> Tensor | None:
+        """Image i (3, H, W), or None if its file is broken."""
+        if self.broken[i]:
+            return None
         try:
-            image = read_image(self.files[i])
-        except ValueError as error:
-            check(os.path.exists(self.files[i]), "DATASET", str(self.files[i]), "files that stay until the run ends")
-            tqdm.write(f"{error}; the next image is used")
-            return self[(i + 1) % len(self), size]
-        least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
-        return RandomResizedCrop(size, (least, 1))(image)
+            return read_image(self.files[i])
+        except InputError as error:
+            require(os.path.exists(self.files[i]), f"{self.files[i]} is gone. Files must stay until the run ends.")
+            self.broken[i] = True
+            if self.broken.sum() > len(self) / 100:
+                self.report(f" The last {error}")
+            return None
+
+    def read_or_next(self, i: int) -> Tensor:
+        """Image i (3, H, W), or the next image of its class that can be read."""
+        for step in range(len(self)):
+            j = (i + step) % len(self)
+            image = self.read(j) if self.labels[j] == self.labels[i] else None
+            if image is not None:
+                return image
+        raise InputError(f"{self.files[i]} cannot be read, nor any other image of its class.")
+
+    def report(self, reason: str = ""):
+        """Say which images are broken, unless it has been said. InputError if more than 1 % are."""
+        count = int(self.broken.sum())
+        names = ", ".join(self.files[self.broken.numpy()][:10])
+        message = f"{count:,} of {len(self):,} images cannot be read: {names}"
+        require(count <= len(self) / 100, f"{message}. Remove them: at most 1 % may be broken.{reason}")
+        if count > self.reported:
+            tqdm.write(f"{message}. They are skipped.")
+            self.reported = count
 
 
 def find_dataset(name: str) -> tuple[str, str]:
-    """A dataset's name, for "auto" too, and a digest of a folder's files."""
+    """A dataset's name, for "auto" too, and a digest of a folder's file names and sizes, wherever the folder is."""
+    name = os.path.expanduser(name)
     check(name in DATASETS or Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)}, or a folder with train/")
     if name == "auto":
         try:
@@ -80,13 +123,15 @@ def find_dataset(name: str) -> tuple[str, str]:
         except OSError as error:
             print(f"{error}; taking DATASET=shapes instead")
             name = "shapes"
-    return name, "" if name in DATASETS else digest([list_split(name, split)[2] for split in ("train", "test")])
+    if name in DATASETS:
+        return name, ""
+    return name, digest([list_split(name, split)[2] for split in ("train", "test")])
 
 
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
-    Several sizes are for random crops of a folder's training images; test images have the largest. ValueError for an
+    Several sizes are for random crops of a folder's training images; test images have the largest. InputError for an
     unknown name or a folder without images, OSError without CIFAR-10.
     """
     name, _ = find_dataset(name)
@@ -102,15 +147,21 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
 
 
 def load_cifar10() -> list[CIFAR10]:
+    """Its training and test images, downloaded to data/ unless they are there. OSError if that fails."""
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)  # a server may not answer
-    with errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
-        return [CIFAR10("data", train, download=True) for train in (True, False)]
+    try:
+        with errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
+            return [CIFAR10("data", train, download=True) for train in (True, False)]
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: str | Path) -> list[Path]:
     """All image files below a folder, sorted. Prints what is ignored: other files, folders that cannot be read."""
+    folder = Path(os.path.expanduser(folder))
     files, errors = [], []
-    seen = {Path(folder).resolve(), *Path(folder).resolve().parents}  # links to them, or twice to one, are not followed
+    seen = {folder.resolve(), *folder.resolve().parents}  # links to them, or twice to one, are not followed
     for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         found = {Path(root, name).resolve(): name for name in sorted(folders)}
         folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
@@ -121,83 +172,106 @@ def find_images(folder: Path) -> list[Path]:
     others = Counter(f.suffix for f in {*files} - {*images})
     for reason in (*errors, *(f"{count} files {kind or 'without suffix'}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
-    return sorted(images)
+    return sorted(images, key=lambda file: unicodedata.normalize("NFC", str(file)).split(os.sep))
 
 
 @functools.cache
-def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
-    """A split's images in random order, the class folder of each or "", and a digest of names, sizes, times."""
+def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str, str]:
+    """A split's images in random order, the class folder of each or "", and two digests.
+
+    The first one is of names and sizes, wherever the folder is. The second one is also of places and times.
+    """
     root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
     files = [*np.random.default_rng(0).permutation(find_images(root))]
-    check(files, "DATASET", folder, f"a folder with images in {root}")
-    classes = [f.relative_to(root).parts[0] if f.parent != root else "" for f in files]
-    check(all(classes) or not any(classes), "DATASET", folder, f"{root}: all in class folders, or none")
-    return files, classes, digest([(str(f.absolute()), f.stat().st_size, f.stat().st_mtime) for f in files])
+    require(files, f"{root} has no images. Wanted are {', '.join(FORMATS)}, in class folders or without.")
+    # é may be one character or two; macOS changes it
+    names = [unicodedata.normalize("NFC", file.relative_to(root).as_posix()) for file in files]
+    classes = [name.split("/")[0] if "/" in name else "" for name in names]
+    require(all(classes) or not any(classes), f"{root} has images in class folders and beside them. Move the latter.")
+    stats = [file.stat() for file in files]
+    key = digest([(name, stat.st_size) for name, stat in zip(names, stats)])
+    state = digest([(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)])
+    return files, classes, key, state
 
 
 def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     """Training images stay in their files for crops of several sizes, or if they would take more than DECODE_GB."""
     size = int(np.max(image_size))
-    files, names, _ = list_split(folder, "train")
+    files, names, *_ = list_split(folder, "train")
     classes, labels = np.unique(names, return_inverse=True)
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
+    labels, test_labels = torch.tensor(labels), torch.tensor(test_labels)
     alone = sorted({*classes} ^ {*test_classes})
-    check(not alone, "DATASET", folder, f"the same class folders in both splits; in one only: {', '.join(alone[:9])}")
-    large = not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9
-    train_images = ImageFiles(files, size) if large else decode(folder, "train", size)
-    test_images = decode(folder, "test", size)
+    require(not alone, f"{folder}: both splits need the same class folders. Only one has {', '.join(alone[:9])}.")
+    if not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9:
+        train_images = ImageFiles(files, size, labels)
+    else:
+        train_images, labels = decode(folder, "train", size, labels)
+    test_images, test_labels = decode(folder, "test", size, test_labels)
     if not any(names):
         return Dataset(train_images, None, test_images, None, [])
-    return Dataset(train_images, torch.tensor(labels), test_images, torch.tensor(test_labels), classes.tolist())
+    return Dataset(train_images, labels, test_images, test_labels, classes.tolist())
 
 
-def decode(folder: str, split: str, size: int) -> Tensor:
-    """A folder's split (N, 3, size, size), decoded once, into a file mapped into memory."""
-    def decode_one(file: Path) -> bytes:
-        try:
-            return fit(read_image(file), size).numpy().tobytes()
-        except ValueError as error:
-            broken.append(str(error))
-            return b""
-
-    def write():
-        shape = (len(files), 3, size, size)
-        free, needed = shutil.disk_usage(path.parent).free, math.prod(shape)
-        check(needed < free, "free disk space", free, f"{needed} bytes")
-        # in order, and mapped once it has its name: Windows renames no file that is open or mapped
-        with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for image in tqdm(pool.imap(decode_one, files), "decoding", len(files), leave=False):
-                file.write(image)
-            check(not broken, "DATASET", folder, f"one without these {len(broken)} files: {'; '.join(broken)}")
-
-    files, _, state = list_split(folder, split)
-    broken = []
-    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.npy")
+def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A split's readable images (N, 3, size, size), decoded once into a file mapped into memory, and their labels."""
+    files, _, _, state = list_split(folder, split)
+    images = ImageFiles(files, size)
+    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.bin")
     path.parent.mkdir(exist_ok=True)
     lock = path.parent / "lock"
     try:
         with FileLock(lock):  # another process may decode the same
             for draft in path.parent.glob("*.tmp"):  # of a process that was killed
-                draft.unlink()
+                with contextlib.suppress(OSError):  # on Windows, while a virus scanner reads it
+                    draft.unlink()
             if not path.exists():
-                write()
+                write_decoded(path, images)
     finally:
         with contextlib.suppress(OSError):  # on Windows, while others wait
             lock.unlink()
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    content = torch.from_numpy(np.memmap(path, mode="c"))
+    images.broken = content[-len(files) :].bool()
+    images.report()
+    return content[: -len(files)].view(-1, 3, size, size), labels[~images.broken]
+
+
+def write_decoded(path: Path, images: ImageFiles):
+    """Write the pixels of all readable images, then a byte for each file: whether it is broken."""
+    def fit_image(i: int) -> Tensor | None:
+        image = images.read(i)
+        return None if image is None else fit(image, images.size)
+
+    needed, free = len(images) * 3 * images.size**2, shutil.disk_usage(path.parent).free
+    require(needed < free, f"{path} needs {needed:,} bytes, but its disk has {free:,} left.")
+    # in order, and mapped once it has its name: Windows renames no file that is open or mapped
+    with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
+        for image in progress(pool.imap(fit_image, range(len(images))), "decoding", len(images)):
+            if image is not None:
+                file.write(image.numpy().tobytes())
+        file.write(images.broken.numpy().tobytes())
 
 
 def cores() -> int:
     """How many CPU cores this process may use: in a container, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # there is no such file; it says "max"
+            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names).split()
+            count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
+    return count
 
 
 def read_image(path: str | Path) -> Tensor:
-    """An image file -> (3, H, W), uint8, in sRGB, rotated by its EXIF, on white where transparent."""
-    with errors_as(ValueError, f"image {str(path)!r} cannot be read"), Image.open(path, formats=FORMATS) as image:
-        image = ImageOps.exif_transpose(image)
-        check(image.mode[0] not in "IF", "mode", image.mode, "8 bits a channel")
+    """An image file -> (3, H, W), uint8, in sRGB, rotated by its EXIF, on white where transparent.
+
+    Metadata that cannot be read are ignored. InputError for a broken file, and above Pillow's limit of pixels.
+    """
+    with errors_as(InputError, f"image {str(path)!r} cannot be read"):
+        image = load_pixels(path)
+        with contextlib.suppress(Exception):  # of a broken EXIF. Pillow rewrites it once the image is rotated
+            ImageOps.exif_transpose(image, in_place=True)
+        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
         if image.has_transparency_data:
             profile = image.info.get("icc_profile")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -205,9 +279,43 @@ def read_image(path: str | Path) -> Tensor:
         return PILToTensor()(to_srgb(image, path)).contiguous()
 
 
+def load_pixels(path: str | Path) -> Image.Image:
+    """Open an image, without its metadata if Pillow stops at them."""
+    try:
+        return open_image(path)
+    except Exception:
+        with open(path, "rb") as file:
+            content = file.read(2**30)  # no photograph is larger
+        for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):
+            with contextlib.suppress(Exception):
+                return open_image(io.BytesIO(leave_out_metadata(content, chunks)))
+        raise
+
+
+def open_image(file: str | Path | io.BytesIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        limit = Image.MAX_IMAGE_PIXELS or math.inf
+        require(math.prod(image.size) <= limit, f"it has {image.width} x {image.height} pixels, more than {limit:,}")
+        image.load()
+    return image
+
+
+def leave_out_metadata(content: bytes, chunks: list[bytes]) -> bytes:
+    """A PNG file of its pixels and these chunks, or another file, such as AVIF, without EXIF."""
+    if not content.startswith(b"\x89PNG"):
+        return content.replace(b"Exif", b"none")  # a name that no decoder knows
+    kept, start = bytearray(content[:8]), 8
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # length, name, data, checksum
+        if content[start + 4 : start + 8] in (*PIXEL_CHUNKS, *chunks):
+            kept += content[start:end]
+        start = end
+    return bytes(kept)
+
+
 def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     """The image in RGB, converted from its colour profile, a phone's Display P3 for instance, if it is not sRGB."""
-    plain, profile = image.convert("RGB"), image.info.get("icc_profile")
+    plain, profile = image if image.mode == "RGB" else image.convert("RGB"), image.info.get("icc_profile")
     if not profile:
         return plain
     try:
@@ -216,33 +324,46 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
             return plain
         image = image if image.mode in ("RGB", "L", "CMYK") else plain
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (OSError, ImageCms.PyCMSError) as error:
-        tqdm.write(f"{path}: its colour profile is ignored, it cannot be read: {error}")
+    except Exception as error:
+        tqdm.write(f"{path}: its colour profile cannot be read and is ignored: {error}")
         return plain
 
 
 def load_image(path: str | Path) -> Tensor:
-    """An image file of any size -> (1, 3, H, W) in [0, 1]. ValueError if missing or broken."""
+    """An image file of any size -> (1, 3, H, W) in [0, 1]. InputError if missing or broken."""
     return to_float(read_image(path)[None])
 
 
 def fit(images: Tensor, size: int) -> Tensor:
     """Images (..., 3, H, W), uint8, resized and cropped at their centre -> (..., 3, size, size)."""
+    sides = images.shape[-2:]
+    if max(sides) > 4 * min(sides):  # resized as a whole, 30,000 x 1 pixels would take gigabytes
+        images = CenterCrop([min(side, 4 * min(sides)) for side in sides])(images)
     return CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(images))
 
 
 def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool, device: str) -> Iterator:
     """For each (index (B,), size), images (B, 3, size, size) in [0, 1] on `device`. flip: half are mirrored."""
-    source = (images[index] for index, _ in batches)
     if isinstance(images, ImageFiles):
-        samples = [[(i, size) for i in index.tolist()] for index, size in batches]
-        workers = cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
-        # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
-        start = "fork" if workers and sys.platform == "linux" else None
-        source = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start)
+        source = load_crops(images, batches)
+    else:
+        source = (images[index] for index, _ in batches)
     for batch in source:
         batch = to_float(batch.to(device))
         yield torch.where(torch.rand_like(batch[:, :1, :1, :1]) < flip / 2, batch.flip(3), batch)
+
+
+def load_crops(images: ImageFiles, batches: list[tuple[Tensor, int]]) -> Iterator[Tensor]:
+    """For each (index (B,), size), uint8 crops (B, 3, size, size), read by a worker a core."""
+    samples = [[(i, size) for i in index.tolist()] for index, size in batches]
+    workers = cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+    # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
+    start = "fork" if workers and sys.platform == "linux" else None
+    loader = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start)
+    for number, batch in enumerate(loader, 1):
+        if number == len(samples):  # not everyone asks for more than the last batch
+            images.report()
+        yield batch
 
 
 # Drawn images of ten shapes, for training without a download
