@@ -101,8 +101,9 @@ class Quantizer(nn.Module, ABC):
         indices = torch.as_tensor(indices)
         integers = not indices.is_floating_point() and indices.dtype != torch.bool
         check(integers, "dtype of indices", indices.dtype, "integers")
-        shapes = " or ".join(("(N,)", "(B, N)", "(B, h, w)")[n - 1] for n in dims)
-        check(not dims or indices.ndim in dims, "shape of indices", tuple(indices.shape), shapes)
+        if dims and indices.ndim not in dims:
+            raise InputError(f"indices have the shape {tuple(indices.shape)}, but {' or '.join(map(str, dims))} "
+                             "dimensions are needed. indices[None] makes a batch of one image.")
         indices = indices.to(weights[0].device if weights else indices.device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
@@ -193,15 +194,18 @@ def check_range(x: Tensor, low: float, high: float, name: str):
     """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
     if not torch.compiler.is_compiling() and x.numel():
         least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
-        check(low <= least <= most <= high, f"range of {name}", (least, most), f"{low:,} to {high:,}")
+        require(low <= least <= most <= high,
+                f"The values of {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
 
 
 def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
     """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
-    valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
-    check(valid, name, getattr(z, "shape", type(z)), "floats (B, C, H, W) or (B, N, C)")
+    if not (isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()):
+        kind = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C) are needed.")
     tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
-    check(tokens.shape[-1] == dim, f"channels of {name}", tokens.shape[-1], f"the quantizer's {dim}")
+    if tokens.shape[-1] != dim:
+        raise InputError(f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {dim}.")
     return tokens.flatten(1, -2), tokens.shape[:-1]
 
 
@@ -263,6 +267,7 @@ def nearest_entry(tokens: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def count_processes() -> int:
+    """The number of torchrun's processes, or 1."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -361,8 +366,8 @@ class MatchedSimVQ(Quantizer):
         n, variance = self.code_dim, self.variance()
         s = self.noise_ratio * variance
         factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L L' = C + s I
-        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R = L^-1 C: R' R is the goal
-        self.code_transform.weight.copy_(n**0.5 * root.T)  # g's numbers have the variance 1 / n
+        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R = L^-1 C, so that R' R is
+        self.code_transform.weight.copy_(n**0.5 * root.T)  # C (C + s I)^-1 C, and g's numbers have variance 1 / n
         self.code_transform.bias.copy_(self.mean)
         # one Newton step for log s, for the next step of training
         excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
@@ -374,7 +379,7 @@ class MatchedSimVQ(Quantizer):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. It follows with the weight w = 2 / (t + 3), but at
+    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. It follows with the weight w = 9 / (t + 10), but at
     least 1 - decay, so that the first steps, when nothing has settled, are soon forgotten:
         N_i = (1 - w) N_i + w n_i        m_i = (1 - w) m_i + w s_i        e_i = m_i / N_i
     A code without tokens stays where it is. The loss is the commitment loss.
@@ -414,7 +419,7 @@ class EMAVQ(Quantizer):
         """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
         counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
         sums = sum_of_processes(torch.zeros_like(self.token_sums).index_add_(0, indices, x))
-        weight = (2 / (self.steps + 3)).clamp(min=1 - self.decay)
+        weight = (9 / (self.steps + 10)).clamp(min=1 - self.decay)
         self.steps += 1
         self.token_counts.lerp_(counts, weight)
         self.token_sums.lerp_(sums, weight)
@@ -513,7 +518,7 @@ class Library(Quantizer):
         check(kind in kinds, "kind", kind, ", ".join(kinds))
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
         build = partial(getattr(library, kind), dim=code_dim or dim)
-        # a copy is tried on two tokens, without what would make processes wait for each other
+        # A copy is tried on two tokens. It must not wait for other processes, as k-means and shared statistics do.
         alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
         try:
             with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
@@ -526,11 +531,14 @@ class Library(Quantizer):
             same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
             require(same, "the codes of its indices are not its output")
         except Exception as error:  # classes refuse options by errors of all kinds
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{kind} does not work with {options!r:.300}: {reason:.300}") from error
-        sizes = getattr(module, "codebook_sizes", getattr(module, "codebook_size", options.get("codebook_size")))
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # a group's, or one for all codebooks
-        super().__init__(dim, code_dim, sizes * (indices.numel() // 2 // len(sizes)), project=code_dim > 0)
+        sizes = options.get("codebook_size")
+        for attribute in ("codebook_size", "codebook_sizes"):
+            sizes = getattr(module, attribute, sizes)
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # one for all codebooks, or a group's
+        digits = indices.numel() // 2  # for each of the two tokens
+        super().__init__(dim, code_dim, sizes * (digits // len(sizes)), project=code_dim > 0)
         self.kind, self.module, self.arguments = kind, module, arguments or {}
         self.axes, self.groups = indices.ndim, len(indices)  # groups only with four axes
 
@@ -589,9 +597,9 @@ def build_quantizer(name: str, dim: int, **options) -> Quantizer:
 def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     """The name and all options, also defaults, with which build_quantizer builds kind(*arguments, **options)."""
     parameters = inspect.signature(kind.__init__).parameters
-    _, dim, *_ = parameters  # without self and dim the others are options
+    names = list(parameters)  # self, dim, options
     kept = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
-    kept |= dict(zip(list(parameters)[1:], arguments)) | options
-    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name != dim}
-    names = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
-    return {"quantizer": names[0] if names else kind.__name__, "quantizer_options": kept}
+    kept |= dict(zip(names[1:], arguments)) | options
+    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name not in names[:2]}
+    known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
+    return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": kept}
