@@ -1,6 +1,7 @@
 """train.py and muon.py: losses, optimizers, batches, start checkpoints, constants, and the files of a run."""
 import copy
 import csv
+import functools
 import itertools
 import json
 import math
@@ -411,8 +412,8 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, ma
 
 def test_stage_1_refuses_an_encoder_that_was_trained(main):
     """Its features come from the frozen encoder, the model's would be others."""
-    model = VQRAE("cifar", "fsq", {"levels": (5, 5)}, 16, 4, 0, decoder_width=32, decoder_depth=1)
-    arguments = ["QUANTIZER=fsq", "FSQ_LEVELS=(5, 5)", "START_CHECKPOINT=start.pt", "EPOCH_IMAGES=4"]
+    model = VQRAE("cifar", "fsq", {}, 16, 4, 0, decoder_width=32, decoder_depth=1)
+    arguments = ["QUANTIZER=fsq", "START_CHECKPOINT=start.pt", "EPOCH_IMAGES=4"]
     save_checkpoint("start.pt", model)
     assert main(*arguments, "STAGES=(1,)")
     next(model.encoder.parameters()).data += 0.1
@@ -451,6 +452,10 @@ def begin(edited, monkeypatch):
     return start
 
 
+def as_argument(name, value):
+    return f"{name}={value}" if name in train.kinds[str].split() else f"{name}={value!r}"
+
+
 def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     """A list is as good as a tuple. Every other value makes another run."""
     run = begin(QUANTIZER="fsq", FSQ_LEVELS=[8, 6, 5])
@@ -458,10 +463,6 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     changes = [{"FSQ_LEVELS": [8, 8, 8]}, {"MY_LIST": [1]}, {"MY_LIST": [2]}, {"LIBRARY": {"kind": "no such class"}}]
     names = [begin(**({"QUANTIZER": "fsq", "FSQ_LEVELS": [8, 6, 5]} | change)) for change in changes]
     assert len({run, *names}) == 5 and all(name.startswith("tiny_cifar_fsq_") for name in names)
-
-
-def as_argument(name, value):
-    return f"{name}={value}" if name in train.kinds[str].split() else f"{name}={value!r}"
 
 
 @pytest.mark.parametrize("name, value", [
@@ -503,15 +504,9 @@ def test_a_start_checkpoint_needs_the_constants_of_its_model(name, value, messag
     assert line.startswith(f"train.py: {message}") and line == begin(as_argument(name, value), **right)
 
 
-def test_an_argument_that_is_no_constant_is_refused(begin):
-    assert re.match("train.py: argument = 'epochs=3', allowed: .* such as EPOCHS", begin("epochs=3"))
-    assert begin("QUANTIZER").startswith("train.py: argument = 'QUANTIZER', allowed: NAME=value")
-
-
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
+def test_help_prints_each_constant_with_its_comment(main, capsys):
     with pytest.raises(SystemExit):
-        main(flag)
+        main("--help")
     printed = capsys.readouterr().out
     assert printed.startswith(train.__doc__) and "\n# training\nSTAGES = (1, 2)  # " in printed
     assert {*re.findall("^([A-Z_]+) = ", printed, re.MULTILINE)} == {*CONSTANTS}
@@ -555,8 +550,8 @@ def test_an_edited_file_trains_and_prints_what_the_terminal_can_show(folder, edi
 
 
 def test_a_mistake_in_ones_own_quantizer_shows_where_it_is(edited):
-    edited("class Two(quantizers.FSQ):\n    def quantize(self, x):\n        return super().quantize(x)[:2]\n\n\n"
-           "quantizers.QUANTIZERS['two'] = Two", QUANTIZER="two", EPOCH_IMAGES=32)
+    edited("from quantizers import FSQ\n\n\nclass Two(FSQ):\n    def quantize(self, x):\n"
+           "        return super().quantize(x)[:2]\n\n\nQUANTIZERS['two'] = Two", QUANTIZER="two", EPOCH_IMAGES=32)
     done = run_script(".", os.path.abspath("train.py"))
     assert done.returncode == 1 and "not enough values to unpack" in done.stderr.splitlines()[-1]
     assert "quantizers.py\", line " in done.stderr and "codes, loss, indices = self.quantize(" in done.stderr
@@ -568,9 +563,11 @@ def test_a_mistake_in_a_worker_shows_where_it_is(main, monkeypatch):
         main("IMAGE_SIZE=(16,)")
 
 
-def test_ctrl_c_ends_a_run_in_one_line(folder, tmp_path):
-    command = [sys.executable, ROOT / "train.py", f"DATASET={folder}", *TINY, "EPOCHS=1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_ctrl_c_ends_a_run_in_one_line(folder):
+    command = [sys.executable, ROOT / "train.py", f"DATASET={folder}", *TINY, "EPOCHS=99"]
+    as_in_a_terminal = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=as_in_a_terminal) as process:
         for line in process.stdout:
             if "the whole run takes about" in line:
                 process.send_signal(signal.SIGINT)
