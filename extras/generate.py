@@ -63,7 +63,7 @@ class Prior(nn.Module):
         super().__init__()
         self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth)
         self.sizes, self.grid, self.classes, self.tokens = tuple(sizes), tuple(grid), classes, math.prod(grid)
-        self.starts = [sum(sizes[:k]) for k in range(len(sizes))]  # of each digit's rows in a table for all digits
+        self.starts = [sum(sizes[:k]) for k in range(len(sizes))]  # tables have digit k's rows from starts[k] on
         self.embed = nn.Parameter(torch.randn(sum(sizes), dim) * 0.1)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
         self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
@@ -114,19 +114,19 @@ class Prior(nn.Module):
     @torch.no_grad()
     def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 16,
              guidance: float = 4.0, temperature: float = 1.0) -> Tensor:
-        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,); or lists.
+        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
 
-        The order is random. Later steps fill more tokens (MaskGIT's square schedule, 2202.04200).
-        labels: from 0; `classes` is no class, and so is None
+        The order is random. Later steps fill more tokens (MaskGIT's square schedule, 2202.04200). Lists serve as well.
+        labels: classes from 0; None or the number `classes` stands for no class
         guidance: the mean classifier-free scale (2207.12598), which rises from about 1 (Muse, 2301.00704)
         InputError for other shapes or ranges.
         """
         indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
         none = torch.full((len(indices),), self.classes, device=self.mask.device)
         labels = none if labels is None else torch.as_tensor(labels, device=none.device)
-        shapes, grid = (indices.shape, mask.shape, labels.shape), (len(indices), *self.grid)
-        check(len(indices) and mask.dtype == torch.bool and shapes == (grid, grid, grid[:1]),
-              "shapes of indices, mask, labels", shapes, f"(B, *{self.grid}), the same in bool, (B,)")
+        shapes, grid = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices), *self.grid)
+        require(len(indices) and mask.dtype == torch.bool and shapes == [grid, grid, grid[:1]],
+                f"indices, mask (bool) and labels must be {grid}, {grid} and {grid[:1]}, not {shapes}, {mask.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
         check(steps >= 1 and guidance >= 1 and temperature > 0, "steps, guidance, temperature",
@@ -153,7 +153,7 @@ class Prior(nn.Module):
         return join_indices(digits, self.sizes).view(indices.shape)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
-        if "embed.weight" in state:  # the shipped file is older
+        if "embed.weight" in state:  # the shipped file is older, with more arguments and tensors
             state["embed"] = state.pop("embed.weight").T
             del state["to_sorted"], state["from_sorted"]
         super()._load_from_state_dict(state, prefix, *arguments)

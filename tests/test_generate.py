@@ -18,7 +18,7 @@ from data import Dataset, load_dataset
 from extras.generate import Prior, build_prior, draw_masks, load_prior, measure_bits
 from extras.measure import frechet_distance
 from models import PRETRAINED_DIR, VQRAE, load_checkpoint, save_checkpoint
-from quantizers import build_quantizer, join_indices, split_indices
+from quantizers import build_quantizer, split_indices
 
 
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
@@ -30,32 +30,52 @@ def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
 
 # The model
 
+def probabilities(prior, indices, masked):
+    """The distributions (M, codes) of an image's M masked tokens, each a product over digits."""
+    codes = split_indices(torch.arange(math.prod(prior.sizes)), prior.sizes)
+    digits, rows = split_indices(indices.flatten(1), prior.sizes), []
+    for features in prior.features(digits, masked, torch.tensor([1])):
+        features, p = features.expand(len(codes), -1, -1), 1
+        for k in range(len(prior.sizes)):
+            p = p * prior.logits(k, features, codes).softmax(1).gather(1, codes[:, k : k + 1])[:, 0]
+        rows.append(p)
+    return torch.stack(rows)
+
+
 @torch.no_grad()
 def test_the_bound_is_the_mean_over_all_orders():
     """Four tokens can follow each other in 24 orders. Each order gives bits; the bound is their mean."""
-    prior, label = random_prior(sizes=(3, 2), grid=(1, 4)), torch.tensor([1])
-    indices = torch.randint(6, (1, 1, 4))
-    digits = split_indices(indices.flatten(1), (3, 2))
-
-    def token_bits(masked, token):
-        """The bits of one masked token, from the probabilities of all six codes."""
-        features = prior.features(digits, masked, label)[masked[0, :token].sum()]
-        codes = split_indices(torch.arange(6), (3, 2))
-        logits = [prior.logits(k, features.expand(6, -1, -1), codes).log_softmax(1) for k in range(2)]
-        p = (logits[0].gather(1, codes[:, :1]) + logits[1].gather(1, codes[:, 1:]))[:, 0].exp()
-        torch.testing.assert_close(p.sum(), torch.tensor(1.0))
-        return -p[indices[0, 0, token]].log2()
-
-    total = bound = 0
+    prior, indices = random_prior(sizes=(3, 2), grid=(1, 4)), torch.randint(6, (1, 1, 4))
+    expected = bound = 0
     for order in itertools.permutations(range(4)):
         masked = torch.ones(1, 4, dtype=torch.bool)
         for token in order:
-            total += token_bits(masked, token)
+            p = probabilities(prior, indices, masked)[masked[0, :token].sum()]
+            torch.testing.assert_close(p.sum(), torch.tensor(1.0))
+            expected -= p[indices[0, 0, token]].log2() / 24
             masked[0, token] = False
     for places in itertools.product([False, True], repeat=4):
         if any(places):  # each number of masked tokens is as likely
-            bound += prior(indices, torch.tensor([places]), label)[0] / math.comb(4, sum(places)) / 4
-    torch.testing.assert_close(bound, total / 24, rtol=1e-4, atol=1e-4)
+            bits = prior(indices, torch.tensor([places]), torch.tensor([1]))
+            bound += bits[0] / math.comb(4, sum(places)) / 4
+    torch.testing.assert_close(bound, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_samples_have_the_models_distribution(steps):
+    """Two tokens of four codes are independent if filled in one step. In two steps, either may be the first."""
+    prior = random_prior(sizes=(2, 2), grid=(1, 2))
+    zeros = torch.zeros(1, 1, 2).long()
+    first, second = probabilities(prior, zeros, torch.tensor([[True, True]]))
+    given_first = [probabilities(prior, zeros + x, torch.tensor([[False, True]]))[0] for x in range(4)]
+    given_second = [probabilities(prior, zeros + x, torch.tensor([[True, False]]))[0] for x in range(4)]
+    expected = first[:, None] * second
+    if steps == 2:
+        expected = (first[:, None] * torch.stack(given_first) + second * torch.stack(given_second, 1)) / 2
+    x, y = prior.generate(torch.ones(40_000).long(), steps=steps, guidance=1.0).flatten(1).T
+    counts = torch.bincount(x * 4 + y, minlength=16).view(4, 4) / 40_000
+    torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)  # six standard deviations
 
 
 def test_masks_have_all_numbers_of_tokens_and_all_tokens_equally_often():
@@ -86,35 +106,6 @@ def test_features_depend_on_known_tokens_and_the_label():
     assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
     for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
         assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(2).any()
-
-
-class Optimal(Prior):
-    """Knows the distribution (4, 4) of two tokens, each of two digits below 2."""
-
-    def __init__(self):
-        super().__init__([2, 2], [1, 2], 0, 16, 1)
-        self.joint = torch.distributions.Dirichlet(torch.full((16,), 0.3)).sample().view(4, 4) * 0.9 + 0.1 / 16
-
-    def features(self, digits, masked, labels):
-        """The distribution (M, 4) of each masked token, given the other unless that is masked, too."""
-        first, second = join_indices(digits, self.sizes).T
-        given = torch.stack([self.joint.T[second], self.joint[first]], 1)
-        alone = torch.stack([self.joint.sum(1), self.joint.sum(0)])
-        return torch.where(masked.flip(1)[..., None], alone, given)[masked]
-
-    def logits(self, k, features, digits):
-        table = features.view(-1, 2, 2)  # second digit, first digit
-        return table.sum(1).log() if k == 0 else table[torch.arange(len(table)), :, digits[:, 0]].log()
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_samples_have_the_models_distribution(steps):
-    """In two steps two tokens have their joint distribution. Filled in one step, they are independent."""
-    prior = Optimal()
-    first, second = prior.generate(torch.zeros(40_000).long(), steps=steps, guidance=1.0).flatten(1).T
-    counts = torch.bincount(first * 4 + second, minlength=16).view(4, 4) / 40_000
-    expected = prior.joint if steps == 2 else prior.joint.sum(1)[:, None] * prior.joint.sum(0)
-    torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)  # six standard deviations
 
 
 class Coin(Prior):
