@@ -79,7 +79,7 @@ def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
 def main():
     read_constants(globals(), sys.argv[1:])
     vectors = draw_vectors(5000)
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, (quantizer, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
         draw(axes, title, learn(quantizer, options), vectors)
     save_figure("outputs/cells.png", figure)
