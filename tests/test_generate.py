@@ -106,6 +106,8 @@ def test_features_depend_on_known_tokens_and_the_label():
     assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
     for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
         assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(2).any()
+    first, second = (prior.features(digits + one, masked, label) for one in torch.eye(3).long()[:2])
+    assert not torch.isclose(first, second, atol=1e-4).all(2).any()  # each digit has its own embeddings
 
 
 class Coin(Prior):
