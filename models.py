@@ -292,19 +292,20 @@ class ViTDecoder(nn.Module):
         super().__init__()
         check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 x {heads} DECODER_HEADS")
         self.token_size, overlap = token_size, token_size // 2
-        self.patch = {"kernel_size": token_size + 2 * overlap, "padding": overlap, "stride": token_size}
+        side = token_size + 2 * overlap
+        self.overlapping = {"kernel_size": side, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
         self.blocks = nn.Sequential(*(EvaBlock(width, heads, num_prefix_tokens=0) for _ in range(depth)))
         self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * self.patch["kernel_size"] ** 2)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * side**2)
 
     def forward(self, z: Tensor) -> Tensor:
         h, w = z.shape[2:]
         x, positions = self.project_in(z.flatten(2).mT), self.positions.get_embed([h, w])
         for block in self.blocks:
             x = block(x, positions)
-        patches = self.head(self.norm(x)).float().mT
-        return 0.5 + 0.25 * F.fold(patches, (h * self.token_size, w * self.token_size), **self.patch)
+        patches, size = self.head(self.norm(x)).float().mT, (h * self.token_size, w * self.token_size)
+        return 0.5 + 0.25 * F.fold(patches, size, **self.overlapping)
 
 
 class VQRAE(nn.Module, PyTorchModelHubMixin):
@@ -345,7 +346,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
-        # How many tokens the networks see to each side, rounded up to even numbers. in_strips needs both.
+        # How many tokens the networks see to each side, rounded up to even numbers, for in_strips. The encoders see up
+        # to 8 tokens, each residual block 2 more. Other encoders and a ViT decoder see the whole image.
         self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
         convolutional = isinstance(self.decoder, ConvDecoder)
         self.decoder_radius = 4 + 2 * (depth + post_quant_kernel // 2) if convolutional else None
@@ -531,9 +533,10 @@ def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE of a checkpoint, in eval mode. Nothing is downloaded, unless its encoder has a name with "hf-hub:".
+    """The VQRAE of a checkpoint, in eval mode. Nothing is downloaded, unless its encoder's name begins with "hf-hub:".
 
-    InputError for a damaged file, or one that train.py did not write. load_torch(path) gives its metadata.
+    An encoder "local-dir:<folder>" needs its folder. load_torch(path) gives the file's metadata.
+    InputError for a damaged file, or one that train.py did not write.
     """
     content = load_torch(path, "config", "model", "stage")
     return load_model(path, VQRAE, pretrained=False, stage=content["stage"], constants=content.get("constants"))
