@@ -11,6 +11,7 @@ A token is one position of the grid and has C numbers. project_in maps them to c
 and project_out maps the code to z_q. code_dim=0 means as wide as the tokens; project=False leaves out both maps.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
+import contextlib
 import importlib
 import inspect
 import math
@@ -28,20 +29,21 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    An index may have several digits, such as its indices in residual codebooks: codebook_sizes has their ranges.
+    Several codebooks have one common index. Its digits, one for each codebook, are below codebook_sizes.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
     residual = False  # whether the first few codebooks can be decoded alone
 
-    def __new__(cls, *arguments, **options):
+    def __new__(cls, *arguments, **options):  # here, so that no subclass has to write its config
         quantizer = super().__new__(cls)
         quantizer.config = describe(cls, arguments, options)
         return quantizer
 
     def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
         super().__init__()
-        self.dim, self.code_dim = dim, (code_dim or dim) if project else dim
+        self.dim = dim
+        self.code_dim = code_dim if project and code_dim else dim
         self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         sizes = (dim, self.code_dim, *codebook_sizes)
         valid = all(isinstance(n, int) and n > 0 for n in sizes) and self.codebook_size < 2**62
@@ -72,8 +74,11 @@ class Quantizer(nn.Module, ABC):
             return to_grid(self.project_out(codes), shape), loss, indices.view(shape)
 
     def indices_to_codes(self, indices: Tensor, depth: int | None = None) -> Tensor:
-        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C), by the first `depth` residual codebooks."""
-        valid = depth is None or self.residual and depth in range(1, len(self.codebook_sizes) + 1)
+        """indices (B, H, W) or (B, N) -> z_q (B, C, H, W) or (B, N, C). InputError as in check_indices.
+
+        depth: how many residual codebooks are summed, beginning with the first; None: all
+        """
+        valid = depth is None or (self.residual and depth in range(1, len(self.codebook_sizes) + 1))
         check(valid, "depth", depth, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
         tokens = indices.flatten(1)
@@ -82,20 +87,33 @@ class Quantizer(nn.Module, ABC):
             return to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """indices (N,) -> z_q (N, C)."""
+        """indices (N,) -> z_q (N, C). InputError as in check_indices."""
         return self.indices_to_codes(self.check_indices(indices, 1)[None])[0]
 
+    @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N). At most 2**24 codes."""
+        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N).
+
+        InputError for another shape, for NaNs or magnitudes above 1e12, and for a quantizer of more than 2**24 codes.
+        """
         tokens, shape = to_tokens(z_q, self.dim, "z_q")
         check_range(tokens, -1e12, 1e12, "z_q")
+        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
+        least, indices = torch.inf, 0
         with torch.autocast(z_q.device.type, enabled=False):
-            return nearest_entry(tokens, self).view(shape)
+            for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):  # to bound the memory
+                codes = self.get_codebook_entry(block)
+                nearest = nearest_code(tokens, codes)
+                distances = (tokens - codes[nearest]).square().sum(-1)
+                indices = torch.where(distances < least, block[nearest], indices)
+                least = distances.clamp(max=least)
+        return indices.view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
-        """indices, which may be a list or an array, as int64 on the quantizer's device.
+        """Indices, as a tensor, a list or an array -> an int64 tensor on the quantizer's device.
 
-        InputError unless they are integers in [0, codebook_size), with one of these numbers of dimensions, if given.
+        dims: how many dimensions they may have; none given: any number
+        InputError for another number of dimensions, for floats and bools, and for indices outside [0, codebook_size).
         """
         weights = [*self.parameters(), *self.buffers()]
         indices = torch.as_tensor(indices)
@@ -109,7 +127,7 @@ class Quantizer(nn.Module, ABC):
         return indices
 
     def _apply(self, function, recurse: bool = True):
-        """half(), bfloat16() and double() leave a quantizer in fp32: a code's index needs its digits."""
+        """half(), bfloat16() and double() leave a quantizer in fp32: rounded tokens would get other indices."""
         def move(x: Tensor) -> Tensor:
             moved = function(x)
             return moved if moved.dtype == x.dtype else x.to(moved.device)
@@ -121,12 +139,14 @@ def straight_through(x: Tensor, codes: Tensor) -> Tensor:
     return codes.detach() + (x - x.detach())
 
 
+# Quantizers without a codebook
+
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al., 2309.15505): each of a few numbers is rounded to one of a few levels.
 
     Each combination of levels is a code. No code is learned, so none collapses, and the loss is 0. Levels lie
     symmetrically from -1 to 1 (2411.19842, section 3.2). Good choices: [8, 6, 5] = 240 codes, [8, 8, 8] = 512,
-    [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000. Tokens with a number for each level need no maps.
+    [8, 5, 5, 5] = 1,000, [8, 8, 8, 5, 5, 5] = 64,000. Tokens with len(levels) channels need no maps.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
@@ -135,7 +155,7 @@ class FSQ(Quantizer):
         dim = len(levels) if dim is None else dim
         super().__init__(dim, len(levels), (math.prod(levels),), project=dim != len(levels))
         self.levels = tuple(levels)
-        self.register_buffer("steps", torch.tensor(levels) - 1, persistent=False)
+        self.register_buffer("top_levels", torch.tensor(levels) - 1, persistent=False)
 
     def quantize(self, x: Tensor) -> Quantized:
         x = x.tanh()
@@ -143,11 +163,12 @@ class FSQ(Quantizer):
         return straight_through(x, self.lookup(indices)), x.new_zeros(()), indices
 
     def nearest(self, x: Tensor) -> Tensor:
-        digits = ((x.clamp(-1, 1) + 1) / 2 * self.steps).round().long()
+        """x (B, N, code_dim) -> indices (B, N) of the nearest codes."""
+        digits = ((x.clamp(-1, 1) + 1) / 2 * self.top_levels).round().long()
         return join_indices(digits, self.levels)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return 2 * split_indices(indices, self.levels) / self.steps - 1
+        return 2 * split_indices(indices, self.levels) / self.top_levels - 1
 
 
 class DDCL(FSQ):
@@ -161,6 +182,7 @@ class DDCL(FSQ):
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
         steps = round(1 / delta) if isinstance(delta, (int, float)) and 0.031 < delta <= 1 else 0
+        # delta may be rounded to four decimals
         check(steps and abs(1 / delta - steps) < 0.06, "delta", delta, "1, 1/2, 1/3, ..., 1/32")
         super().__init__(dim, [2 * steps + 1] * 4)
         self.delta, self.comm_weight = 1 / steps, comm_weight
@@ -173,6 +195,8 @@ class DDCL(FSQ):
         bits = (2 * x.abs() / self.delta + 1).log2().sum(-1).mean()
         return received, self.comm_weight * bits, indices
 
+
+# Errors
 
 class InputError(ValueError):
     """A mistake in the user's input. The message says in one line what to change."""
@@ -190,6 +214,16 @@ def require(ok: bool, sentence: str):
         raise InputError(sentence)
 
 
+@contextlib.contextmanager
+def errors_as(kind: type[Exception], message: str):
+    """Turn any error of a library's into `kind`, in one line. The error itself stays as its cause."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{message}: {reason:.300}") from error
+
+
 def check_range(x: Tensor, low: float, high: float, name: str):
     """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
     if not torch.compiler.is_compiling() and x.numel():
@@ -198,8 +232,13 @@ def check_range(x: Tensor, low: float, high: float, name: str):
                 f"The values of {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
 
 
+# Shapes, indices and the nearest code
+
 def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
-    """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices."""
+    """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices.
+
+    InputError for another type or shape.
+    """
     if not (isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()):
         kind = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C) are needed.")
@@ -210,7 +249,7 @@ def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
 
 
 def to_grid(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of to_tokens."""
+    """The inverse of to_tokens: tokens (B, N, C) -> z (B, C, H, W) or (B, N, C), whose indices have this shape."""
     z = tokens.view(*shape, -1)
     return z.movedim(3, 1) if len(shape) == 3 else z
 
@@ -235,7 +274,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     tokens, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
     bias = torch.linalg.vector_norm(codes, dim=1).square() / -2
     rows = max(1, (2**28 if x.is_cuda else 2**21) // len(codes))
-    # an export has no loop, as it must hold for any number of tokens
+    # an exported graph takes any number of tokens, so the number of blocks cannot be fixed in it
     blocks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)
     return torch.cat([grouped_argmax(torch.addmm(bias, block, codes.T)) for block in blocks]).view(x.shape[:-1])
 
@@ -252,20 +291,6 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     return best * size + columns.argmax(1)
 
 
-@torch.no_grad()
-def nearest_entry(tokens: Tensor, quantizer: Quantizer) -> Tensor:
-    """Indices (B, N) of the quantizer's codes nearest to tokens (B, N, C). Blocks of codes bound the memory."""
-    check(0 < quantizer.codebook_size <= 2**24, "codebook_size", quantizer.codebook_size, "1 to 2**24 here")
-    least, indices = torch.inf, 0
-    for block in torch.arange(quantizer.codebook_size, device=tokens.device).split(2**13):
-        codes = quantizer.get_codebook_entry(block)
-        nearest = nearest_code(tokens, codes)
-        distances = (tokens - codes[nearest]).square().sum(-1)
-        indices = torch.where(distances < least, block[nearest], indices)
-        least = distances.clamp(max=least)
-    return indices
-
-
 def count_processes() -> int:
     """The number of torchrun's processes, or 1."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -277,6 +302,8 @@ def sum_of_processes(x: Tensor) -> Tensor:
         dist.all_reduce(x)
     return x
 
+
+# Quantizers with codebooks
 
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
@@ -290,8 +317,7 @@ class SimVQ(Quantizer):
         super().__init__(dim, code_dim, (codebook_size,), project)
         check(self.code_dim > 1 or not cosine, "code_dim", self.code_dim, "2 or more with cosine=True")
         self.cosine, self.commitment_cost = cosine, commitment_cost
-        codebook = torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5
-        self.register_buffer("frozen_codebook", codebook)
+        self.register_buffer("frozen_codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)
         self.code_transform = nn.Linear(self.code_dim, self.code_dim, bias=False)
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -299,7 +325,7 @@ class SimVQ(Quantizer):
         indices = nearest_code(x, self.transform(self.frozen_codebook))
         codes = self.lookup(indices)
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
-        return straight_through(x, codes), self.code_dim * loss, indices
+        return straight_through(x, codes), self.code_dim * loss, indices  # sums over a code's numbers, not means
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.transform(self.frozen_codebook[indices])
@@ -314,11 +340,12 @@ class SimVQ(Quantizer):
 class MatchedSimVQ(Quantizer):
     """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
 
+    build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
     A code is A g + m, with a frozen random g and the tokens' running mean m. The codes shall be distributed like the
     best guesses of Gaussian tokens that are seen in noise (Cover and Thomas, chapter 9). K codes tell tokens of
     covariance C apart down to noise of variance s, where log det(I + C / s) / 2 = log K. The guesses then have the
-    covariance C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. For tokens of equal variances
-    this is Shannon's random code (section 10.3).
+    covariance C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. If all directions are equally
+    strong, this is Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -340,7 +367,7 @@ class MatchedSimVQ(Quantizer):
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
         error = F.mse_loss(x, codes) / self.variance()
-        loss = error.detach() + self.commitment_cost * error  # as SimVQ's: its first part moves codes, here nothing
+        loss = error.detach() + self.commitment_cost * error  # SimVQ's first term moves codes, here none
         return straight_through(x, codes), loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -355,21 +382,22 @@ class MatchedSimVQ(Quantizer):
         """Follow tokens x (N, code_dim) with the moving averages, equal in all processes, and match A and m to them."""
         self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
         rate = (1 - self.decay) / self.total_weight  # 1 in the first step, which forgets the initial values
-        x = x - self.mean  # tokens far from zero keep their digits
-        step = sum_of_processes(x.mean(0)) / count_processes()
-        x = x - step
+        x = x - self.mean  # centred, as fp32 would round the squares of tokens far from zero
+        shift = sum_of_processes(x.mean(0)) / count_processes()
+        x = x - shift
         covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
-        # the covariance of a mixture: those of its two parts, and that of their means
-        self.covariance.lerp_(covariance + (1 - rate) * step.outer(step), rate)
-        self.mean += rate * step
+        # old and new tokens together have the covariances of both, and the covariance of their two means
+        self.covariance.lerp_(covariance + (1 - rate) * shift.outer(shift), rate)
+        self.mean += rate * shift
 
-        n, variance = self.code_dim, self.variance()
-        s = self.noise_ratio * variance
-        factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L L' = C + s I
-        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R = L^-1 C, so that R' R is
-        self.code_transform.weight.copy_(n**0.5 * root.T)  # C (C + s I)^-1 C, and g's numbers have variance 1 / n
+        # A g has the covariance A A' / n, as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes it R' R, which
+        # is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
+        n, s = self.code_dim, self.noise_ratio * self.variance()
+        factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L
+        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
+        self.code_transform.weight.copy_(n**0.5 * root.T)
         self.code_transform.bias.copy_(self.mean)
-        # one Newton step for log s, for the next step of training
+        # Newton's method for log det(I + C / s) / 2 = log K: a step of log s for the next step of training
         excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
         self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
@@ -379,9 +407,9 @@ class MatchedSimVQ(Quantizer):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. It follows with the weight w = 9 / (t + 10), but at
-    least 1 - decay, so that the first steps, when nothing has settled, are soon forgotten:
+    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. Its moving averages are
         N_i = (1 - w) N_i + w n_i        m_i = (1 - w) m_i + w s_i        e_i = m_i / N_i
+    with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
     A code without tokens stays where it is. The loss is the commitment loss.
 
     Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
@@ -396,7 +424,7 @@ class EMAVQ(Quantizer):
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # the same average of the mean of all n_i
+        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i's mean over i
         self.register_buffer("steps", torch.zeros(()))  # t
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -429,7 +457,7 @@ class EMAVQ(Quantizer):
         dead &= dead.cumsum(0) <= counts.sum() / count_processes()
         # each code draws a token, dead or not: compiled code needs shapes that do not depend on values
         tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
-        if count_processes() > 1:  # all take process 0's tokens. torch.compile knows no broadcast, but sums
+        if count_processes() > 1:  # all take process 0's tokens: torch.compile knows no broadcast, but sums
             tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
         restart_count = 0.2 * self.mean_count
         self.token_counts.masked_fill_(dead, restart_count)
@@ -498,7 +526,7 @@ class NoQuantizer(Quantizer):
         raise InputError("Without a quantizer there are no indices to decode: choose another one than 'none'.")
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return self.check_indices(indices)
+        return self.check_indices(indices)  # there are none
 
 
 class Library(Quantizer):
@@ -520,7 +548,7 @@ class Library(Quantizer):
         build = partial(getattr(library, kind), dim=code_dim or dim)
         # A copy is tried on two tokens. It must not wait for other processes, as k-means and shared statistics do.
         alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
-        try:
+        with errors_as(InputError, f"{kind} does not work with {options!r:.300}"):
             with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
                 module = build(**options)
                 with torch.random.fork_rng(devices=[]):
@@ -530,17 +558,14 @@ class Library(Quantizer):
                 codes = read_codes(copy, indices)
             same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
             require(same, "the codes of its indices are not its output")
-        except Exception as error:  # classes refuse options by errors of all kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{kind} does not work with {options!r:.300}: {reason:.300}") from error
-        sizes = options.get("codebook_size")
-        for attribute in ("codebook_size", "codebook_sizes"):
-            sizes = getattr(module, attribute, sizes)
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)  # one for all codebooks, or a group's
-        digits = indices.numel() // 2  # for each of the two tokens
+        size = getattr(module, "codebook_size", options.get("codebook_size"))
+        sizes = getattr(module, "codebook_sizes", size)
+        # one size, which all codebooks have, or a size for each codebook of a group
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+        digits = indices.numel() // 2  # a token's, as there are two tokens
         super().__init__(dim, code_dim, sizes * (digits // len(sizes)), project=code_dim > 0)
         self.kind, self.module, self.arguments = kind, module, arguments or {}
-        self.axes, self.groups = indices.ndim, len(indices)  # groups only with four axes
+        self.axes, self.groups = indices.ndim, len(indices)  # indices of grouped codebooks have four axes
 
     def quantize(self, x: Tensor) -> Quantized:
         exported = torch.compiler.is_exporting()
@@ -569,11 +594,13 @@ class Library(Quantizer):
 
 
 def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
-    """The output of a class of vector-quantize-pytorch for its own indices."""
+    """The codes (B, N, C) with these indices, in the module's own form, of a module of vector-quantize-pytorch."""
     if hasattr(module, "get_output_from_indices"):
         return module.get_output_from_indices(indices)
     return module.indices_to_codes(indices)
 
+
+# By name
 
 QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,
@@ -587,7 +614,10 @@ QUANTIZERS = {
 
 
 def build_quantizer(name: str, dim: int, **options) -> Quantizer:
-    """Build the quantizer of this name in QUANTIZERS for tokens of dim channels. Its class takes the options."""
+    """Build the quantizer of this name in QUANTIZERS for tokens of dim channels. Its class takes the options.
+
+    InputError for an unknown name, or an option's value that the class refuses.
+    """
     check(name in QUANTIZERS, "quantizer", name, ", ".join(QUANTIZERS))
     quantizer = QUANTIZERS[name](dim, **options)
     quantizer.config["quantizer"] = name
@@ -597,9 +627,9 @@ def build_quantizer(name: str, dim: int, **options) -> Quantizer:
 def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     """The name and all options, also defaults, with which build_quantizer builds kind(*arguments, **options)."""
     parameters = inspect.signature(kind.__init__).parameters
-    names = list(parameters)  # self, dim, options
-    kept = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
-    kept |= dict(zip(names[1:], arguments)) | options
-    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name not in names[:2]}
+    names = list(parameters)[1:]  # dim and the options, without self
+    chosen = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
+    chosen |= dict(zip(names, arguments)) | options
+    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name not in names[:1]}
     known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
-    return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": kept}
+    return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": chosen}
