@@ -25,21 +25,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from quantizers import InputError, check, check_range, require
+from quantizers import InputError, check, check_range, count_processes, errors_as, require
 
 device = "cuda" if torch.cuda.is_available() else "cpu"  # for the scripts of extras/; train.py has its own
 
 
 # Errors
-
-@contextlib.contextmanager
-def errors_as(kind: type[Exception], message: str):
-    """Turn any error of a library's into `kind`, in one line. The error itself stays as its cause."""
-    try:
-        yield
-    except Exception as error:
-        raise kind(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
-
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = "stopped"):
@@ -55,8 +46,8 @@ def one_line_errors(stopped: str = "stopped"):
     except KeyboardInterrupt:
         message = stopped
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        message = str(error).partition(". Tried to")[0]
-        if "Original Traceback" in message:  # the error of a DataLoader's worker
+        message = str(error).partition(". Tried to")[0]  # torch lists how its memory is used
+        if "Original Traceback" in message:  # a DataLoader's worker sends its error with the traceback
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
     else:
         return
@@ -122,7 +113,7 @@ def fits(value: object, kind: object) -> bool:
 
 
 def print_help(namespace: dict, constants: dict):
-    """Print a script's docstring, and its constants with their comments."""
+    """Print a script's docstring, and its constants with their headings and comments."""
     print(namespace["__doc__"])
     source = Path(namespace["__file__"]).read_text("utf-8")
     for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_]*) = .*?(  # .*)?$", source):
@@ -145,7 +136,7 @@ def fast_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
-    return cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
+    return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", ""))
 
 
 def prepare_cpu():
@@ -159,35 +150,30 @@ def prepare_cpu():
     set_fused_attn(False)
 
 
-def several_processes() -> bool:
-    """Whether torchrun started this process beside others."""
-    return dist.is_available() and dist.is_initialized()
-
-
 @contextlib.contextmanager
 def first_process_first():
     """Run the body in the first process, then in the others. If the first fails, the others do not wait."""
-    rank = dist.get_rank() if several_processes() else None
-    if rank:
+    several = count_processes() > 1
+    if several and dist.get_rank() > 0:
         dist.barrier()
     yield
-    if rank == 0:
+    if several and dist.get_rank() == 0:
         dist.barrier()
 
 
 def average(tensors: list[Tensor]):
     """Replace tensors by their means over all processes, which exchange them in one message."""
-    if several_processes() and tensors:
+    if count_processes() > 1 and tensors:
         message = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(message)
-        parts = (message / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        parts = (message / count_processes()).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
 
 
 def check_agreement(name: str, value: object):
     """InputError in all processes unless they have the same value."""
-    if several_processes():
-        values = [None] * dist.get_world_size()
+    if count_processes() > 1:
+        values = [None] * count_processes()
         dist.all_gather_object(values, value)
         require(len({*values}) == 1, f"Processes do not agree on {name}: {values}. They need a common disk.")
 
@@ -233,7 +219,9 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
              indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
     """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, from their indices (N, h, w), and measure the result.
 
-    indices: None computes them. Returns metrics, get_codebook_usage's counts, and uint8 images (N, 3, H, W).
+    indices: None computes them
+    Returns metrics, how often each code was used, and the reconstructions, uint8 (N, 3, H, W). psnr and ssim are means
+    over images, psnr_of_mse is the PSNR of the mean squared error of all images. InputError for other images.
     """
     require(images.dtype == torch.uint8 and len(images), f"{len(images)} images of {images.dtype} cannot be measured.")
     training, device = model.training, next(model.parameters()).device
@@ -280,6 +268,7 @@ def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int
 
 
 def save_figure(path: Path, figure: Figure):
+    """Write a figure as a PNG file."""
     with replace_file(path) as draft:
         figure.savefig(draft, dpi=120, format="png")
 
@@ -327,7 +316,10 @@ def seed_everything(*numbers: int):
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Give the path of a draft, which is renamed to `path` once it is written. So nobody reads half a file."""
+    """Give the path of a draft, which is renamed to `path` once it is written. So nobody reads half a file.
+
+    OSError if the draft cannot be written or renamed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
@@ -348,6 +340,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_torch(path: str | Path, content: dict):
+    """Write what load_torch reads. OSError as in replace_file."""
     with replace_file(path) as draft:
         torch.save(content, draft)
 
@@ -368,7 +361,11 @@ def load_torch(path: str | Path, *keys: str) -> dict:
 
 
 class Run:
-    """The folders of a run, outputs/<name>/ and checkpoints/<name>/, locked for one process, and its progress."""
+    """A run's folders outputs/<name>/ and checkpoints/<name>/, locked for one process, and its progress.
+
+    stage, epoch: the last ones that were finished, 0 at first. history: a row of figures for each finished epoch.
+    InputError if another process holds the lock, or last.pt is damaged.
+    """
 
     def __init__(self, name: str, first_process: bool = True):
         self.name = name
@@ -409,5 +406,5 @@ class Run:
             writer = csv.DictWriter(file, row, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
-        progress = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
-        save_torch(self.last, progress | {k: v.state_dict() for k, v in state.items()})
+        content = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
+        save_torch(self.last, content | {name: module.state_dict() for name, module in state.items()})
