@@ -216,7 +216,7 @@ def require(ok: bool, sentence: str):
 
 @contextlib.contextmanager
 def errors_as(kind: type[Exception], message: str):
-    """Turn any error of a library's into `kind`, in one line. The error itself stays as its cause."""
+    """Raise `kind`, with a message in one line, for any error of the body. The error itself stays as its cause."""
     try:
         yield
     except Exception as error:
