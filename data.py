@@ -26,8 +26,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import CenterCrop, InterpolationMode, PILToTensor, RandomResizedCrop, Resize
 from tqdm import tqdm
 
-from quantizers import InputError, check, require
-from utils import digest, errors_as, progress, replace_file, to_float
+from quantizers import InputError, check, errors_as, require
+from utils import digest, progress, replace_file, to_float
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
@@ -37,7 +37,7 @@ PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG; 
 
 
 class Dataset(NamedTuple):
-    """Images (N, 3, H, W), uint8, and labels (N,), int64, None where a folder has no classes."""
+    """Images (N, 3, H, W), uint8, and labels (N,), int64, which are None if the images lie in no class folders."""
 
     train_images: "Tensor | ImageFiles"
     train_labels: Tensor | None
@@ -46,13 +46,25 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
+class Split(NamedTuple):
+    """A folder's training or test images.
+
+    The key is a digest of names and sizes, so it stays if the folder moves. The state also depends on paths and times.
+    """
+
+    files: list[Path]
+    classes: list[str]  # the class folder of each file, or ""
+    key: str
+    state: str
+
+
 class ImageFiles:
     """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops.
 
     The next image of the same class takes a broken image's place. InputError if more than 1 % are broken.
     """
 
-    device = "cpu"
+    device = "cpu"  # a tensor of images has this attribute, too
 
     def __init__(self, files: list[Path], size: int, labels: Tensor | None = None):
         self.files = np.array(files, str)  # each worker would copy a list
@@ -75,7 +87,7 @@ class ImageFiles:
         crops = []
         for i, size in samples:
             image = self.read_or_next(i)
-            least = min(1, size**2 / image[0].numel())  # of the image's area: a crop at full resolution
+            least = min(1, size**2 / image[0].numel())  # a crop with this share of the area needs no enlarging
             crops.append(RandomResizedCrop(size, (least, 1))(image))
         return crops
 
@@ -113,7 +125,10 @@ class ImageFiles:
 
 
 def find_dataset(name: str) -> tuple[str, str]:
-    """A dataset's name, for "auto" too, and a digest of a folder's file names and sizes, wherever the folder is."""
+    """The name of a dataset that exists, and for a folder a digest of its file names and sizes.
+
+    "auto" becomes "cifar10" or "shapes". The digest stays as it is if the folder moves. InputError for another name.
+    """
     name = os.path.expanduser(name)
     check(name in DATASETS or Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)}, or a folder with train/")
     if name == "auto":
@@ -125,14 +140,14 @@ def find_dataset(name: str) -> tuple[str, str]:
             name = "shapes"
     if name in DATASETS:
         return name, ""
-    return name, digest([list_split(name, split)[2] for split in ("train", "test")])
+    return name, digest([list_split(name, split).key for split in ("train", "test")])
 
 
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
-    Several sizes are for random crops of a folder's training images; test images have the largest. InputError for an
-    unknown name or a folder without images, OSError without CIFAR-10.
+    With several sizes, a folder's training images give random crops, and test images have the largest size.
+    InputError for an unknown name or a folder without images, OSError without CIFAR-10.
     """
     name, _ = find_dataset(name)
     if name not in DATASETS:
@@ -147,7 +162,7 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
 
 
 def load_cifar10() -> list[CIFAR10]:
-    """Its training and test images, downloaded to data/ unless they are there. OSError if that fails."""
+    """CIFAR-10's training and test images, downloaded to data/ unless they are there. OSError if that fails."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)  # a server may not answer
     try:
@@ -161,54 +176,51 @@ def find_images(folder: str | Path) -> list[Path]:
     """All image files below a folder, sorted. Prints what is ignored: other files, folders that cannot be read."""
     folder = Path(os.path.expanduser(folder))
     files, errors = [], []
-    seen = {folder.resolve(), *folder.resolve().parents}  # links to them, or twice to one, are not followed
+    seen = {folder.resolve(), *folder.resolve().parents}  # no link leads into a folder again
     for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         found = {Path(root, name).resolve(): name for name in sorted(folders)}
         folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
         seen.update(found)
         files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
-    formats = Image.registered_extensions()  # by suffix
-    images = [f for f in files if formats.get(f.suffix.lower()) in FORMATS]
-    others = Counter(f.suffix for f in {*files} - {*images})
+    formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
+    images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS]
+    others = Counter(file.suffix for file in {*files} - {*images})
     for reason in (*errors, *(f"{count} files {kind or 'without suffix'}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
     return sorted(images, key=lambda file: unicodedata.normalize("NFC", str(file)).split(os.sep))
 
 
 @functools.cache
-def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str, str]:
-    """A split's images in random order, the class folder of each or "", and two digests.
-
-    The first one is of names and sizes, wherever the folder is. The second one is also of places and times.
-    """
+def list_split(folder: str, split: str) -> Split:
+    """Split "train" or "test", in random order. InputError without images, or if only some lie in class folders."""
     root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
     files = [*np.random.default_rng(0).permutation(find_images(root))]
     require(files, f"{root} has no images. Wanted are {', '.join(FORMATS)}, in class folders or without.")
-    # é may be one character or two; macOS changes it
+    # Unicode writes é as one character or two, and systems differ
     names = [unicodedata.normalize("NFC", file.relative_to(root).as_posix()) for file in files]
     classes = [name.split("/")[0] if "/" in name else "" for name in names]
     require(all(classes) or not any(classes), f"{root} has images in class folders and beside them. Move the latter.")
     stats = [file.stat() for file in files]
     key = digest([(name, stat.st_size) for name, stat in zip(names, stats)])
     state = digest([(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)])
-    return files, classes, key, state
+    return Split(files, classes, key, state)
 
 
 def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
-    """Training images stay in their files for crops of several sizes, or if they would take more than DECODE_GB."""
+    """load_dataset for a folder. Training images stay in their files for several sizes, and above DECODE_GB."""
     size = int(np.max(image_size))
-    files, names, *_ = list_split(folder, "train")
-    classes, labels = np.unique(names, return_inverse=True)
-    test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
+    train, test = list_split(folder, "train"), list_split(folder, "test")
+    classes, labels = np.unique(train.classes, return_inverse=True)
+    test_classes, test_labels = np.unique(test.classes, return_inverse=True)
     labels, test_labels = torch.tensor(labels), torch.tensor(test_labels)
     alone = sorted({*classes} ^ {*test_classes})
     require(not alone, f"{folder}: both splits need the same class folders. Only one has {', '.join(alone[:9])}.")
-    if not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9:
-        train_images = ImageFiles(files, size, labels)
+    if not isinstance(image_size, int) or len(train.files) * 3 * size**2 > DECODE_GB * 1e9:
+        train_images = ImageFiles(train.files, size, labels)
     else:
         train_images, labels = decode(folder, "train", size, labels)
     test_images, test_labels = decode(folder, "test", size, test_labels)
-    if not any(names):
+    if not any(train.classes):
         return Dataset(train_images, None, test_images, None, [])
     return Dataset(train_images, labels, test_images, test_labels, classes.tolist())
 
@@ -221,8 +233,8 @@ def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, 
     path.parent.mkdir(exist_ok=True)
     lock = path.parent / "lock"
     try:
-        with FileLock(lock):  # another process may decode the same
-            for draft in path.parent.glob("*.tmp"):  # of a process that was killed
+        with FileLock(lock):  # another process may decode the same folder
+            for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft
                 with contextlib.suppress(OSError):  # on Windows, while a virus scanner reads it
                     draft.unlink()
             if not path.exists():
@@ -244,7 +256,7 @@ def write_decoded(path: Path, images: ImageFiles):
 
     needed, free = len(images) * 3 * images.size**2, shutil.disk_usage(path.parent).free
     require(needed < free, f"{path} needs {needed:,} bytes, but its disk has {free:,} left.")
-    # in order, and mapped once it has its name: Windows renames no file that is open or mapped
+    # a plain file, mapped once it has its name: Windows renames no file that is open or mapped
     with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
         for image in progress(pool.imap(fit_image, range(len(images))), "decoding", len(images)):
             if image is not None:
@@ -256,7 +268,7 @@ def cores() -> int:
     """How many CPU cores this process may use: in a container, fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
-        with contextlib.suppress(OSError, ValueError):  # there is no such file; it says "max"
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
             quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names).split()
             count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
     return count
@@ -269,9 +281,9 @@ def read_image(path: str | Path) -> Tensor:
     """
     with errors_as(InputError, f"image {str(path)!r} cannot be read"):
         image = load_pixels(path)
-        with contextlib.suppress(Exception):  # of a broken EXIF. Pillow rewrites it once the image is rotated
+        with contextlib.suppress(Exception):  # Pillow rotates the image, then may fail to rewrite a broken EXIF
             ImageOps.exif_transpose(image, in_place=True)
-        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
+        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")  # modes I, I;16 and F
         if image.has_transparency_data:
             profile = image.info.get("icc_profile")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -286,13 +298,14 @@ def load_pixels(path: str | Path) -> Image.Image:
     except Exception:
         with open(path, "rb") as file:
             content = file.read(2**30)  # no photograph is larger
-        for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):
+        for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):  # with as much metadata as Pillow reads
             with contextlib.suppress(Exception):
                 return open_image(io.BytesIO(leave_out_metadata(content, chunks)))
         raise
 
 
 def open_image(file: str | Path | io.BytesIO) -> Image.Image:
+    """The decoded image. InputError above Pillow's limit of pixels, and Pillow's errors."""
     with Image.open(file, formats=FORMATS) as image:
         limit = Image.MAX_IMAGE_PIXELS or math.inf
         require(math.prod(image.size) <= limit, f"it has {image.width} x {image.height} pixels, more than {limit:,}")
@@ -301,7 +314,7 @@ def open_image(file: str | Path | io.BytesIO) -> Image.Image:
 
 
 def leave_out_metadata(content: bytes, chunks: list[bytes]) -> bytes:
-    """A PNG file of its pixels and these chunks, or another file, such as AVIF, without EXIF."""
+    """A PNG file reduced to its pixels and these chunks. Other files, such as AVIF, lose their EXIF."""
     if not content.startswith(b"\x89PNG"):
         return content.replace(b"Exif", b"none")  # a name that no decoder knows
     kept, start = bytearray(content[:8]), 8
@@ -315,7 +328,8 @@ def leave_out_metadata(content: bytes, chunks: list[bytes]) -> bytes:
 
 def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     """The image in RGB, converted from its colour profile, a phone's Display P3 for instance, if it is not sRGB."""
-    plain, profile = image if image.mode == "RGB" else image.convert("RGB"), image.info.get("icc_profile")
+    plain = image if image.mode == "RGB" else image.convert("RGB")
+    profile = image.info.get("icc_profile")
     if not profile:
         return plain
     try:
@@ -342,7 +356,8 @@ def fit(images: Tensor, size: int) -> Tensor:
     return CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(images))
 
 
-def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool, device: str) -> Iterator:
+def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool,
+                 device: str) -> Iterator[Tensor]:
     """For each (index (B,), size), images (B, 3, size, size) in [0, 1] on `device`. flip: half are mirrored."""
     if isinstance(images, ImageFiles):
         source = load_crops(images, batches)
@@ -350,11 +365,12 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         source = (images[index] for index, _ in batches)
     for batch in source:
         batch = to_float(batch.to(device))
-        yield torch.where(torch.rand_like(batch[:, :1, :1, :1]) < flip / 2, batch.flip(3), batch)
+        mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)
+        yield torch.where(mirrored, batch.flip(3), batch)
 
 
 def load_crops(images: ImageFiles, batches: list[tuple[Tensor, int]]) -> Iterator[Tensor]:
-    """For each (index (B,), size), uint8 crops (B, 3, size, size), read by a worker a core."""
+    """For each (index (B,), size), uint8 crops (B, 3, size, size). Each core has a worker that reads them."""
     samples = [[(i, size) for i in index.tolist()] for index, size in batches]
     workers = cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
     # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
@@ -372,7 +388,7 @@ SHAPES = "●⚪◗▲■⬢★✚♥⚡"  # in matplotlib's font
 
 
 def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES, equally many of each."""
+    """uint8 images (count, 3, size, size) and labels (count,), indices in SHAPES. Each shape is drawn equally often."""
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 2 * size)
     masks = []
     for shape in SHAPES:
@@ -386,6 +402,8 @@ def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
     """Shapes (B, 1, 2 size, 2 size) in [0, 1] -> uint8 images (B, 3, size, size): moved, turned, scaled, coloured."""
+    size = masks.shape[-1] // 2
+
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(masks), *shape, generator=generator)
 
@@ -396,7 +414,7 @@ def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
         waves = (uniform(-6, 12, 2, 1, 1).clamp(min=0) * axes + uniform(0, 2 * np.pi, 2, 1, 1)).sin()
         return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (waves.prod(1, keepdim=True) + 1) / 2)
 
-    size, (x, y) = masks.shape[-1] // 2, uniform(-0.3, 0.3, 2).T
+    x, y = uniform(-0.3, 0.3, 2).T
     turn = torch.polar(uniform(1, 1.6), uniform(0, 2 * np.pi))  # from the image to the shape: above 1 it shrinks
     affine = torch.stack([turn.real, -turn.imag, x, turn.imag, turn.real, y], 1).view(-1, 2, 3)
     moved = F.grid_sample(masks, F.affine_grid(affine, masks.shape, align_corners=False), align_corners=False)
