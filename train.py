@@ -23,8 +23,8 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-# OpenMP's waiting threads shall sleep soon, which has to be said before torch is imported. Beside one busy program on
-# two cores, a step then takes 2.3 s instead of 4.1 s. On a quiet machine it takes 0.9 s as before.
+# With this variable, which is read once, when torch is imported, OpenMP's waiting threads soon sleep. Beside one busy
+# program on two cores, a step then takes 2.3 s instead of 4.1 s. On a quiet machine it takes 0.9 s as before.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -38,8 +38,8 @@ import utils
 from data import Dataset, ImageFiles, find_dataset, load_batches, load_dataset
 from models import VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
 from muon import adamw_and_muon, take_step
-from quantizers import QUANTIZERS, InputError, check, require
-from utils import average, errors_as, evaluate, fast_bf16, first_process_first, progress
+from quantizers import QUANTIZERS, InputError, check, errors_as, require
+from utils import average, evaluate, fast_bf16, first_process_first, progress
 
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
@@ -52,10 +52,10 @@ GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" a token shoul
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "simvq_learned", "ddcl", "residual_vq", "product_vq", "residual_fsq", "lfq",
 #                       "bsq", "rotation_vq", "library"; "none" bounds the PSNR of all
 CODEBOOK_SIZE = 65536  # codes in a codebook; "fsq", "ddcl", "residual_fsq" and "library" have their own constants
-CODE_DIM = 16  # numbers of a code; 0: as many as the encoder has
-EMA_DECAY = 0.99  # moving averages of "ema_vq", "simvq", "residual_vq", "product_vq" and "rotation_vq"
+CODE_DIM = 16  # how many numbers a code has; 0: as many as the encoder's features
+EMA_DECAY = 0.99  # for the moving averages of "ema_vq", "simvq", "residual_vq", "product_vq" and "rotation_vq"
 COMMITMENT = 0.25  # weight of the commitment loss
-CODEBOOKS = 2  # of "residual_vq", "product_vq" and "residual_fsq"; CODEBOOK_SIZE = 256 suits two
+CODEBOOKS = 2  # how many "residual_vq", "product_vq" and "residual_fsq" have; CODEBOOK_SIZE = 256 suits two
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
 DDCL_COMM_WEIGHT = 1e-3  # weight of a token's bits
@@ -108,12 +108,12 @@ rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torc
 def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
               discriminator: nn.Module | None, perceptual_weight: float, distill_weight: float,
               gan_weight: float) -> dict[str, Tensor]:
-    """All losses. The model minimises "loss", a weighted sum, and the discriminator "discriminator_loss".
+    """All losses, scalars before their weights. The model minimises "loss", a weighted sum of them.
 
     images (B, 3, H, W) in [0, 1]
     teacher: the frozen encoder, or None if the encoder learns from scratch
     lpips: LPIPS's network, or None if the perceptual loss compares the teacher's features
-    discriminator: None without a GAN
+    discriminator: None without a GAN; it minimises "discriminator_loss"
     """
     with torch.no_grad():
         teacher_z = teacher(images) if teacher else None  # features (B, C, h, w)
@@ -126,7 +126,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
         distill_loss = model.compute_distillation_loss(z, teacher_z)
     if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
-    elif perceptual_weight and teacher:  # half of the images are enough, and save time
+    elif perceptual_weight and teacher:  # every second image is enough, and saves time
         perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
     loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
     loss = loss + quantizer_loss + distill_weight * distill_loss
@@ -135,8 +135,9 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
         # The GAN's gradient at the decoder's last layer gets the norm of the L2 loss's (VQGAN, 2012.09841, eq. 7).
-        l2_gradient, = torch.autograd.grad(16 * l2_loss, model.decoder.head.weight, retain_graph=True)
-        gan_gradient, = torch.autograd.grad(gan_loss, model.decoder.head.weight, retain_graph=True)
+        last_layer = model.decoder.head.weight
+        l2_gradient = torch.autograd.grad(16 * l2_loss, last_layer, retain_graph=True)[0]
+        gan_gradient = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
         balance = (l2_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(max=1e4)
         loss = loss + gan_weight * balance * gan_loss
     return dict(loss=loss, l2_loss=l2_loss, perceptual_loss=perceptual_loss, quantizer_loss=quantizer_loss,
@@ -147,7 +148,7 @@ def losses_and_gradients(model: VQRAE, teacher: nn.Module | None, lpips: nn.Modu
                          discriminator: nn.Module | None) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A micro-batch's losses, and the gradients of the model's and then the discriminator's parameters.
 
-    COMPILE compiles this function.
+    A gradient is None where the loss does not depend on a parameter. COMPILE compiles this function.
     """
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         losses = objective(model, images, teacher, lpips, discriminator, stage_value(PERCEPTUAL_WEIGHT, model.stage),
@@ -163,20 +164,21 @@ def train_epoch(model: VQRAE, batches: Iterator[Tensor], first_step: int, steps:
                 discriminator: nn.Module, optimizers: dict, gan_optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Train for `steps` steps, of `total` in a stage. Returns the mean of each loss, over all processes.
 
-    batches: images (B, 3, size, size) in [0, 1]; backward(images, discriminator or None) -> losses, gradients.
+    batches: images (B, 3, size, size) in [0, 1]
+    backward: losses_and_gradients with its first arguments, backward(images, discriminator or None)
     """
     log = []
     for step in progress(range(first_step, first_step + steps), f"stage {model.stage} epoch {first_step // steps + 1}"):
-        critic = discriminator if model.stage == 1 and GAN_WEIGHT > 0 and step >= total / 2 else None
-        learning = parameters(model) + (parameters(critic) if critic else [])
+        gan_on = model.stage == 1 and GAN_WEIGHT > 0 and step >= total / 2
+        learning = parameters(model) + (parameters(discriminator) if gan_on else [])
         for images in islice(batches, ACCUMULATE):
-            losses, gradients = backward(images, critic)
+            losses, gradients = backward(images, discriminator if gan_on else None)
             add_gradients(learning, gradients)
             log.append(torch.stack([*losses.values()]))
         average([p.grad for p in learning if p.grad is not None])
         nn.utils.clip_grad_norm_(parameters(model), 1.0)
         take_step(optimizers, step, total)
-        if critic:
+        if gan_on:
             gan_optimizer.step()
         for p in learning:
             p.grad = None
@@ -210,7 +212,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
                         "try a lower LEARNING_RATE.")
         if rank == 0:
             tested = data.test_images[: EVAL_IMAGES or None]
-            metrics, _, output = evaluate(model, tested, BATCH_SIZE // ranks // ACCUMULATE)
+            metrics, _, output = evaluate(model, tested, micro_batch_size())
             row = {"stage": stage, "epoch": epoch, **losses, **metrics,
                    "images_per_second": steps * BATCH_SIZE / seconds, "seconds": seconds}
             save_epoch(run, row, model, state, tested[:8], output[:8])
@@ -229,18 +231,22 @@ def parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def add_gradients(learning: list[nn.Parameter], gradients: list[Tensor | None]):
-    """Add a micro-batch's gradients to p.grad. Copies are kept: the next run of a CUDA graph overwrites its results."""
+    """Add a micro-batch's gradients to p.grad.
+
+    The first micro-batch's are copied if others follow: a CUDA graph's next run would overwrite them.
+    """
     for p, gradient in zip(learning, gradients):
-        if gradient is not None:
-            if p.grad is not None:
-                p.grad += gradient
-            else:
-                p.grad = gradient.clone() if ACCUMULATE > 1 else gradient
+        if gradient is None:
+            continue
+        if p.grad is not None:
+            p.grad += gradient
+        else:
+            p.grad = gradient.clone() if ACCUMULATE > 1 else gradient
 
 
 def compiled(function: Callable) -> Callable:
-    """The function as one graph for each stage, with and without a GAN, and for each size of images."""
-    torch._dynamo.config.trace_autograd_ops = True  # the backward pass is in it
+    """The function, compiled into one graph for each stage, with and without a GAN, and for each size of images."""
+    torch._dynamo.config.trace_autograd_ops = True  # the function includes the backward pass
     torch._dynamo.config.recompile_limit = 8 * len(sizes())
     return torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
 
@@ -250,14 +256,20 @@ def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: in
     generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # the same in all processes
     passes = math.ceil(steps * BATCH_SIZE / len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
-    order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]
+    order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]  # indices (steps, ACCUMULATE, B)
     batches = []
     for micro_batches, size in zip(order, cycle(sizes())):
         batches += [(index, size) for index in micro_batches]
     return load_batches(images, batches, FLIP, device)
 
 
+def micro_batch_size() -> int:
+    """How many images a process takes at a time."""
+    return BATCH_SIZE // (ranks * ACCUMULATE)
+
+
 def sizes() -> list[int]:
+    """The sizes of training images, pixels a side, the smallest first."""
     return [IMAGE_SIZE] if isinstance(IMAGE_SIZE, int) else sorted(IMAGE_SIZE)
 
 
@@ -267,6 +279,7 @@ def stage_value(value: object, stage: int) -> object:
 
 
 def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimizer]:
+    """A stage's optimizers by their names: Muon for the matrices of `blocks`, AdamW for all other parameters."""
     blocks = ("adapter.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
@@ -275,7 +288,7 @@ def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimize
 
 def quantizer_options() -> dict:
     """The options of QUANTIZER's class: the constants below, if the class has arguments of these names."""
-    batch_tokens = BATCH_SIZE // (ranks * ACCUMULATE) * GRID**2
+    batch_tokens = micro_batch_size() * GRID**2
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER == "residual_fsq":
@@ -292,9 +305,13 @@ def quantizer_options() -> dict:
 
 
 def build_model(pretrained: bool = True) -> VQRAE:
-    """The constants' model, with START_CHECKPOINT's weights if there is one. pretrained: as in VQRAE."""
+    """The constants' model, with START_CHECKPOINT's weights if there is one. pretrained: as in VQRAE.
+
+    InputError for a constant that does not fit the others, or START_CHECKPOINT's model.
+    """
     model = VQRAE(ENCODER, QUANTIZER, quantizer_options(), sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL,
-                  POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS, pretrained and not START_CHECKPOINT)
+                  POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS,
+                  pretrained=pretrained and not START_CHECKPOINT)
     check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
           f"16 or more, a multiple of a token's {model.token_size} pixels")
     if START_CHECKPOINT:
@@ -303,16 +320,19 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'a file of stage 1, or "STAGES=(2,)"')
         check(start.token_size == model.token_size, "IMAGE_SIZE / GRID", model.token_size,
               f"{start.token_size} with START_CHECKPOINT")
-        for name, value in model.config.items():  # a quantizer's name comes before its options
+        for name, value in model.config.items():
             check(value == start.config[name] or name in ("image_size", "grid"), name.upper(), value,
                   f"{start.config[name]} with START_CHECKPOINT = {START_CHECKPOINT}")
-        start.arguments = model.arguments
+        start.arguments = model.arguments  # with the new image_size and grid
         return start
     return model
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
-    """The teacher, which is the frozen encoder, unless it learns from scratch, and LPIPS if PERCEPTUAL says so."""
+    """The teacher, a frozen copy of the encoder, and LPIPS's network.
+
+    The teacher is None if the encoder learns from scratch, LPIPS unless PERCEPTUAL is "lpips".
+    """
     teacher = lpips = None
     if not model.from_scratch:
         teacher = build_encoder(ENCODER, model.token_size, ENCODER_LAYERS, pretrained)
@@ -321,10 +341,10 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
             own = model.encoder.state_dict()
             equal = all(torch.equal(weight, own[name].to(device)) for name, weight in teacher.state_dict().items())
             require(equal, f"The encoder in {START_CHECKPOINT} was trained, so stage 1 cannot use it: \"STAGES=(2,)\".")
-        if bf16:
+        if bf16:  # autocast would round these weights in each step
             for layer in teacher.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    layer.bfloat16()  # once, not in each step
+                    layer.bfloat16()
     if PERCEPTUAL == "lpips":
         lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
     return teacher, lpips
@@ -333,6 +353,7 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
 # Set-up and files
 
 def main():
+    """Train with the constants above, or NAME=value from the command line."""
     global constants
     constants = utils.read_constants(globals(), sys.argv[1:], kinds)
     check_constants()
@@ -374,7 +395,7 @@ def main():
 
 
 def start_process():
-    """Choose this process's GPU or a CPU's arithmetic, and connect the processes of torchrun."""
+    """Prepare this process's GPU or CPU, and connect the processes of torchrun. InputError without the device."""
     global device, bf16
     with errors_as(InputError, f"DEVICE = {DEVICE!r}, allowed: a device that torch finds here"):
         torch.zeros(1, device=device)
@@ -411,7 +432,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     require(utils.load_torch(path, "run")["run"] == run.name, f"The checkpoint {path} is not from this run. Delete it.")
     best = load_checkpoint(path).to(device)
-    metrics, counts, output = evaluate(best, data.test_images, BATCH_SIZE // ranks // ACCUMULATE)
+    metrics, counts, output = evaluate(best, data.test_images, micro_batch_size())
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
