@@ -8,11 +8,17 @@ from utils import fast_bf16
 
 
 def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, torch.optim.Optimizer]:
-    """Muon at twice the learning rate for matrices of layers whose names begin with one of `blocks`; else AdamW."""
+    """{"adamw": ..., "muon": ...} for a model's parameters that learn; without "muon" if `blocks` has no matrix.
+
+    Muon takes matrices and kernels whose names begin with one of `blocks`, at twice the learning rate. AdamW takes the
+    rest.
+    """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (matrices if name.startswith(blocks) and p.ndim in (2, 4) else others).append(p)
+        if p.requires_grad and p.ndim in (2, 4) and name.startswith(blocks):
+            matrices.append(p)
+        elif p.requires_grad:
+            others.append(p)
     optimizers = {"adamw": torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = Muon(matrices, 2 * learning_rate, weight_decay=0.01)
@@ -48,7 +54,8 @@ class Muon(torch.optim.Optimizer):
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's momentum
-            updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])  # a view of channels_last
+            # kernels are channels_last, so that these matrices are views
+            updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             updates = [x.view_as(p.movedim(1, -1)).movedim(-1, 1) for x, p in zip(updates, matrices)]
