@@ -232,7 +232,7 @@ def check_range(x: Tensor, low: float, high: float, name: str):
                 f"The values of {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
 
 
-# Shapes, indices and the nearest code
+# Shapes, indices, the nearest code, processes
 
 def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
     """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices.
