@@ -321,11 +321,20 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(start.token_size == model.token_size, "IMAGE_SIZE / GRID", model.token_size,
               f"{start.token_size} with START_CHECKPOINT")
         for name, value in model.config.items():
-            check(value == start.config[name] or name in ("image_size", "grid"), name.upper(), value,
-                  f"{start.config[name]} with START_CHECKPOINT = {START_CHECKPOINT}")
+            known = start.config[name]
+            if name == "quantizer_options":
+                value, known = without_batch_options(value), without_batch_options(known)
+            check(value == known or name in ("image_size", "grid"), name.upper(), value,
+                  f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
         start.arguments = model.arguments  # with the new image_size and grid
         return start
     return model
+
+
+def without_batch_options(options: dict) -> dict:
+    """A quantizer's options, but for two that follow from BATCH_SIZE."""
+    dependent = ("frac_per_sample_entropy", "threshold_ema_dead_code")
+    return {name: option for name, option in options.items() if name not in dependent}
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
