@@ -342,7 +342,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        self.arguments = dict(encoder=encoder, encoder_layers=encoder_layers, image_size=image_size, grid=grid,
+        layers = 0 if encoder in ("cifar", "cnn") else self.encoder.layers
+        self.arguments = dict(encoder=encoder, encoder_layers=layers, image_size=image_size, grid=grid,
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
@@ -538,16 +539,16 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     An encoder "local-dir:<folder>" needs its folder. load_torch(path) gives the file's metadata.
     InputError for a damaged file, or one that train.py did not write.
     """
-    content = load_torch(path, "config", "model", "stage")
-    return load_model(path, VQRAE, pretrained=False, stage=content["stage"], constants=content.get("constants"))
+    return load_model(path, VQRAE, "stage", "constants", pretrained=False)
 
 
-def load_model(path: str | Path, kind: type[nn.Module], **options) -> nn.Module:
-    """A model of this kind, in eval mode, with the config and the weights of a file.
+def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
+    """A model of this kind, in eval mode, with the config, the weights, and these entries of a file as arguments.
 
     InputError unless the weights fit and are finite. A weight may be a pair: 8-bit numbers, and a scale for each row.
     """
-    content = load_torch(path, "config", "model")
+    content = load_torch(path, "config", "model", *entries)
+    options |= {name: content[name] for name in entries}
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
         if content["config"].get("quantizer") == "simvq" and "quantizer.covariance" not in content["model"]:
             content["config"]["quantizer"] = "simvq_learned"  # the shipped file is older: its codes are normalised
