@@ -231,17 +231,12 @@ def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, 
     images = ImageFiles(files, size)
     path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.bin")
     path.parent.mkdir(exist_ok=True)
-    lock = path.parent / "lock"
-    try:
-        with FileLock(lock):  # another process may decode the same folder
-            for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft
-                with contextlib.suppress(OSError):  # on Windows, while a virus scanner reads it
-                    draft.unlink()
-            if not path.exists():
-                write_decoded(path, images)
-    finally:
-        with contextlib.suppress(OSError):  # on Windows, while others wait
-            lock.unlink()
+    with FileLock(path.parent / "lock"):  # another process may decode the same folder
+        for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft
+            with contextlib.suppress(OSError):  # on Windows, while a virus scanner reads it
+                draft.unlink()
+        if not path.exists():
+            write_decoded(path, images)
     content = torch.from_numpy(np.memmap(path, mode="c"))
     images.broken = content[-len(files) :].bool()
     images.report()

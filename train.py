@@ -288,7 +288,7 @@ def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimize
 
 def quantizer_options() -> dict:
     """The options of QUANTIZER's class: the constants below, if the class has arguments of these names."""
-    batch_tokens = micro_batch_size() * GRID**2
+    batch_tokens = micro_batch_size() * (GRID * sizes()[-1] // sizes()[0]) ** 2  # of the largest images
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER == "residual_fsq":
