@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # train.py says why
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # train.py says why
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
