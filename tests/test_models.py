@@ -518,7 +518,7 @@ def test_a_damaged_encoder_is_refused(monkeypatch):
 
 def test_importing_the_project_changes_no_setting_of_the_user():
     settings = "(dict(os.environ), socket.getdefaulttimeout(), timm.layers.use_fused_attn())"
-    code = f"import os, socket, timm, torch; old = {settings}; import models, extras.measure; assert old == {settings}"
+    code = f"import os, socket, timm, torch; old = {settings}; import train, extras.generate; assert old == {settings}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
