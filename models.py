@@ -64,7 +64,8 @@ def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool 
           f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")
     network = load_network(ENCODERS.get(name, name), pretrained)
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
-    return (ViTEncoder if is_vit else PyramidEncoder)(network, name, token_size, layers)
+    kind = ViTEncoder if is_vit else PyramidEncoder
+    return kind(network, name, token_size, layers)
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
@@ -135,10 +136,10 @@ class ConvPool(nn.Sequential):
 
 
 class ConvEncoder(nn.Module):
-    """The shipped encoder, made by extras/pretrain.py: a token for 4x4 pixels.
+    """The shipped encoder, which extras/pretrain.py trained. A token covers 4 x 4 pixels.
 
-    Deep and shallow features side by side (2606.11096): 192 channels of a network like airbench's (2404.00498), which
-    sees most of a 32x32 image, on a grid half as fine, and 64 of a linear patch embedding.
+    Deep and shallow features stand side by side (2606.11096). The deep 192 channels come from a network like airbench's
+    (2404.00498), on a grid half as fine. It sees most of a 32 x 32 image. The other 64 are a linear patch embedding.
     """
 
     patch, dim = 4, 256
@@ -186,7 +187,7 @@ class ViTEncoder(nn.Module):
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # after loading: without pooling, timm would not check that a SigLIP's weights are complete
+        # The pooling goes after loading: without it, timm would not check that a SigLIP's weights are complete.
         vit.reset_classifier(0, global_pool="")
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
@@ -222,7 +223,7 @@ class PyramidEncoder(nn.Module):
         self.dim = sum(z.shape[1] for z in maps[-self.layers :]) + (self.parts**2 - 1) * maps[-self.layers].shape[1]
 
     def train(self, mode: bool = True):
-        return super().train(False)  # BatchNorm keeps its statistics in stage 2
+        return super().train(False)  # BatchNorm always keeps its statistics
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
@@ -315,7 +316,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     quantizer, quantizer_options: the name and the options for build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
     post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0 for none, and a norm after it
-    decoder_width, decoder_depth, decoder_heads: 0 is as in a ViT encoder; behind other encoders 192, 2 and no heads
+    decoder_width, decoder_depth, decoder_heads: 0 takes those of a ViT encoder, or 192, 2 and no heads behind others
     stage, constants: the training stage, and train.py's constants, which only a file keeps
     """
 
@@ -501,7 +502,7 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     rows = max(tokens // w, 4 * radius) // 2 * 2
     strips = []
     for top in range(0, h, rows):
-        start = max(0, top - radius)  # even, as the encoder's deepest grid is half as fine
+        start = max(0, top - radius)  # an even row, where the encoder's deepest grid, half as fine, has one, too
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
     return torch.cat(strips, -2)
