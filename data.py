@@ -96,12 +96,12 @@ class ImageFiles:
         if self.broken[i]:
             return None
         try:
-            return read_image(self.files[i])
+            return read_image(str(self.files[i]))
         except InputError as error:
             require(os.path.exists(self.files[i]), f"{self.files[i]} is gone. Files must stay until the run ends.")
             self.broken[i] = True
             if self.broken.sum() > len(self) / 100:
-                self.report(f" The last {error}")
+                self.report(f" The last error: {error}")
             return None
 
     def read_or_next(self, i: int) -> Tensor:
@@ -193,7 +193,11 @@ def find_images(folder: str | Path) -> list[Path]:
 @functools.cache
 def list_split(folder: str, split: str) -> Split:
     """Split "train" or "test", in random order. InputError without images, or if only some lie in class folders."""
-    root = Path(folder, "val" if split == "test" and not Path(folder, "test").exists() else split)
+    validation = Path(folder, "val")
+    root = Path(folder, split)
+    if split == "test" and validation.is_dir() and not root.exists():
+        root = validation
+    require(root.is_dir(), f"The folder {folder} has no folder {split}/.")
     files = [*np.random.default_rng(0).permutation(find_images(root))]
     require(files, f"{root} has no images. Wanted are {', '.join(FORMATS)}, in class folders or without.")
     # Unicode writes é as one character or two, and systems differ

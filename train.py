@@ -355,7 +355,8 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     layer.bfloat16()
     if PERCEPTUAL == "lpips":
-        lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
+        with errors_as(OSError, "PERCEPTUAL = 'lpips' needs the weights of torchvision's VGG16, which do not load"):
+            lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
     return teacher, lpips
 
 
@@ -466,9 +467,11 @@ def check_constants():
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(SEED < 10**12, "SEED", SEED, "below 10**12")
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
-          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most EPOCH_IMAGES")
-    check(os.path.isfile(START_CHECKPOINT) if START_CHECKPOINT else 1 in STAGES, "START_CHECKPOINT", START_CHECKPOINT,
-          'a file, or "" with 1 in STAGES')
+          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most "
+                      f"EPOCH_IMAGES = {EPOCH_IMAGES}")
+    check(not START_CHECKPOINT or os.path.isfile(START_CHECKPOINT), "START_CHECKPOINT", START_CHECKPOINT,
+          "a file that exists")
+    check(START_CHECKPOINT or 1 in STAGES, "STAGES", STAGES, "(1,) or (1, 2) without a START_CHECKPOINT")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ def one_line_errors(stopped: str = "stopped"):
         yield
     except KeyboardInterrupt:
         message = stopped
+    except BrokenPipeError:  # as in `train.py --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).partition(". Tried to")[0]  # torch lists how its memory is used
         if "Original Traceback" in message:  # a DataLoader's worker sends its error with the traceback
@@ -68,13 +71,17 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
     constants = {name: value for name, value in namespace.items()
                  if name in named or name.isupper() and is_plain(value)}
     kind_of = {name: type(value) for name, value in constants.items()} | named
+    for name in named.keys() - constants.keys():
+        similar = difflib.get_close_matches(name, [other for other in constants if other not in named])
+        require(False, f"The constant {name} is missing in the file. Perhaps {similar or 'its line'} is misspelt.")
     if "-h" in arguments or "--help" in arguments:
         print_help(namespace, constants)
         sys.exit()
     for argument in arguments:
         name, sign, text = argument.partition("=")
         similar = difflib.get_close_matches(name.upper(), constants) or constants
-        check(sign and name in constants, "argument", argument, f"NAME=value with a NAME such as {', '.join(similar)}")
+        check(sign and name in constants, "argument", argument,
+              f"NAME=value, without spaces or dashes, with a NAME such as {', '.join(similar)}")
         constants[name] = text
         if kind_of[name] is not str:
             with contextlib.suppress(SyntaxError, ValueError):  # then the text itself is refused below
@@ -82,8 +89,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
     for name, value in constants.items():
         constants[name] = value = tuple(value) if isinstance(value, list) else value
         kind = kind_of[name] if kind_of[name] is not list else tuple
-        expected = kind.__name__ if isinstance(kind, type) else str(kind)
-        check(fits(value, kind), name, value, f"{expected}; numbers from 0")
+        check(fits(value, kind), name, value, describe(kind))
     namespace.update(constants)
     return constants
 
@@ -110,6 +116,17 @@ def fits(value: object, kind: object) -> bool:
     if kind in (int, float):
         return type(value) in {int, kind} and 0 <= value < math.inf
     return type(value) is kind
+
+
+def describe(kind: object) -> str:
+    """A constant's type in words."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(describe, kind.__args__))
+    if isinstance(kind, types.GenericAlias):
+        several = "a tuple such as (1,) or (1, 2)" if kind.__args__[-1] is ... else "a pair"
+        return f"{several}, each {describe(kind.__args__[0])}"
+    words = {int: "a whole number from 0", float: "a number from 0", bool: "True or False", str: "a text"}
+    return words.get(kind, f"a {kind.__name__}")
 
 
 def print_help(namespace: dict, constants: dict):

@@ -196,7 +196,7 @@ def test_two_spellings_of_an_accent_are_one_class(tmp_path):
 
 
 @pytest.mark.parametrize("files, message", [
-    ("test/a", "train has no images"), ("train/a", "val has no images"), ("train/x/a test/a", "same class folders"),
+    ("test/a", "no folder train/"), ("train/a", "no folder test/"), ("train/x/a test/a", "same class folders"),
     ("train/x/a train/y/a val/x/a", "same class folders.* y"), ("train/x/a train/a test/x/a", "beside them")])
 def test_a_folder_that_is_no_dataset(files, message, tmp_path):
     with refused(message):
@@ -330,7 +330,7 @@ def test_an_image_of_its_class_takes_a_broken_files_place(pets, monkeypatch, cap
 def test_more_than_a_hundredth_of_broken_files_is_refused(broken, pets, monkeypatch):
     for file in pets.glob(broken):
         file.write_bytes(b"broken")
-    sentence = r"3 of 200 images cannot be read: .*1 % .*The last image '.*png' cannot be read: cannot identify"
+    sentence = r"3 of 200 images cannot be read: .*1 % .*The last error: image '.*png' cannot be read: cannot identify"
     monkeypatch.setattr(module, "cores", lambda: 1)
     with pytest.raises(ValueError, match=f"^{sentence}"):
         load(pets)

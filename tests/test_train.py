@@ -29,7 +29,7 @@ import muon
 import train
 import utils
 from data import ImageFiles, list_split, load_dataset
-from models import VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
+from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
 from utils import evaluate, load_torch
 
 TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=(1, 1)",
@@ -411,6 +411,24 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, ma
         assert (model.quantizer.codebook != start.quantizer.codebook).any()  # its moving averages go on
 
 
+@pytest.mark.parametrize("quantizer", ["ema_vq", "fsq"])
+def test_a_shipped_file_goes_on_with_the_constants_as_they_stand(quantizer, monkeypatch):
+    start = PRETRAINED_DIR / f"vqrae_{quantizer}.pt"
+    for name, value in {"QUANTIZER": quantizer, "START_CHECKPOINT": str(start), "STAGES": (2,)}.items():
+        monkeypatch.setattr(train, name, value)
+    assert train.build_model().config["quantizer"] == quantizer
+
+
+def test_lpips_without_its_weights_is_one_sentence(monkeypatch):
+    def fail(_):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(train, "LearnedPerceptualImagePatchSimilarity", fail)
+    monkeypatch.setattr(train, "PERCEPTUAL", "lpips")
+    with pytest.raises(OSError, match="VGG16, which do not load: no connection"):
+        train.build_loss_networks(VQRAE("cnn", "fsq", image_size=16, grid=4))
+
+
 def test_stage_1_refuses_an_encoder_that_was_trained(main):
     """Its features come from the frozen encoder, the model's would be others."""
     model = VQRAE("cifar", "fsq", {}, 16, 4, 0, decoder_width=32, decoder_depth=1)
@@ -481,7 +499,7 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
 
 
 @pytest.mark.parametrize("constants, message", [
-    ({"STAGES": [2]}, "START_CHECKPOINT = ''"), ({"ACCUMULATE": 3}, "BATCH_SIZE = 32"),
+    ({"STAGES": [2]}, "STAGES = (2,)"), ({"ACCUMULATE": 3}, "BATCH_SIZE = 32"),
     ({"IMAGE_SIZE": 96}, "IMAGE_SIZE / GRID = 12"), ({"QUANTIZER": "ddcl", "DDCL_DELTA": 0.3}, "delta = 0.3"),
     ({"QUANTIZER": "fsq", "FSQ_LEVELS": [8, 1]}, "levels = "), ({"QUANTIZER": "library", "LIBRARY": {}}, "LIBRARY = "),
     ({"QUANTIZER": "product_vq", "CODEBOOKS": 3}, "code_dim = 16"), ({"QUANTIZER": "lfq", "CODEBOOK_SIZE": 60}, "LFQ "),

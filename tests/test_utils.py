@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expect
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value with a NAME such as SIZE$"), ("size=64", "such as SIZE$"),
+    ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value,.* such as SIZE$"), ("size=64", "such as SIZE$"),
     ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("RATE=1e999", "RATE = inf"), ("RATE=1_000/5", "'1_000/5'"),
     ("EPOCHS=(2, -1)", "EPOCHS = "), ("EPOCHS=(1, 1, 1)", "EPOCHS = "), ("EPOCHS=()", "EPOCHS = ")])
 def test_an_argument_that_is_no_constant_or_no_value(argument, message):
@@ -152,6 +153,22 @@ def test_a_file_that_is_no_checkpoint(capsys):
         with refused(f"^The checkpoint {name}.pt cannot be read: ."):
             load_torch(f"{name}.pt", "config", "model")
     assert "code was run" not in capsys.readouterr().out
+
+
+def test_a_misspelt_constant_of_the_file_is_missed_by_its_name():
+    with refused("EPOCHS is missing in the file.*EPOCS"):
+        utils.read_constants({"EPOCS": 1}, [], {int: "EPOCHS"})
+
+
+def test_a_reader_who_stops_reading_is_no_error():
+    """As in `python train.py --help | head -1`."""
+    code = "import utils\nwith utils.one_line_errors():\n    for _ in range(10**5): print('a line')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait()
 
 
 def test_a_digest_stands_for_a_value_in_every_process():
