@@ -290,7 +290,7 @@ def test_nothing_has_a_draft_open_or_mapped_when_it_is_renamed(tmp_path, monkeyp
     Path("data").mkdir()
     Path("data/photos_train_8_0.bin.1.tmp").write_bytes(b"half")
     load(path)
-    assert len([*Path("data").iterdir()]) == 2 and not [*Path("data").glob("*.tmp")]
+    assert len([*Path("data").glob("*.bin")]) == 2 and not [*Path("data").glob("*.tmp")]
 
 
 # Broken files, image files and batches
