@@ -1,5 +1,6 @@
 """What all tests share: a seed, an empty folder each, a small folder of images, and one small run of train.py."""
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def processes_of_tests():
 def nothing_stays_behind():
     """No worker, forkserver or resource tracker of a test lives on when all tests are over."""
     yield
+    gc.collect()  # the traceback of an error may hold a DataLoader, and this its workers
     for _ in range(50):  # a process that was just killed may need a moment
         time.sleep(0.1 if processes_of_tests() else 0)
     assert not processes_of_tests()
