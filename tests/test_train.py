@@ -452,7 +452,8 @@ def edited(folder):
         for name, value in {"DATASET": str(folder), **constants}.items():
             line, found = f"{name} = {value!r}", re.search(rf"(?m)^{name} = .*", text)
             text = text.replace(found[0], line) if found else text.replace("SEED = 0", f"SEED = 0\n{line}")
-        Path("train.py").write_text(text.replace('if __name__ == "__main__":', f'{code}\nif __name__ == "__main__":'), "utf-8")
+        last = 'if __name__ == "__main__":'
+        Path("train.py").write_text(text.replace(last, f"{code}\n{last}"), "utf-8")
 
     return edit
 
