@@ -5,7 +5,6 @@
 
 Codecs encode small images as one picture, so that headers do not count. They minimise the error "of MSE".
 "to AVIF" is the mean difference from AVIF's PSNR at nearly equal bits, "+-" its standard error.
-"class in" is measured as in extras.measure. Training images have the quality that was found for the test images.
 """
 import bisect
 import functools
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from data import Dataset, ImageFiles, find_images, load_dataset
+from data import ImageFiles, find_images, load_dataset
 from extras import measure
 from models import VQRAE
 from quantizers import check, require
@@ -29,7 +28,6 @@ from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
 COUNT = 961  # at most so many photographs, or 31 x 31 images in one picture
-TRAIN_IMAGES = 3_000  # the judges' probes learn from at most so many
 CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
           "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
 TABLE = {**measure.COLUMNS, "a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),
@@ -43,25 +41,21 @@ def main():
         require(model.quantizer.codebook_size, f"{name} has no codes, so its images have no size in bits.")
     sizes = {model.config["image_size"] for model in models.values()}
     require(PHOTOS or len(sizes) == 1, f"Compare checkpoints of one image size, not of {sizes}.")
-    data = None if PHOTOS else load_dataset(DATASET, sizes.pop())
-    figures, accuracies = defaultdict(list), {}
-    for images in [square(data.test_images, COUNT)] if data else photographs():
+    if PHOTOS:
+        pictures = photographs()
+    else:
+        images = load_dataset(DATASET, sizes.pop()).test_images
+        pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
+    figures = defaultdict(list)
+    for images in pictures:
         for name, model in models.items():
-            coded = code(name, model.to(device), images)
-            for row, (decoded, bits, _) in coded.items():
+            for row, (decoded, bits) in code(name, model.to(device), images).items():
                 figures[row].append((bits, images[:, 0].numel(), psnr(decoded, images), ssim(decoded, images)))
-            if data:
-                accuracies |= measure_classes(name, model, data, images, coded)
     rows = {}
     for name in models:
         for row in (name, *(f"{codec}, as {name}" for codec in CODECS)):
-            rows[row] = average(figures[row], figures[f"AVIF, as {name}"]) | accuracies.get(row, {})
+            rows[row] = average(figures[row], figures[f"AVIF, as {name}"])
     print(measure.format_table(rows, TABLE, "images from"))
-
-
-def square(images: Tensor | ImageFiles, count: int) -> Tensor:
-    """The first n * n images, at most `count`."""
-    return images[: math.isqrt(min(count, len(images))) ** 2]
 
 
 def photographs() -> Iterator[Tensor]:
@@ -74,18 +68,17 @@ def photographs() -> Iterator[Tensor]:
         yield files.read(i)[None]
 
 
-def code(name: str, model: VQRAE, images: Tensor) -> dict[str, tuple[Tensor, float, int]]:
+def code(name: str, model: VQRAE, images: Tensor) -> dict[str, tuple[Tensor, float]]:
     """Code images as a model's tokens, and with each codec in nearly as many bits.
 
-    Returns decoded images, uint8 (n * n, 3, H, W) as `images`, their bits, and the codec's quality, by rows of TABLE.
+    Returns decoded images, uint8 (n * n, 3, H, W) as `images`, and their bits, by rows of TABLE.
     """
     _, counts, decoded = evaluate(model, images, measure.batch_size(images))
     bits = int(counts.sum()) * math.log2(model.quantizer.codebook_size)
-    coded = {name: (decoded, bits, 0)}
+    coded = {name: (decoded, bits)}
     for codec in CODECS:
-        quality = find_quality(images, codec, bits)
-        file = encode(images, codec, quality)
-        coded[f"{codec}, as {name}"] = decode(file, len(images)), 8 * len(file), quality
+        file = encode(images, codec, find_quality(images, codec, bits))
+        coded[f"{codec}, as {name}"] = decode(file, len(images)), 8 * len(file)
     return coded
 
 
@@ -111,26 +104,6 @@ def find_quality(images: Tensor, codec: str, bits: float) -> int:
 
     above = bisect.bisect_left(range(2, 100), bits, key=size) + 2
     return min((above - 1, above), key=lambda quality: abs(size(quality) - bits))
-
-
-def measure_classes(name: str, model: VQRAE, data: Dataset, images: Tensor, coded: dict) -> dict[str, dict]:
-    """How much of the class judges find in a model's rows of TABLE, from what `code` returned. {} without classes."""
-    train_images = square(data.train_images, TRAIN_IMAGES)
-    labels = measure.probe_labels(data, len(train_images))
-    if labels is None:
-        return {}
-    train_decoded = {name: evaluate(model, train_images, measure.batch_size(images))[2]}
-    for codec in CODECS:
-        row = f"{codec}, as {name}"
-        train_decoded[row] = decode(encode(train_images, codec, coded[row][2]), len(train_images))
-    test_labels, rows = data.test_labels[: len(images)].to(device), defaultdict(dict)
-    for judge, encoder in measure.load_judges(model.token_size, images.shape[-1]).items():
-        train, test = measure.pooled_features(encoder, train_images), measure.pooled_features(encoder, images)
-        rows[name][f"probe_image_{judge}"] = measure.linear_probe(train, labels, test, test_labels)
-        for row, decoded in train_decoded.items():
-            train, test = measure.pooled_features(encoder, decoded), measure.pooled_features(encoder, coded[row][0])
-            rows[row][f"probe_reconstruction_{judge}"] = measure.linear_probe(train, labels, test, test_labels)
-    return rows
 
 
 def average(pictures: list[tuple], avif: list[tuple]) -> dict[str, float]:

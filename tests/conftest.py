@@ -24,7 +24,7 @@ SMALL = ["CODEBOOK_SIZE=64", "DECODER_WIDTH=32", "DECODER_DEPTH=1", "EPOCH_IMAGE
 
 
 def run_script(folder, script, *arguments, environment=os.environ):
-    """Run a script of the repository, "train.py" or "extras.bench", in `folder`: its exit code, stdout and stderr."""
+    """Run a script of the repository, "train.py" or "extras.measure", in `folder`: its exit code, stdout and stderr."""
     name = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     return subprocess.run([sys.executable, *name, *map(str, arguments)], cwd=folder, env=environment,
                           capture_output=True, text=True)
