@@ -526,12 +526,27 @@ class PatchDiscriminator(nn.Module):
 
 # Checkpoints
 
-def save_checkpoint(path: str | Path, model: VQRAE, **metadata):
-    """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics."""
+def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
+    """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics.
+
+    small: matrices and kernels have 8 bits and a scale for each row, all other numbers 16: a quarter of the size
+    """
     model = next(m for m in model.modules() if isinstance(m, VQRAE))  # torch.compile and DDP wrap a model
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
+    if small:
+        weights = {name: shorten(w, name.startswith("quantizer.")) for name, w in weights.items()}
     content = {"config": model.config, "stage": model.stage, "constants": model.constants, "model": weights}
     save_torch(path, content | metadata)
+
+
+def shorten(weight: Tensor, exact: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """A weight in 16 bits or, if it has rows and need not be exact, as a scale for each row and 8-bit numbers."""
+    if weight.ndim == 0 or not weight.is_floating_point():
+        return weight  # a count of steps may be above 65,504, the largest number of 16 bits
+    if weight.ndim == 1 or exact:
+        return weight.half()
+    scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-9) / 127
+    return scale, (weight / scale).round().to(torch.int8)
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:
@@ -546,7 +561,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
 def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
     """A model of this kind, in eval mode, with the config, the weights, and these entries of a file as arguments.
 
-    InputError unless the weights fit and are finite. A weight may be a pair: 8-bit numbers, and a scale for each row.
+    InputError unless the weights fit and are finite. A weight may be a pair of scales and 8-bit numbers.
     """
     content = load_torch(path, "config", "model", *entries)
     options |= {name: content[name] for name in entries}

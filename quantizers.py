@@ -407,8 +407,8 @@ class MatchedSimVQ(Quantizer):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In step t = 0, 1, ... code i gets n_i tokens with the sum s_i. Its moving averages are
-        N_i = (1 - w) N_i + w n_i        m_i = (1 - w) m_i + w s_i        e_i = m_i / N_i
+    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. It is a moving average of all its tokens:
+        N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
     with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
     A code without tokens stays where it is. The loss is the commitment loss.
 
@@ -422,7 +422,6 @@ class EMAVQ(Quantizer):
         super().__init__(dim, code_dim, (codebook_size,), project)
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
-        self.register_buffer("token_sums", torch.zeros_like(self.codebook))  # m
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
         self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i's mean over i
         self.register_buffer("steps", torch.zeros(()))  # t
@@ -440,18 +439,20 @@ class EMAVQ(Quantizer):
     def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
         state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # files of older code lack these two
         state.setdefault(f"{prefix}steps", torch.tensor(1e4))
+        state.pop(f"{prefix}token_sums", None)
         super()._load_from_state_dict(state, prefix, *arguments)
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
         """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
         counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
-        sums = sum_of_processes(torch.zeros_like(self.token_sums).index_add_(0, indices, x))
+        sums = sum_of_processes(torch.zeros_like(self.codebook).index_add_(0, indices, x))
         weight = (9 / (self.steps + 10)).clamp(min=1 - self.decay)
         self.steps += 1
         self.token_counts.lerp_(counts, weight)
-        self.token_sums.lerp_(sums, weight)
         self.mean_count.lerp_(counts.mean(), weight)
+        change = weight * (sums - counts[:, None] * self.codebook)
+        self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)
 
         dead = self.token_counts < 0.1 * self.mean_count
         dead &= dead.cumsum(0) <= counts.sum() / count_processes()
@@ -459,11 +460,8 @@ class EMAVQ(Quantizer):
         tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
         if count_processes() > 1:  # all take process 0's tokens: torch.compile knows no broadcast, but sums
             tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
-        restart_count = 0.2 * self.mean_count
-        self.token_counts.masked_fill_(dead, restart_count)
-        self.token_sums.copy_(torch.where(dead[:, None], restart_count * tokens, self.token_sums))
-        codes = self.token_sums / self.token_counts[:, None]
-        self.codebook.copy_(torch.where(self.token_counts[:, None] > 1e-20, codes, self.codebook))
+        self.token_counts.masked_fill_(dead, 0.2 * self.mean_count)
+        self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
 
 
 class MultiCodebook(Quantizer):
