@@ -22,8 +22,8 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import QUANTIZERS, InputError, Quantized, build_quantizer, check, require
-from utils import check_images, errors_as, load_torch, load_weights, save_torch
+from quantizers import InputError, Quantized, build_quantizer, check, check_registered, errors_as, require
+from utils import check_images, load_torch, load_weights, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
@@ -44,7 +44,7 @@ ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hu
 }
 
 
-def build_encoder(name: str, token_size: int, layers: int = 1, pretrained: bool = True) -> nn.Module:
+def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar" ships with the repository, "cnn" is untrained, other names are timm's.
 
     layers: how many last layers of a ViT are summed, or last strides of a convolutional network joined; 0 is all
@@ -92,7 +92,7 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
 
 def pad(images: Tensor, n: int, mode: str) -> Tensor:
     """Pad images (B, 3, H, W) below and to the right, so that both sides are multiples of n."""
-    height, width = ((side + n - 1) // n * n for side in images.shape[2:])  # math.ceil does not export
+    height, width = ((side + n - 1) // n * n for side in images.shape[2:])  # torch.export cannot trace math.ceil
     return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]), mode)
 
 
@@ -111,7 +111,11 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the size and repeats the border, so that it can learn on small images."""
+    """A convolution that keeps the size and repeats the border.
+
+    Zeros would mark the border, which fills much of a small image and little of a large one: a model that learned on
+    small images would be lost on photographs.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size[0] // 2
@@ -126,7 +130,10 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution and, if `pool`, 2x2 max pooling. extras/pretrain.py trains a norm here, then folds it in."""
+    """A convolution and, if `pool`, 2x2 max pooling.
+
+    The norm is empty here. extras/pretrain.py trains a BatchNorm there and merges it with the convolution.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -216,7 +223,8 @@ class PyramidEncoder(nn.Module):
             strides = [64 // z.shape[2] for z in maps]
             require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
-        self.layers, self.token_size, self.patch, self.deepest = layers or len(maps), token_size, 16, strides[-1]
+        self.layers, self.token_size, self.deepest = layers or len(maps), token_size, strides[-1]
+        self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
         network.prune_intermediate_layers(self.layers, prune_head=True)
         self.network = network.to(memory_format=torch.channels_last)
         self.parts = min(4, max(1, self.patch // strides[-self.layers]))
@@ -253,7 +261,8 @@ class TransformerBlock(nn.Sequential):
 class ResidualBlock(nn.Module):
     """x + conv(GELU(norm(conv(x)))). It starts as the identity.
 
-    The norm usually comes first. Then hidden channels drift below zero, where GELU silences them: 0.2 to 0.4 dB less.
+    Most residual blocks normalise first. Hidden channels of this block would then drift below zero, where GELU silences
+    them, and the PSNR would be 0.2 to 0.4 dB lower.
     """
 
     def __init__(self, dim: int, hidden: int):
@@ -316,16 +325,17 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     quantizer, quantizer_options: the name and the options for build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
     post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0 for none, and a norm after it
-    decoder_width, decoder_depth, decoder_heads: 0 takes those of a ViT encoder, or 192, 2 and no heads behind others
-    stage, constants: the training stage, and train.py's constants, which only a file keeps
+    decoder_width, decoder_depth, decoder_heads: 0 takes a ViT encoder's own. Behind other encoders the decoder is
+    convolutional, 0 takes a width of 192 and a depth of 2, and it has no heads.
+    stage, constants: the training stage, and train.py's constants, which a file keeps and the model does not use
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
-                 image_size: int = 32, grid: int = 8, encoder_layers: int = 1, post_quant_kernel: int = 1,
+                 image_size: int = 32, grid: int = 8, encoder_layers: int = 0, post_quant_kernel: int = 1,
                  post_quant_norm: bool = False, decoder_width: int = 0, decoder_depth: int = 0, decoder_heads: int = 0,
                  pretrained: bool = True, stage: int = 1, constants: dict | None = None):
         super().__init__()
-        check_registered(quantizer)
+        check_registered(quantizer)  # before weights are downloaded
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
         self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
@@ -344,12 +354,13 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
         layers = 0 if encoder in ("cifar", "cnn") else self.encoder.layers
+        # a number instead of each 0, so that the models of two files can be compared
         self.arguments = dict(encoder=encoder, encoder_layers=layers, image_size=image_size, grid=grid,
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
-        # How many tokens the networks see to each side, rounded up to even numbers, for in_strips. The encoders see up
-        # to 8 tokens, each residual block 2 more. Other encoders and a ViT decoder see the whole image.
+        # The receptive field's radius in tokens, for in_strips. These encoders see up to 8 tokens to each side. A
+        # residual block on the grid sees 2 more, those after the doublings 4. Other networks see the whole image.
         self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
         convolutional = isinstance(self.decoder, ConvDecoder)
         self.decoder_radius = 4 + 2 * (depth + post_quant_kernel // 2) if convolutional else None
@@ -476,12 +487,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         fits = (h - 1) * n < size[0] <= h * n and (w - 1) * n < size[1] <= w * n
         require(fits, f"size = {tuple(size)} does not fit {h} x {w} tokens of {n} x {n} pixels.")
         return size
-
-
-def check_registered(name: str):
-    """InputError unless a quantizer has this name."""
-    require(name in QUANTIZERS, f"No quantizer is registered as {name!r}. Register your own class before you build or "
-            f"load it: QUANTIZERS[{name!r}] = YourClass. Otherwise choose one of {', '.join(QUANTIZERS)}.")
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,

@@ -7,8 +7,9 @@
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
     quantizer.codebook_size                 # the number of codes
 
-A token is one position of the grid and has C numbers. project_in maps them to code_dim numbers, a code replaces these,
-and project_out maps the code to z_q. code_dim=0 means as wide as the tokens; project=False leaves out both maps.
+A token is one position of the grid and has C numbers. project_in maps them to code_dim numbers, the nearest code
+replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens; project=False leaves out
+both maps.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
 import contextlib
@@ -29,7 +30,8 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    Several codebooks have one common index. Its digits, one for each codebook, are below codebook_sizes.
+    A token has one index, also with several codebooks. In mixed radix its digit k is the k-th codebook's own index,
+    from 0 to codebook_sizes[k] - 1.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
@@ -102,7 +104,7 @@ class Quantizer(nn.Module, ABC):
         least, indices = torch.inf, 0
         with torch.autocast(z_q.device.type, enabled=False):
             for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):  # to bound the memory
-                codes = self.get_codebook_entry(block)
+                codes = self.project_out(self.lookup(block[None]))[0]
                 nearest = nearest_code(tokens, codes)
                 distances = (tokens - codes[nearest]).square().sum(-1)
                 indices = torch.where(distances < least, block[nearest], indices)
@@ -119,9 +121,8 @@ class Quantizer(nn.Module, ABC):
         indices = torch.as_tensor(indices)
         integers = not indices.is_floating_point() and indices.dtype != torch.bool
         check(integers, "dtype of indices", indices.dtype, "integers")
-        if dims and indices.ndim not in dims:
-            raise InputError(f"indices have the shape {tuple(indices.shape)}, but {' or '.join(map(str, dims))} "
-                             "dimensions are needed. indices[None] makes a batch of one image.")
+        require(not dims or indices.ndim in dims, f"indices have the shape {tuple(indices.shape)}, but "
+                f"{' or '.join(map(str, dims))} dimensions are needed. indices[None] makes a batch of one image.")
         indices = indices.to(weights[0].device if weights else indices.device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
@@ -196,6 +197,305 @@ class DDCL(FSQ):
         return received, self.comm_weight * bits, indices
 
 
+# Quantizers with codebooks
+
+class SimVQ(Quantizer):
+    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
+
+    The map moves all codes, used or not. Wide codes collapsed here all the same: the map follows the tokens' few
+    strongest directions, and tokens follow the codes. cosine=True normalises tokens and codes.
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, cosine: bool = False,
+                 commitment_cost: float = 0.25, project: bool = True):
+        super().__init__(dim, code_dim, (codebook_size,), project)
+        check(self.code_dim > 1 or not cosine, "code_dim", self.code_dim, "2 or more with cosine=True")
+        self.cosine, self.commitment_cost = cosine, commitment_cost
+        self.register_buffer("frozen_codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)
+        self.code_transform = nn.Linear(self.code_dim, self.code_dim, bias=False)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        x = self.normalize(x)
+        indices = nearest_code(x, self.transform(self.frozen_codebook))
+        codes = self.lookup(indices)
+        loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
+        return straight_through(x, codes), self.code_dim * loss, indices  # the paper sums over a code's numbers
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.transform(self.frozen_codebook[indices])
+
+    def transform(self, codes: Tensor) -> Tensor:
+        return self.normalize(self.code_transform(codes))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.cosine else x
+
+
+class MatchedSimVQ(Quantizer):
+    """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
+
+    build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
+    A code is A g + m, with a frozen random g and the tokens' running mean m. Suppose that tokens are Gaussian with the
+    covariance C, and are seen in noise of variance s. Codes are then drawn from the distribution of a token's best
+    estimate, whose covariance is C (C + s I)^-1 C (Cover and Thomas, chapter 9). K codes tell tokens apart down to
+    the noise for which log det(I + C / s) / 2 = log K. Directions weaker than the noise get hardly any codes. If all
+    directions are equally strong, this is Shannon's random code (section 10.3).
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
+                 commitment_cost: float = 0.25, project: bool = True):
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
+        super().__init__(dim, code_dim, (codebook_size,), project)
+        n = self.code_dim
+        self.decay, self.commitment_cost = decay, commitment_cost
+        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
+        self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
+        self.register_buffer("mean", torch.zeros(n))  # m
+        self.register_buffer("covariance", torch.eye(n))  # C
+        self.register_buffer("total_weight", torch.zeros(()))  # the weights of all steps so far: 1 - decay^steps
+        self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the tokens' variance
+
+    def quantize(self, x: Tensor) -> Quantized:
+        if self.training:
+            self.update(x.flatten(0, 1))
+        indices = nearest_code(x, self.code_transform(self.frozen_codebook))
+        codes = self.lookup(indices)
+        error = F.mse_loss(x, codes) / self.variance()
+        loss = error.detach() + self.commitment_cost * error  # the first term moves SimVQ's codes, and here none
+        return straight_through(x, codes), loss, indices
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.code_transform(self.frozen_codebook[indices])
+
+    def variance(self) -> Tensor:
+        """The variance of a token's numbers, averaged over them."""
+        return self.covariance.diagonal().mean().clamp(min=1e-10)
+
+    @torch.no_grad()
+    def update(self, x: Tensor):
+        """Follow tokens x (N, code_dim) with the moving averages, equal in all processes, and match A and m to them."""
+        self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
+        rate = (1 - self.decay) / self.total_weight  # 1 in the first step, which forgets the initial values
+        x = x - self.mean  # centred, as fp32 would round the squares of tokens far from zero
+        shift = sum_of_processes(x.mean(0)) / count_processes()
+        x = x - shift
+        covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
+        # old and new tokens together have the covariances of both, and the covariance of their two means
+        self.covariance.lerp_(covariance + (1 - rate) * shift.outer(shift), rate)
+        self.mean += rate * shift
+
+        # A g has the covariance A A' / n, as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes it R' R, which
+        # is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
+        n, s = self.code_dim, self.noise_ratio * self.variance()
+        factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L
+        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
+        self.code_transform.weight.copy_(n**0.5 * root.T)
+        self.code_transform.bias.copy_(self.mean)
+        # Newton's method for log det(I + C / s) / 2 = log K: a step of log s for the next step of training
+        excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
+        slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
+        self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
+        self.noise_ratio.clamp_(1e-6 * n, 1e6)  # at least the rounding errors of C
+
+
+class EMAVQ(Quantizer):
+    """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
+
+    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. It is a moving average of all its tokens:
+        N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
+    with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
+    A code without tokens stays where it is. The loss is the commitment loss.
+
+    Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
+    0.2 times the mean. A step restarts at most as many codes as it has tokens: more codes would have to share tokens.
+    """
+
+    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
+                 commitment_cost: float = 0.25, project: bool = True):
+        check(0 < decay < 1, "decay", decay, "between 0 and 1")
+        super().__init__(dim, code_dim, (codebook_size,), project)
+        self.decay, self.commitment_cost = decay, commitment_cost
+        self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
+        self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
+        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i's mean over i
+        self.register_buffer("steps", torch.zeros(()))  # t
+
+    def quantize(self, x: Tensor) -> Quantized:
+        indices = nearest_code(x, self.codebook)
+        codes = self.lookup(indices)
+        if self.training:
+            self.update(x.flatten(0, 1), indices.flatten())
+        return straight_through(x, codes), self.commitment_cost * F.mse_loss(x, codes), indices
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.codebook[indices]
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
+        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # files of older code lack these two
+        state.setdefault(f"{prefix}steps", torch.tensor(1e4))
+        state.pop(f"{prefix}token_sums", None)
+        super()._load_from_state_dict(state, prefix, *arguments)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, indices: Tensor):
+        """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
+        counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
+        sums = sum_of_processes(torch.zeros_like(self.codebook).index_add_(0, indices, x))
+        weight = (9 / (self.steps + 10)).clamp(min=1 - self.decay)
+        self.steps += 1
+        self.token_counts.lerp_(counts, weight)
+        self.mean_count.lerp_(counts.mean(), weight)
+        change = weight * (sums - counts[:, None] * self.codebook)
+        self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)  # not 0 / 0 without any token so far
+
+        dead = self.token_counts < 0.1 * self.mean_count
+        dead &= dead.cumsum(0) <= len(x)
+        # each code draws a token, dead or not: compiled code needs shapes that do not depend on values
+        tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
+        if count_processes() > 1:  # all take process 0's tokens: torch.compile knows no broadcast, but sums
+            tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
+        self.token_counts.masked_fill_(dead, 0.2 * self.mean_count)
+        self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
+
+
+class MultiCodebook(Quantizer):
+    """Several EMA-VQ codebooks. An index has a digit for each: two codebooks of 256 codes make 65,536 codes."""
+
+    def __init__(self, dim: int, codebooks: int = 2, codebook_size: int = 256, code_dim: int = 16,
+                 decay: float = 0.99, commitment_cost: float = 0.25, project: bool = True):
+        check(isinstance(codebooks, int) and codebooks > 0, "codebooks", codebooks, "an integer from 1")
+        super().__init__(dim, code_dim, (codebook_size,) * codebooks, project)
+        n = self.code_dim
+        check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
+        width = n if self.residual else n // codebooks
+        self.stages = nn.ModuleList()
+        self.parts = []  # which of a code's numbers each codebook quantizes
+        for i in range(codebooks):
+            self.stages.append(EMAVQ(width, codebook_size, 0, decay, commitment_cost, project=False))
+            start = 0 if self.residual else i * width
+            self.parts.append(slice(start, start + width))
+
+    def quantize(self, x: Tensor) -> Quantized:
+        codes, loss, digits = torch.zeros_like(x), 0, []
+        for stage, part in zip(self.stages, self.parts):
+            rest = (x - codes)[..., part]  # what the codebooks before leave; ProductVQ's codes are still 0 in this part
+            stage_codes, stage_loss, stage_indices = stage.quantize(rest)
+            codes[..., part] += stage_codes.detach()
+            loss = loss + stage_loss
+            digits.append(stage_indices)
+        return straight_through(x, codes), loss, join_indices(torch.stack(digits, -1), self.codebook_sizes)
+
+    def lookup(self, indices: Tensor, depth: int | None = None) -> Tensor:
+        digits = split_indices(indices, self.codebook_sizes)
+        codes = torch.zeros(*indices.shape, self.code_dim, device=indices.device)
+        for i in range(depth or len(self.stages)):
+            codes[..., self.parts[i]] += self.stages[i].lookup(digits[..., i])
+        return codes
+
+
+class ResidualVQ(MultiCodebook):
+    """Residual quantization (2107.03312, 2203.01941): each codebook quantizes what those before it leave.
+
+    Codes add up, so the first few codebooks can be decoded alone, coarse to fine: indices_to_codes(indices, depth=1).
+    """
+
+    residual = True
+
+
+class ProductVQ(MultiCodebook):
+    """Product quantization (Jegou et al., PAMI 2011): each codebook quantizes its own share of the numbers."""
+
+
+class NoQuantizer(Quantizer):
+    """Tokens pass unchanged, so that no quantizer can reconstruct better. codebook_size is 0."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 0, (), project=False)
+        self.codebook_size = 0
+
+    def quantize(self, x: Tensor) -> Quantized:
+        return x, x.new_zeros(()), x.new_zeros(x.shape[:2], dtype=torch.int64)
+
+    def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
+        raise InputError("Without a quantizer there are no indices to decode: choose another one than 'none'.")
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        raise NotImplementedError  # check_indices refuses all indices
+
+
+class Library(Quantizer):
+    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
+
+    With code_dim 0 the class gets tokens of all channels, and projects them if it has to. An index has a digit for
+    each of its codebooks. LFQ's loss, an entropy, may be negative. `arguments` are those of the class's forward, such
+    as LFQ's inv_temperature. With quantize_dropout, indices of train mode are of no use.
+    """
+
+    def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
+        try:
+            library = importlib.import_module("vector_quantize_pytorch")
+        except ImportError as error:
+            raise InputError("This quantizer needs a package: pip install vector-quantize-pytorch") from error
+        kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
+        check(kind in kinds, "kind", kind, ", ".join(kinds))
+        options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
+        build = partial(getattr(library, kind), dim=code_dim or dim)
+        # A copy is tried on two tokens. It must not wait for other processes, as k-means and shared statistics do.
+        alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
+        with errors_as(InputError, f"{kind} does not work with {options!r:.300}"):
+            with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
+                module = build(**options)
+                with torch.random.fork_rng(devices=[]):
+                    copy = build(**options | alone).eval()
+                z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
+                z_q, indices, *_ = copy(z, **arguments or {})
+                codes = read_codes(copy, indices)
+            same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
+            require(same, "the codes of its indices are not its output")
+        size = getattr(module, "codebook_size", options.get("codebook_size"))
+        sizes = getattr(module, "codebook_sizes", size)
+        # one size, which all codebooks have, or a size for each codebook of a group
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+        codebooks = indices.numel() // 2  # as there are two tokens
+        super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
+        self.kind, self.module, self.arguments = kind, module, arguments or {}
+        self.axes, self.groups = indices.ndim, len(indices)  # indices of grouped codebooks have four axes
+
+    def quantize(self, x: Tensor) -> Quantized:
+        exporting = torch.compiler.is_exporting()  # which fails for all classes but LFQ
+        check(self.kind == "LFQ" or not exporting, "quantizer", self.kind, "LFQ in an export")
+        codes, indices, *losses = self.module(x, **self.arguments)
+        loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
+        indices = self.from_library(indices)
+        if not self.training:
+            codes = straight_through(x, self.lookup(indices))  # exactly what indices_to_codes gives
+        return codes, loss, indices
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return read_codes(self.module, self.to_library(indices))
+
+    def from_library(self, indices: Tensor) -> Tensor:
+        """The class's indices (B, N), (B, N, codebooks) or (groups, B, N, codebooks) -> indices (B, N)."""
+        if self.axes == 4:
+            indices = indices.movedim(0, 2)
+        digits = indices.reshape(*indices.shape[:2], -1).long()
+        return join_indices(digits, self.codebook_sizes)
+
+    def to_library(self, indices: Tensor) -> Tensor:
+        """The inverse of from_library."""
+        digits = split_indices(indices, self.codebook_sizes)
+        if self.axes == 4:
+            return digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
+        return digits if self.axes == 3 else digits[..., 0]
+
+
+def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
+    """The codes (B, N, C) with these indices, in the module's own form, of a module of vector-quantize-pytorch."""
+    if hasattr(module, "get_output_from_indices"):
+        return module.get_output_from_indices(indices)
+    return module.indices_to_codes(indices)
+
+
 # Errors
 
 class InputError(ValueError):
@@ -243,8 +543,7 @@ def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
         kind = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C) are needed.")
     tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
-    if tokens.shape[-1] != dim:
-        raise InputError(f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {dim}.")
+    require(tokens.shape[-1] == dim, f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {dim}.")
     return tokens.flatten(1, -2), tokens.shape[:-1]
 
 
@@ -272,7 +571,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """
     center = codebook.detach().mean(0)
     tokens, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
-    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2
+    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2  # codes.square() would be as large as the codebook
     rows = max(1, (2**28 if x.is_cuda else 2**21) // len(codes))
     # an exported graph takes any number of tokens, so the number of blocks cannot be fixed in it
     blocks = [tokens] if torch.compiler.is_exporting() else tokens.split(rows)
@@ -287,7 +586,7 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     size = math.gcd(scores.shape[1], 256)
     groups = scores.unflatten(1, (-1, size))
     best = groups.amax(2).argmax(1)
-    columns = groups.gather(1, best[:, None, None].expand(-1, 1, size))[:, 0]
+    columns = groups.take_along_dim(best[:, None, None], 1)[:, 0]
     return best * size + columns.argmax(1)
 
 
@@ -303,307 +602,12 @@ def sum_of_processes(x: Tensor) -> Tensor:
     return x
 
 
-# Quantizers with codebooks
-
-class SimVQ(Quantizer):
-    """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
-
-    The map moves all codes, used or not. Wide codes collapsed here all the same: the map follows the tokens' few
-    strongest directions, and tokens follow the codes. cosine=True normalises tokens and codes.
-    """
-
-    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, cosine: bool = False,
-                 commitment_cost: float = 0.25, project: bool = True):
-        super().__init__(dim, code_dim, (codebook_size,), project)
-        check(self.code_dim > 1 or not cosine, "code_dim", self.code_dim, "2 or more with cosine=True")
-        self.cosine, self.commitment_cost = cosine, commitment_cost
-        self.register_buffer("frozen_codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)
-        self.code_transform = nn.Linear(self.code_dim, self.code_dim, bias=False)
-
-    def quantize(self, x: Tensor) -> Quantized:
-        x = self.normalize(x)
-        indices = nearest_code(x, self.transform(self.frozen_codebook))
-        codes = self.lookup(indices)
-        loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
-        return straight_through(x, codes), self.code_dim * loss, indices  # sums over a code's numbers, not means
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.transform(self.frozen_codebook[indices])
-
-    def transform(self, codes: Tensor) -> Tensor:
-        return self.normalize(self.code_transform(codes))
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.cosine else x
-
-
-class MatchedSimVQ(Quantizer):
-    """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
-
-    build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
-    A code is A g + m, with a frozen random g and the tokens' running mean m. The codes shall be distributed like the
-    best guesses of Gaussian tokens that are seen in noise (Cover and Thomas, chapter 9). K codes tell tokens of
-    covariance C apart down to noise of variance s, where log det(I + C / s) / 2 = log K. The guesses then have the
-    covariance C (C + s I)^-1 C. Directions weaker than the noise get hardly any codes. If all directions are equally
-    strong, this is Shannon's random code (section 10.3).
-    """
-
-    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
-                 commitment_cost: float = 0.25, project: bool = True):
-        check(0 < decay < 1, "decay", decay, "between 0 and 1")
-        super().__init__(dim, code_dim, (codebook_size,), project)
-        n = self.code_dim
-        self.decay, self.commitment_cost = decay, commitment_cost
-        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
-        self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
-        self.register_buffer("mean", torch.zeros(n))  # m
-        self.register_buffer("covariance", torch.eye(n))  # C
-        self.register_buffer("total_weight", torch.zeros(()))  # the weights of all steps so far: 1 - decay^steps
-        self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the tokens' variance
-
-    def quantize(self, x: Tensor) -> Quantized:
-        if self.training:
-            self.update(x.flatten(0, 1))
-        indices = nearest_code(x, self.code_transform(self.frozen_codebook))
-        codes = self.lookup(indices)
-        error = F.mse_loss(x, codes) / self.variance()
-        loss = error.detach() + self.commitment_cost * error  # SimVQ's first term moves codes, here none
-        return straight_through(x, codes), loss, indices
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.code_transform(self.frozen_codebook[indices])
-
-    def variance(self) -> Tensor:
-        """The variance of a token's numbers, averaged over them."""
-        return self.covariance.diagonal().mean().clamp(min=1e-10)
-
-    @torch.no_grad()
-    def update(self, x: Tensor):
-        """Follow tokens x (N, code_dim) with the moving averages, equal in all processes, and match A and m to them."""
-        self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
-        rate = (1 - self.decay) / self.total_weight  # 1 in the first step, which forgets the initial values
-        x = x - self.mean  # centred, as fp32 would round the squares of tokens far from zero
-        shift = sum_of_processes(x.mean(0)) / count_processes()
-        x = x - shift
-        covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
-        # old and new tokens together have the covariances of both, and the covariance of their two means
-        self.covariance.lerp_(covariance + (1 - rate) * shift.outer(shift), rate)
-        self.mean += rate * shift
-
-        # A g has the covariance A A' / n, as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes it R' R, which
-        # is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
-        n, s = self.code_dim, self.noise_ratio * self.variance()
-        factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L
-        root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
-        self.code_transform.weight.copy_(n**0.5 * root.T)
-        self.code_transform.bias.copy_(self.mean)
-        # Newton's method for log det(I + C / s) / 2 = log K: a step of log s for the next step of training
-        excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
-        slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
-        self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
-        self.noise_ratio.clamp_(1e-6 * n, 1e6)  # at least the rounding errors of C
-
-
-class EMAVQ(Quantizer):
-    """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
-
-    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. It is a moving average of all its tokens:
-        N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
-    with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
-    A code without tokens stays where it is. The loss is the commitment loss.
-
-    Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
-    0.2 times the mean. A step restarts at most as many codes as it has tokens: more would share their places.
-    """
-
-    def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
-                 commitment_cost: float = 0.25, project: bool = True):
-        check(0 < decay < 1, "decay", decay, "between 0 and 1")
-        super().__init__(dim, code_dim, (codebook_size,), project)
-        self.decay, self.commitment_cost = decay, commitment_cost
-        self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
-        self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i's mean over i
-        self.register_buffer("steps", torch.zeros(()))  # t
-
-    def quantize(self, x: Tensor) -> Quantized:
-        indices = nearest_code(x, self.codebook)
-        codes = self.lookup(indices)
-        if self.training:
-            self.update(x.flatten(0, 1), indices.flatten())
-        return straight_through(x, codes), self.commitment_cost * F.mse_loss(x, codes), indices
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.codebook[indices]
-
-    def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
-        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # files of older code lack these two
-        state.setdefault(f"{prefix}steps", torch.tensor(1e4))
-        state.pop(f"{prefix}token_sums", None)
-        super()._load_from_state_dict(state, prefix, *arguments)
-
-    @torch.no_grad()
-    def update(self, x: Tensor, indices: Tensor):
-        """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
-        counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
-        sums = sum_of_processes(torch.zeros_like(self.codebook).index_add_(0, indices, x))
-        weight = (9 / (self.steps + 10)).clamp(min=1 - self.decay)
-        self.steps += 1
-        self.token_counts.lerp_(counts, weight)
-        self.mean_count.lerp_(counts.mean(), weight)
-        change = weight * (sums - counts[:, None] * self.codebook)
-        self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)
-
-        dead = self.token_counts < 0.1 * self.mean_count
-        dead &= dead.cumsum(0) <= counts.sum() / count_processes()
-        # each code draws a token, dead or not: compiled code needs shapes that do not depend on values
-        tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
-        if count_processes() > 1:  # all take process 0's tokens: torch.compile knows no broadcast, but sums
-            tokens = sum_of_processes(tokens * (dist.get_rank() == 0))
-        self.token_counts.masked_fill_(dead, 0.2 * self.mean_count)
-        self.codebook.copy_(torch.where(dead[:, None], tokens, self.codebook))
-
-
-class MultiCodebook(Quantizer):
-    """Several EMA-VQ codebooks. An index has a digit for each: two codebooks of 256 codes make 65,536 codes."""
-
-    def __init__(self, dim: int, codebooks: int = 2, codebook_size: int = 256, code_dim: int = 16,
-                 decay: float = 0.99, commitment_cost: float = 0.25, project: bool = True):
-        check(isinstance(codebooks, int) and codebooks > 0, "codebooks", codebooks, "an integer from 1")
-        super().__init__(dim, code_dim, (codebook_size,) * codebooks, project)
-        n = self.code_dim
-        check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
-        width = n if self.residual else n // codebooks
-        self.stages = nn.ModuleList()
-        self.parts = []  # which of a code's numbers each codebook quantizes
-        for i in range(codebooks):
-            self.stages.append(EMAVQ(width, codebook_size, 0, decay, commitment_cost, project=False))
-            self.parts.append(slice(0, n) if self.residual else slice(i * width, (i + 1) * width))
-
-    def quantize(self, x: Tensor) -> Quantized:
-        codes, loss, digits = torch.zeros_like(x), 0, []
-        for stage, part in zip(self.stages, self.parts):
-            code, stage_loss, digit = stage.quantize((x - codes)[..., part])
-            codes[..., part] += code.detach()
-            loss = loss + stage_loss
-            digits.append(digit)
-        return straight_through(x, codes), loss, join_indices(torch.stack(digits, -1), self.codebook_sizes)
-
-    def lookup(self, indices: Tensor, depth: int | None = None) -> Tensor:
-        digits = split_indices(indices, self.codebook_sizes)
-        codes = torch.zeros(*indices.shape, self.code_dim, device=indices.device)
-        for i in range(depth or len(self.stages)):
-            codes[..., self.parts[i]] += self.stages[i].lookup(digits[..., i])
-        return codes
-
-
-class ResidualVQ(MultiCodebook):
-    """Residual quantization (2107.03312, 2203.01941): each codebook quantizes what those before it leave.
-
-    Codes add up, so the first few codebooks can be decoded alone, coarse to fine: indices_to_codes(indices, depth=1).
-    """
-
-    residual = True
-
-
-class ProductVQ(MultiCodebook):
-    """Product quantization (Jegou et al., PAMI 2011): each codebook quantizes its own share of the numbers."""
-
-
-class NoQuantizer(Quantizer):
-    """Tokens pass unchanged: the upper bound of all quantizers. codebook_size is 0."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, 0, (), project=False)
-        self.codebook_size = 0
-
-    def quantize(self, x: Tensor) -> Quantized:
-        return x, x.new_zeros(()), x.new_zeros(x.shape[:2], dtype=torch.int64)
-
-    def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
-        raise InputError("Without a quantizer there are no indices to decode: choose another one than 'none'.")
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.check_indices(indices)  # there are none
-
-
-class Library(Quantizer):
-    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
-
-    With code_dim 0 the class gets tokens of all channels, and projects them if it has to. An index has a digit for
-    each of its codebooks. LFQ's loss, an entropy, may be negative. `arguments` are those of the class's forward, such
-    as LFQ's inv_temperature. With quantize_dropout, indices of train mode are of no use.
-    """
-
-    def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
-        try:
-            library = importlib.import_module("vector_quantize_pytorch")
-        except ImportError as error:
-            raise InputError("This quantizer needs a package: pip install vector-quantize-pytorch") from error
-        kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
-        check(kind in kinds, "kind", kind, ", ".join(kinds))
-        options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
-        build = partial(getattr(library, kind), dim=code_dim or dim)
-        # A copy is tried on two tokens. It must not wait for other processes, as k-means and shared statistics do.
-        alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
-        with errors_as(InputError, f"{kind} does not work with {options!r:.300}"):
-            with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
-                module = build(**options)
-                with torch.random.fork_rng(devices=[]):
-                    copy = build(**options | alone).eval()
-                z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
-                z_q, indices, *_ = copy(z, **arguments or {})
-                codes = read_codes(copy, indices)
-            same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
-            require(same, "the codes of its indices are not its output")
-        size = getattr(module, "codebook_size", options.get("codebook_size"))
-        sizes = getattr(module, "codebook_sizes", size)
-        # one size, which all codebooks have, or a size for each codebook of a group
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
-        digits = indices.numel() // 2  # a token's, as there are two tokens
-        super().__init__(dim, code_dim, sizes * (digits // len(sizes)), project=code_dim > 0)
-        self.kind, self.module, self.arguments = kind, module, arguments or {}
-        self.axes, self.groups = indices.ndim, len(indices)  # indices of grouped codebooks have four axes
-
-    def quantize(self, x: Tensor) -> Quantized:
-        exported = torch.compiler.is_exporting()
-        check(self.kind == "LFQ" or not exported, "quantizer", self.kind, "LFQ in an export")
-        codes, indices, *losses = self.module(x, **self.arguments)
-        loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
-        indices = self.from_library(indices)
-        return codes if self.training else straight_through(x, self.lookup(indices)), loss, indices
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return read_codes(self.module, self.to_library(indices))
-
-    def from_library(self, indices: Tensor) -> Tensor:
-        """The class's indices (B, N), (B, N, codebooks) or (groups, B, N, codebooks) -> indices (B, N)."""
-        if self.axes == 4:
-            indices = indices.movedim(0, 2)
-        digits = indices.reshape(*indices.shape[:2], -1).long()
-        return join_indices(digits, self.codebook_sizes)
-
-    def to_library(self, indices: Tensor) -> Tensor:
-        """The inverse of from_library."""
-        digits = split_indices(indices, self.codebook_sizes)
-        if self.axes == 4:
-            return digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
-        return digits if self.axes == 3 else digits[..., 0]
-
-
-def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
-    """The codes (B, N, C) with these indices, in the module's own form, of a module of vector-quantize-pytorch."""
-    if hasattr(module, "get_output_from_indices"):
-        return module.get_output_from_indices(indices)
-    return module.indices_to_codes(indices)
-
-
-# By name
+# By name. "simvq" is our variant with a matched map, "simvq_learned" is the paper's.
 
 QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,
     "residual_vq": ResidualVQ, "product_vq": ProductVQ, "none": NoQuantizer, "library": Library,
-    # LFQ's weights come from a short search (RESULTS.md), BSQ's temperature from its authors; the library's is 100
+    # LFQ's weights come from a short search (RESULTS.md), BSQ's inverse temperature from its authors, not the library
     "lfq": partial(Library, kind="LFQ", codebook_size=65536, entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
     "bsq": partial(Library, kind="LFQ", codebook_size=65536, spherical=True, arguments={"inv_temperature": 1.0}),
     "rotation_vq": partial(Library, kind="VectorQuantize", codebook_size=65536, code_dim=16, rotation_trick=True,
@@ -616,10 +620,16 @@ def build_quantizer(name: str, dim: int, **options) -> Quantizer:
 
     InputError for an unknown name, or an option's value that the class refuses.
     """
-    check(name in QUANTIZERS, "quantizer", name, ", ".join(QUANTIZERS))
+    check_registered(name)
     quantizer = QUANTIZERS[name](dim, **options)
     quantizer.config["quantizer"] = name
     return quantizer
+
+
+def check_registered(name: str):
+    """InputError unless a quantizer has this name."""
+    check(name in QUANTIZERS, "quantizer", name, f"{', '.join(QUANTIZERS)}, or a class of yours, registered before you "
+          f"build or load it: QUANTIZERS[{name!r}] = YourClass")
 
 
 def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
@@ -628,6 +638,6 @@ def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     names = list(parameters)[1:]  # dim and the options, without self
     chosen = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
     chosen |= dict(zip(names, arguments)) | options
-    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name not in names[:1]}
+    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name != "dim"}
     known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
     return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": chosen}

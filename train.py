@@ -50,11 +50,11 @@ ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last strides 
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" a token should cover 4 x 4 pixels
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq", "simvq_learned", "ddcl", "residual_vq", "product_vq", "residual_fsq", "lfq",
-#                       "bsq", "rotation_vq", "library"; "none" bounds the PSNR of all
+#                       "bsq", "rotation_vq", "library"; "none" shows the best PSNR that is possible
 CODEBOOK_SIZE = 65536  # codes in a codebook; "fsq", "ddcl", "residual_fsq" and "library" have their own constants
-CODE_DIM = 16  # how many numbers a code has; 0: as many as the encoder's features
+CODE_DIM = 16  # how many numbers a learned code has; 0: as many as the encoder's features
 EMA_DECAY = 0.99  # for the moving averages of "ema_vq", "simvq", "residual_vq", "product_vq" and "rotation_vq"
-COMMITMENT = 0.25  # weight of the commitment loss
+COMMITMENT = 0.25  # weight of the commitment loss of quantizers with learned codes
 CODEBOOKS = 2  # how many "residual_vq", "product_vq" and "residual_fsq" have; CODEBOOK_SIZE = 256 suits two
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
@@ -66,21 +66,21 @@ POST_QUANT_NORM = False  # a norm after it
 DECODER_WIDTH = 0  # 0: as a ViT encoder, else 192; ViT-XL: 1152
 DECODER_DEPTH = 0  # 0: as a ViT encoder, else 2; ViT-XL: 28
 DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
-# losses; a pair is for stages 1 and 2, a single number for both
-PERCEPTUAL = "encoder"  # distance in the frozen encoder's features, or "lpips", which downloads VGG16
-PERCEPTUAL_WEIGHT = (0.02, 0.02)  # a higher weight lowers PSNR, and brings features closer to the image's
+# losses
+PERCEPTUAL = "encoder"  # distance in the frozen encoder's features ("cnn" has none), or "lpips", which downloads VGG16
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # in stages 1 and 2; a higher weight lowers PSNR, and brings features closer
 DISTILL_WEIGHT = 0.1  # stage 2: the encoder's features against the frozen encoder's; a lower weight raises PSNR
 GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
-START_CHECKPOINT = ""  # a file with a model of these constants, whose training goes on
+START_CHECKPOINT = ""  # training begins with this file's model, which these constants have to describe
 ACCUMULATE = 1  # micro-batches a step, to save memory; codebooks move with each
 OPTIMIZER = "muon"  # Muon for the blocks' matrices and AdamW for the rest, or "adamw" for all, as in the papers
 SEED = 0
 COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
-# defaults for a GPU and for a CPU
+# defaults for a GPU and for a CPU; a pair is for stages 1 and 2, a single number for both
 DEVICE = ""  # "": CUDA's GPU, or else the CPU; "cpu" or "cuda:1" chooses; "mps" and "xpu" are untested
-device = utils.choose_device(DEVICE)
+device = utils.choose_device(DEVICE)  # also from the command line, as the defaults below depend on it
 gpu = device.startswith("cuda")
 EPOCHS = (30, 10) if gpu else (6, 4)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
@@ -127,16 +127,16 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and teacher:  # every second image is enough, and saves time
-        perceptual_loss = F.mse_loss(teacher(output[::2]).float(), teacher_z[::2])
-    loss = 16 * l2_loss + perceptual_weight * perceptual_loss  # 1/16 is about the variance of pixels
-    loss = loss + quantizer_loss + distill_weight * distill_loss
+        perceptual_loss = F.mse_loss(teacher(output[::2]), teacher_z[::2])
+    pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
+    loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
         # The GAN's gradient at the decoder's last layer gets the norm of the L2 loss's (VQGAN, 2012.09841, eq. 7).
         last_layer = model.decoder.head.weight
-        l2_gradient = torch.autograd.grad(16 * l2_loss, last_layer, retain_graph=True)[0]
+        l2_gradient = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)[0]
         gan_gradient = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
         balance = (l2_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(max=1e4)
         loss = loss + gan_weight * balance * gan_loss
@@ -145,10 +145,11 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
 
 
 def losses_and_gradients(model: VQRAE, teacher: nn.Module | None, lpips: nn.Module | None, images: Tensor,
-                         discriminator: nn.Module | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+                         discriminator: nn.Module | None) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """A micro-batch's losses, and the gradients of the model's and then the discriminator's parameters.
 
-    A gradient is None where the loss does not depend on a parameter. COMPILE compiles this function.
+    A gradient is None where the loss does not depend on a parameter. Gradients are returned, where loss.backward()
+    would store them: so torch.compile makes one graph of the forward and the backward pass.
     """
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         losses = objective(model, images, teacher, lpips, discriminator, stage_value(PERCEPTUAL_WEIGHT, model.stage),
@@ -219,7 +220,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             print("{stage:6} {epoch:6} {loss:9.4f} {psnr:6.2f} {ssim:7.4f} {usage:11.1%} {perplexity:11,.0f} "
                   "{images_per_second:9,.0f} {seconds:8.0f}".format(**row), flush=True)
             if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long
-                times = sum(stage_value(EPOCHS, other) * (1.4 if other > stage else 1) for other in STAGES)
+                times = sum(stage_value(EPOCHS, each) * (1.4 if each > stage else 1) for each in STAGES)
                 print(f"the whole run takes about {(time.time() - start) / 60 * times:.1f} minutes", flush=True)
 
 
@@ -247,7 +248,7 @@ def add_gradients(learning: list[nn.Parameter], gradients: list[Tensor | None]):
 def compiled(function: Callable) -> Callable:
     """The function, compiled into one graph for each stage, with and without a GAN, and for each size of images."""
     torch._dynamo.config.trace_autograd_ops = True  # the function includes the backward pass
-    torch._dynamo.config.recompile_limit = 8 * len(sizes())
+    torch._dynamo.config.recompile_limit = 8 * len(sizes())  # 8 is torch's own limit
     return torch.compile(function, fullgraph=True, dynamic=False, mode=COMPILE)
 
 
@@ -295,7 +296,7 @@ def quantizer_options() -> dict:
         return dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS)
     if QUANTIZER in ("lfq", "bsq"):  # their entropies compare tokens with all codes: a part of the tokens saves memory
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / batch_tokens / CODEBOOK_SIZE))
-    if QUANTIZER == "rotation_vq":  # as in ours, codes with less than 0.1 of the mean usage are dead
+    if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
         return dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
                     threshold_ema_dead_code=0.1 * batch_tokens / CODEBOOK_SIZE)
     options = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT,
@@ -309,11 +310,12 @@ def build_model(pretrained: bool = True) -> VQRAE:
 
     InputError for a constant that does not fit the others, or START_CHECKPOINT's model.
     """
-    model = VQRAE(ENCODER, QUANTIZER, quantizer_options(), sizes()[0], GRID, ENCODER_LAYERS, POST_QUANT_KERNEL,
-                  POST_QUANT_NORM, DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS,
-                  pretrained=pretrained and not START_CHECKPOINT)
+    model = VQRAE(encoder=ENCODER, quantizer=QUANTIZER, quantizer_options=quantizer_options(), image_size=sizes()[0],
+                  grid=GRID, encoder_layers=ENCODER_LAYERS, post_quant_kernel=POST_QUANT_KERNEL,
+                  post_quant_norm=POST_QUANT_NORM, decoder_width=DECODER_WIDTH, decoder_depth=DECODER_DEPTH,
+                  decoder_heads=DECODER_HEADS, pretrained=pretrained and not START_CHECKPOINT)
     check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
-          f"16 or more, a multiple of a token's {model.token_size} pixels")
+          f"16 or more, for the discriminator, and a multiple of a token's {model.token_size} pixels")
     if START_CHECKPOINT:
         with torch.device("cpu"):  # main() builds a first model on the meta device
             start = load_checkpoint(START_CHECKPOINT)
@@ -326,8 +328,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
                 value, known = without_batch_options(value), without_batch_options(known)
             check(value == known or name in ("image_size", "grid"), name.upper(), value,
                   f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
-        start.arguments = model.arguments  # with the new image_size and grid
-        return start
+        if pretrained:  # without, the model is on the meta device and has no weights
+            model.load_state_dict(start.state_dict())
     return model
 
 
@@ -349,7 +351,8 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
         if START_CHECKPOINT and STAGES[0] == 1:  # stage 1 takes the teacher's features for the encoder's
             own = model.encoder.state_dict()
             equal = all(torch.equal(weight, own[name].to(device)) for name, weight in teacher.state_dict().items())
-            require(equal, f"The encoder in {START_CHECKPOINT} was trained, so stage 1 cannot use it: \"STAGES=(2,)\".")
+            require(equal, f"The encoder in {START_CHECKPOINT} is not the pretrained {ENCODER}, whose features stage 1 "
+                    "takes. Choose \"STAGES=(2,)\".")
         if bf16:  # autocast would round these weights in each step
             for layer in teacher.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -390,7 +393,7 @@ def main():
         teacher, lpips = build_loss_networks(model)
     model.constants = constants
     if isinstance(data.train_images, Tensor) and data.train_images.nbytes < 8e9:
-        data = data._replace(train_images=data.train_images.to(device))  # for fast batches
+        data = data._replace(train_images=data.train_images.to(device))  # so that batches need not be copied there
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.stage:
@@ -402,17 +405,17 @@ def main():
             train_stage(stage, model, teacher, lpips, data, run)
     if rank == 0:
         finish(run, model, data)
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 def start_process():
     """Prepare this process's GPU or CPU, and connect the processes of torchrun. InputError without the device."""
     global device, bf16
-    with errors_as(InputError, f"DEVICE = {DEVICE!r}, allowed: a device that torch finds here"):
+    with errors_as(InputError, f"DEVICE = {DEVICE!r}, allowed: a device that torch finds here, one for each process"):
+        if gpu:
+            torch.cuda.set_device(torch.device(device).index or int(os.getenv("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
-    if gpu:
-        gpus, local_ranks = torch.cuda.device_count(), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-        check(local_ranks <= gpus, "--nproc_per_node", local_ranks, f"1 to {gpus}, a GPU each")
-        torch.cuda.set_device(torch.device(device).index or int(os.getenv("LOCAL_RANK", 0)))
     device = torch.device(device).type
     bf16 = fast_bf16(device)
     if device == "cpu":

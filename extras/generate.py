@@ -4,7 +4,7 @@
     python -m extras.generate CHECKPOINT=<path> DATASET=shapes    tokens of another checkpoint
 
 The prior predicts masked tokens, any number of them, from the others and the class (MD4, 2406.04329).
-Samples go to outputs/<run>/, prior.pt goes to checkpoints/<run>/. The same command resumes a run.
+Samples and figures go to outputs/<run>/, prior.pt goes to checkpoints/<run>/. The same command resumes a run.
 """
 import json
 import math
@@ -31,7 +31,6 @@ from utils import device, progress, to_float
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")
 DATASET = "auto"  # as in train.py
-FLIP = True  # mirror half of the training images
 # model
 DIM = 192  # width
 DEPTH = 3  # pairs of a convolutional and a transformer block
@@ -43,9 +42,9 @@ SEED = 0
 # samples
 STEPS = 16  # to fill an image's tokens
 GUIDANCE = 4.0  # 1: none; with more, samples are more like their class
-SAMPLES = 10_000  # measured at the end
+SAMPLES = 2_000  # measured after each epoch
 
-kinds = {str: "CHECKPOINT DATASET", bool: "FLIP", float: "LEARNING_RATE GUIDANCE",
+kinds = {str: "CHECKPOINT DATASET", float: "LEARNING_RATE GUIDANCE",
          int: "DIM DEPTH EPOCHS BATCH_SIZE SEED STEPS SAMPLES"}
 autocast = torch.autocast(device, torch.bfloat16, enabled=utils.fast_bf16(device))
 most_codes = 4_096  # in a codebook: of more, most would be seen too rarely
@@ -180,19 +179,19 @@ def draw_masks(count: int, tokens: int, generator: torch.Generator | None = None
 
 
 @torch.no_grad()
-def measure_bits(prior: Prior, indices: Tensor, labels: Tensor, masks: int = 8) -> float:
-    """The bound in bits an image, in fp32: the mean over indices (N, h, w) with labels (N,), `masks` masks each."""
-    bits, generator = [], torch.Generator().manual_seed(0)
+def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
+    """The bound in bits an image, in fp32: the mean over indices (N, h, w) with labels (N,), and over 10,000 masks."""
+    bits, generator, masks = [], torch.Generator().manual_seed(0), math.ceil(10_000 / len(indices))
     for batch, given in progress([*zip(indices.split(250), labels.split(250))] * masks, "measuring"):
         bits.append(prior(batch, draw_masks(len(batch), prior.tokens, generator), given))
     return torch.cat(bits).mean().item()
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
-    """Train from the first epoch or where the run was stopped. Each epoch writes samples and a checkpoint."""
+    """Train from the first epoch or where the run was stopped. Each epoch is measured, and writes samples and files."""
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     state, steps = {"prior": prior, **optimizers}, len(data.train_labels) // BATCH_SIZE
-    print(" epoch   bits a token: training    test  seconds")
+    judges = judge_images(vqrae.token_size, data)
     for epoch in range(run.resume(state), EPOCHS + 1):
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
         start, log = time.time(), []
@@ -201,28 +200,33 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
             hidden = torch.rand(BATCH_SIZE) < 0.1  # guidance compares with predictions without a class
             labels = data.train_labels[index].masked_fill(hidden, prior.classes)
             masked = draw_masks(BATCH_SIZE, prior.tokens)
-            mirrored = torch.randint(1 + FLIP, (BATCH_SIZE,))
+            mirrored = torch.randint(2, (BATCH_SIZE,))
             with autocast:
-                bits = prior(tokens["train"][mirrored, index], masked, labels) / prior.tokens
+                bits = prior(tokens["train"][mirrored, index], masked, labels)
             ratio = masked.float().mean(1).to(device)
-            (bits * ratio).mean().backward()  # all masked tokens count alike, as in MaskGIT
+            (bits / prior.tokens * ratio).mean().backward()  # all masked tokens count alike, as in MaskGIT
             take_step(optimizers, step, EPOCHS * steps)
             prior.zero_grad()
             log.append(bits.detach().mean())
         seconds, bits = time.time() - start, torch.stack(log).mean().item()
         require(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
-        test_bits = measure_bits(prior, tokens["test"][:1000], data.test_labels[:1000], masks=1) / prior.tokens
-        print(f"{epoch:6} {bits:24.3f} {test_bits:7.3f} {seconds:8.0f}", flush=True)
+        row = {"epoch": epoch, "seconds": seconds, "training_bits": bits,
+               **measure(prior, vqrae, tokens["test"], data, judges)}
+        print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} bits in test, "
+              f"Fréchet distance {row['frechet_cifar']:.2f}, {seconds:.0f} s", flush=True)
         run.check_folder()
         classes = torch.arange(min(max(prior.classes, 1), 10))
         utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
         model = {name: weight.half() for name, weight in prior.state_dict().items()}
         utils.save_torch(run.checkpoints / "prior.pt", {"config": prior.config, "model": model, "constants": constants})
-        run.save({"epoch": epoch, "bits": bits, "test_bits": test_bits, "seconds": seconds}, state)
+        run.save(row, state)
+    with utils.replace_file(run.outputs / "results.json") as draft:
+        draft.write_text(json.dumps(run.history[-1], indent=2), "utf-8")
+    print(*(f"{name:25} {value:10,.3f}" for name, value in run.history[-1].items()), f"see {run.outputs}/", sep="\n")
 
 
 def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
-    """Indices of "test" images (N, h, w) and of "train" (1, N, h, w) or, with FLIP, (2, N, h, w). A file keeps them."""
+    """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), as they are and mirrored. A file keeps them."""
     def tokenize(images: Tensor, mirrored: bool = False) -> Tensor:
         indices = []
         for batch in progress(images.split(250), "tokenizing"):
@@ -231,7 +235,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
         return torch.cat(indices)
 
     if not path.exists():
-        train = torch.stack([tokenize(data.train_images, mirrored) for mirrored in range(1 + FLIP)])
+        train = torch.stack([tokenize(data.train_images, mirrored) for mirrored in (False, True)])
         utils.save_torch(path, {"train": train, "test": tokenize(data.test_images)})
     return utils.load_torch(path, "train", "test")
 
@@ -247,27 +251,34 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
     return torch.cat(images)
 
 
-def measure(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run):
-    """Write results.json: bits, and how load_judges see samples. Training and test images say what is possible."""
+def judge_images(token_size: int, data: Dataset) -> dict[str, tuple]:
+    """load_judges', each with the mean features of training and test images."""
+    judges = {}
+    for name, judge in load_judges(token_size, data.test_images.shape[3]).items():
+        judges[name] = judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
+    return judges
+
+
+def measure(prior: Prior, vqrae: VQRAE, indices: Tensor, data: Dataset, judges: dict) -> dict[str, float]:
+    """The bits of the test images' indices (N, h, w), and how judge_images' judges see samples.
+
+    Figures "of_training" and "of_test" are of true images: what is possible.
+    """
     labels, none = data.test_labels, torch.full_like(data.test_labels, prior.classes)
-    results = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
-               "bits": measure_bits(prior, tokens["test"], none),
-               "bits_given_class": measure_bits(prior, tokens["test"], labels)}
+    figures = {"nominal_bits": prior.tokens * math.log2(vqrae.quantizer.codebook_size),
+               "bits": measure_bits(prior, indices, none), "bits_given_class": measure_bits(prior, indices, labels)}
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
     samples = sample(prior, vqrae, classes)
-    for name, judge in load_judges(vqrae.token_size, samples.shape[3]).items():
-        train_x, test_x = pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
+    for name, (judge, train_x, test_x) in judges.items():
         x = pooled_features(judge, samples)
-        results[f"frechet_{name}"] = frechet_distance(test_x, x)
-        results[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
+        figures[f"frechet_{name}"] = frechet_distance(test_x, x)
+        figures[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
         if prior.classes > 1:
             train_y = data.train_labels.to(device)
-            results[f"probe_{name}"] = linear_probe(train_x, train_y, x, classes.to(device))
-            results[f"probe_{name}_of_test"] = linear_probe(train_x, train_y, test_x, labels.to(device))
-    with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps(results, indent=2), "utf-8")
-    print(*(f"{name:25} {value:10,.3f}" for name, value in results.items()), f"see {run.outputs}/", sep="\n")
+            figures[f"class_{name}"] = linear_probe(train_x, train_y, x, classes.to(device))
+            figures[f"class_{name}_of_test"] = linear_probe(train_x, train_y, test_x, labels.to(device))
+    return figures
 
 
 def main():
@@ -299,7 +310,6 @@ def main():
     print(f"{run.name}: {count:,} training and {tested:,} test images, {device}", flush=True)
     tokens = load_tokens(vqrae.to(device), data, run.checkpoints / "tokens.pt")
     train(prior, vqrae, tokens, data, run, constants)
-    measure(load_prior(run.checkpoints / "prior.pt").to(device), vqrae, tokens, data, run)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from data import Dataset, ImageFiles, load_dataset
 from models import PRETRAINED_DIR, VQRAE, ViTEncoder, build_encoder, load_checkpoint
-from quantizers import check
-from utils import device, errors_as, evaluate, one_line_errors, progress, read_constants, to_float
+from quantizers import check, errors_as
+from utils import device, evaluate, one_line_errors, progress, read_constants, to_float
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # the probes learn from at most so many; 0: no probes
