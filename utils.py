@@ -89,7 +89,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
     for name, value in constants.items():
         constants[name] = value = tuple(value) if isinstance(value, list) else value
         kind = kind_of[name] if kind_of[name] is not list else tuple
-        check(fits(value, kind), name, value, describe(kind))
+        check(fits(value, kind) and kind is not set, name, value, describe(kind if kind is not set else tuple))
     namespace.update(constants)
     return constants
 
