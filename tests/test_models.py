@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SEED, refused
+from conftest import ENVIRONMENT, ROOT, SEED, refused
 from safetensors.torch import load_file, save_file
 
 import models
@@ -242,20 +242,19 @@ def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
 
 
 def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
-    class Sign(FSQ):
-        def __init__(self, dim, bits=12):
-            super().__init__(dim, [2] * bits)
+    class Own(FSQ):
+        """A quantizer that this test registers, and then does not."""
 
-    monkeypatch.setitem(QUANTIZERS, "sign", Sign)
+    monkeypatch.setitem(QUANTIZERS, "own", Own)
     model, images = build(), torch.rand(2, 3, 32, 32)
-    model.quantizer = Sign(256, bits=6).eval()
-    models.save_checkpoint("sign.pt", model)
-    again = load_checkpoint("sign.pt")
+    model.quantizer = Own(256, levels=[3, 2]).eval()
+    models.save_checkpoint("own.pt", model)
+    again = load_checkpoint("own.pt")
+    assert isinstance(again.quantizer, Own) and again.config == model.config
     assert torch.equal(again.encode_to_indices(images), model.encode_to_indices(images))
-    assert again.quantizer.config == {"quantizer": "sign", "quantizer_options": {"bits": 6}}
-    monkeypatch.delitem(QUANTIZERS, "sign")
-    for function in (lambda: load_checkpoint("sign.pt"), lambda: models.save_checkpoint("lost.pt", model)):
-        with refused(r"No quantizer is registered as 'sign'.*QUANTIZERS\['sign'\] = "):
+    monkeypatch.delitem(QUANTIZERS, "own")
+    for function in (lambda: load_checkpoint("own.pt"), lambda: models.save_checkpoint("lost.pt", model)):
+        with refused(r"No quantizer is registered as 'own'.*QUANTIZERS\['own'\] = "):
             function()
 
 
@@ -404,7 +403,8 @@ def test_importing_the_project_changes_no_setting_of_the_user():
     settings = "(dict(os.environ), socket.getdefaulttimeout(), timm.layers.use_fused_attn())"
     names = "train, extras.measure, extras.generate, extras.codecs, extras.compare, extras.cells, extras.pretrain"
     code = f"import os, socket, timm, torch; old = {settings}; import {names}; assert old == {settings}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # this process has imported models.py, and its environment may have changed
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 # Decoders and the discriminator
