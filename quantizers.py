@@ -30,8 +30,8 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    A token has one index, also with several codebooks. In mixed radix its digit k, at most codebook_sizes[k] - 1, is the
-    k-th codebook's own index.
+    A token has one index, also with several codebooks. In mixed radix its digit k, at most codebook_sizes[k] - 1, is
+    the k-th codebook's own index.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
