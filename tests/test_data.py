@@ -219,14 +219,14 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(monkeypatch):
         load("photos")
 
 
-def test_the_key_of_a_folder_depends_on_names_and_sizes_alone():
-    write_images("photos", ["train/a", "test/a"])
+def test_the_key_of_a_folder_depends_on_names_and_sizes_alone(tmp_path):
+    write_images(tmp_path / "photos", ["train/a", "test/a"])
+    before = module.find_dataset(str(tmp_path / "photos"))[1]
     shutil.copytree("photos", "copy", copy_function=shutil.copy)  # with the time of today
-    before = module.find_dataset("photos")
-    assert module.find_dataset("copy") == ("copy", before[1])
-    os.truncate("copy/train/a.png", 60)
+    assert module.find_dataset(str(tmp_path / "copy"))[1] == before
+    os.truncate("photos/train/a.png", 60)
     module.list_split.cache_clear()
-    assert module.find_dataset("copy")[1] != before[1]
+    assert module.find_dataset(str(tmp_path / "photos"))[1] != before
 
 
 # Broken files
