@@ -175,15 +175,6 @@ def test_the_first_filters_whiten():
     torch.testing.assert_close(white[:12], -white[12:])
 
 
-def test_images_are_shifted_and_mirrored():
-    """Each result is one of the 25 crops of the padded image, or of its mirror image."""
-    images, mirror = noise(40) / 255, torch.arange(40) % 2 == 0
-    for image, flipped, result in zip(images, mirror, pretrain.augment(images, mirror)):
-        padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), "reflect")[0]
-        crops = [padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
-        assert any(torch.equal(crop.flip(2) if flipped else crop, result) for crop in crops)
-
-
 def test_pretraining_writes_an_encoder_with_its_batch_norms_folded_in(run, monkeypatch):
     written, save_encoder, images = [], pretrain.save_encoder, noise(4) / 255
 

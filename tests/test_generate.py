@@ -1,4 +1,5 @@
 """extras/generate.py: the bound in bits, digits, guidance and sampling, and runs of the script on a few images."""
+import contextlib
 import itertools
 import json
 import math
@@ -16,8 +17,7 @@ import extras.generate as module
 import utils
 from data import Dataset
 from extras.generate import Prior, build_prior, draw_masks, load_prior, measure_bits
-from extras.measure import frechet_distance
-from models import PRETRAINED_DIR, VQRAE, save_checkpoint
+from models import VQRAE, save_checkpoint
 from quantizers import build_quantizer, split_indices
 
 
@@ -99,12 +99,9 @@ def test_features_depend_on_known_tokens_and_the_label():
     prior, digits, label = random_prior(), torch.zeros(2, 6, 3).long(), torch.tensor([0, 0])
     masked = torch.arange(12).view(2, 6) % 3 == 0
     features = prior.features(digits, masked, label)
-    assert features.shape == (4, 3, 16)
     assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
     for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
         assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(2).any()
-    first, second = (prior.features(digits + one, masked, label) for one in torch.eye(3).long()[:2])
-    assert not torch.isclose(first, second, atol=1e-4).all(2).any()  # each digit has its own embeddings
 
 
 class Coin(Prior):
@@ -162,7 +159,7 @@ def test_fill_refuses_other_shapes_and_ranges(options, name):
         random_prior().fill(**given | options)
 
 
-# Quantizers and files
+# Quantizers
 
 @pytest.mark.parametrize("name, options, sizes", [
     ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
@@ -176,23 +173,16 @@ def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes):
     assert torch.equal(prior.fill(indices.tolist(), mask.tolist(), [0]), indices)
 
 
-@pytest.mark.parametrize("name, options", [("ema_vq", {}), ("lfq", {"codebook_size": 8192}), ("none", {})])
-def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name, options):
+@pytest.mark.parametrize("name", ["ema_vq", "none"])
+def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name):
     with refused("4,096 codes.*fsq, .*residual_vq"):
-        build_prior(build_quantizer(name, 16, **options), [4, 4], 0, 16, 1)
-
-
-@pytest.mark.parametrize("file, kept", [("prior.pt", -1000), ("vqrae_fsq.pt", None)])
-def test_a_damaged_file_and_one_of_another_model_are_refused(file, kept):
-    Path("prior.pt").write_bytes((PRETRAINED_DIR / file).read_bytes()[:kept])
-    with refused("prior.pt (cannot be read|does not fit)"):
-        load_prior("prior.pt")
+        build_prior(build_quantizer(name, 16), [4, 4], 0, 16, 1)
 
 
 # Training, measuring, runs
 
 def test_training_sees_each_image_once_an_epoch(monkeypatch):
-    """Some are mirrored, and some of their labels are hidden: 5 is no class."""
+    """Some are mirrored, and some labels are hidden: 5 is no class. All masked tokens weigh alike."""
     batches = []
 
     class Recorder(Prior):
@@ -200,42 +190,42 @@ def test_training_sees_each_image_once_an_epoch(monkeypatch):
             batches.append(arguments)
             return super().forward(*arguments)
 
+    def check_gradient(optimizers, step, total):
+        _, masked, _ = batches[-1]
+        bits = Prior.forward(prior, *batches[-1]) / prior.tokens * masked.sum(1)
+        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.heads[0].bias)
+        torch.testing.assert_close(prior.heads[0].bias.grad, expected)
+
     for name, value in {"BATCH_SIZE": 40, "EPOCHS": 2, "measure_bits": lambda *arguments, masks: 0.0,
+                        "take_step": check_gradient, "autocast": contextlib.nullcontext(),
                         "sample": lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte()}.items():
         monkeypatch.setattr(module, name, value)
     tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
-    labels = torch.arange(120) % 5
-    data = Dataset(None, labels, None, labels, [])
-    prior = Recorder([240], [2, 2], 5, 16, 1)
+    data, prior = Dataset(None, torch.arange(120) % 5, None, torch.zeros(120), []), Recorder([240], [2, 2], 5, 16, 1)
     module.train(prior, None, {"train": tokens, "test": tokens[0]}, data, utils.Run("run"), {})
     images = torch.cat([indices[:, 0, 0] for indices, _, _ in batches])
     given = torch.cat([given for _, _, given in batches])
-    first, second = (images % 120).view(2, 120)
-    assert torch.equal(first.sort()[0], torch.arange(120)) and torch.equal(second.sort()[0], torch.arange(120))
-    assert not torch.equal(first, second) and torch.equal(given[given < 5], (images % 5)[given < 5])
+    epochs = (images % 120).view(2, 120)
+    assert (epochs.sort()[0] == torch.arange(120)).all() and not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(given[given < 5], (images % 5)[given < 5])
     assert 2 < (given == 5).sum() < 60 and 80 < (images >= 120).sum() < 160  # five deviations around 24 and 120
 
 
 def test_samples_and_training_images_are_compared_with_test_images(monkeypatch):
-    """A judge sees mean colours: classes 0 and 1 are dark and bright, but all samples are bright."""
-    prior, vqrae, labels = random_prior(), VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4), torch.arange(40) % 2
-    train, test, samples = torch.randint(100, (3, 40, 3, 16, 16), dtype=torch.uint8)
-    for images, bright in ((train, labels == 1), (test, labels == 1), (samples, labels >= 0)):
-        images[bright] += 100
-    tokens, data = {"test": torch.randint(24, (40, 2, 3))}, Dataset(train, labels, test, labels, ["dark", "bright"])
-    monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: samples[: len(labels)])
+    """A judge sees mean colours. Classes 0 and 1 are black and white, and all samples are white."""
+    labels = torch.arange(40) % 2
+    images = (255 * labels).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
     monkeypatch.setattr(module, "load_judges", lambda *sizes: {"colours": torch.nn.Identity()})
     monkeypatch.setattr(module, "SAMPLES", 30)
-    module.measure(prior, vqrae, tokens, data, utils.Run("run"))
+    prior, indices = random_prior(), torch.randint(24, (40, 2, 3))
+    vqrae, data = VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4), Dataset(images, labels, images, labels, [])
+    module.measure(prior, vqrae, {"test": indices}, data, utils.Run("run"))
     results = json.loads(Path("outputs/run/results.json").read_text())
-    train, test, samples = ((images / 255).mean((2, 3)) for images in (train, test, samples))
-    assert results.pop("probe_colours") < 1 == results.pop("probe_colours_of_test")
-    assert results == pytest.approx({
-        "nominal_bits": 6 * math.log2(24),
-        "bits": measure_bits(prior, tokens["test"], torch.full((40,), 2)),
-        "bits_given_class": measure_bits(prior, tokens["test"], labels),
-        "frechet_colours": frechet_distance(test, samples[:30]),
-        "frechet_colours_of_training": frechet_distance(test, train[:30])}, rel=1e-3)
+    assert results["nominal_bits"] == pytest.approx(6 * math.log2(24))
+    assert results["bits_given_class"] == pytest.approx(measure_bits(prior, indices, labels))
+    assert results["probe_colours"] < results["probe_colours_of_test"] == 1
+    assert results["frechet_colours_of_training"] < 0.1 < results["frechet_colours"]
 
 
 # The script
@@ -291,9 +281,9 @@ def test_tokens_are_those_of_images_and_their_mirror_images():
     vqrae, images = VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4).eval(), torch.rand(6, 3, 16, 16)
     images = (images * 255).byte()
     tokens = module.load_tokens(vqrae, Dataset(images, None, images[:2], None, []), Path("tokens.pt"))
-    for found, given in (
-            (tokens["train"][0], images), (tokens["train"][1], images.flip(3)), (tokens["test"], images[:2])):
-        assert (found == vqrae.encode_to_indices(given / 255)).float().mean() > 0.9  # rounding may differ
+    found = torch.cat([*tokens["train"], tokens["test"]])
+    expected = vqrae.encode_to_indices(torch.cat([images, images.flip(3), images[:2]]) / 255)
+    assert (found == expected).float().mean() > 0.9  # rounding may differ
 
 
 @pytest.fixture

@@ -10,16 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, SEED, refused
 from skimage.metrics import structural_similarity
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.models import VGG16_Weights
 
 import extras.measure as module
-import train
 from data import Dataset, draw_shapes
-from extras.measure import COLUMNS, format_table, frechet_distance, linear_probe, load_judges, load_models, measure
-from models import PRETRAINED_DIR, VQRAE, build_encoder
-from muon import adamw_and_muon, take_step
+from extras.measure import frechet_distance, linear_probe, load_judges, load_models, measure
+from models import PRETRAINED_DIR, VQRAE
 from utils import evaluate, psnr, ssim
 
 SHIPPED = PRETRAINED_DIR / "vqrae_fsq.pt"
@@ -162,31 +158,6 @@ def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, 
     with pytest.raises(OSError, match=rf"^[^\n]*{message}"):
         load_judges(4, 16, metrics)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-
-
-class WithoutFp64(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        assert not any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(result)), function
-        return result
-
-
-@pytest.mark.parametrize("quantizer, options", [
-    ("fsq", {"levels": (4, 3)}), ("simvq", {"codebook_size": 16}), ("ema_vq", {"codebook_size": 16})], ids=str)
-def test_nothing_needs_fp64_which_some_devices_lack(quantizer, options):
-    model, images = small("cifar", quantizer, options), noise(4)
-    with WithoutFp64():
-        losses = train.objective(model.train(), images / 255, build_encoder("cifar", 4).eval(), None, None, 0.1, 0, 0)
-        losses["loss"].backward()
-        take_step(adamw_and_muon(model, ("adapter.",), 1e-3), 1, 10)
-        evaluate(model, images)
-
-
-def test_a_table_has_dashes_and_no_empty_columns():
-    rows = {"first": {"psnr": 20.126, "usage": 0.5}, "b": {"psnr": 9, "bits": 1024}}
-    table = format_table(rows, COLUMNS, "name").splitlines()
-    assert [line.replace("|", " ").split() for line in (table[0], *table[2:])] == [
-        ["name", "PSNR", "bits", "usage"], ["first", "20.13", "-", "50.0%"], ["b", "9.00", "1,024", "-"]]
 
 
 @pytest.mark.parametrize("word", ["epoch=3.pt", "DATASET=2", "~/best.pt"])
