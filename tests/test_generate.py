@@ -235,6 +235,7 @@ def main(folder, monkeypatch):
              "STEPS=2", "SAMPLES=20"]
     model = VQRAE("cifar", "ema_vq", {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
     save_checkpoint("tokenizer.pt", model)
+    monkeypatch.setattr(module, "load_judges", lambda *sizes: {"colours": torch.nn.Identity()})  # a cheap one
 
     def run(*arguments):
         for name, value in constants.items():
