@@ -1,4 +1,4 @@
-"""extras/: codecs, tables of runs, cells, and how the encoder was made."""
+"""The scripts of extras/: measuring, codecs, tables of runs, cells, and how the encoder was made."""
 import json
 import math
 import os
@@ -15,7 +15,7 @@ from test_measure import noise, small
 import train
 import utils
 from data import draw_shapes, load_dataset
-from extras import cells, codecs, compare, pretrain
+from extras import cells, codecs, compare, measure, pretrain
 from models import PRETRAINED_DIR, ConvEncoder, load_checkpoint, save_checkpoint
 from quantizers import build_quantizer
 from utils import evaluate, psnr
@@ -26,15 +26,37 @@ SHIPPED = PRETRAINED_DIR / "vqrae_fsq.pt"
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """run(module, *arguments, NAME=value, ...) runs a script on `folder`, and returns the rows of its table."""
+    monkeypatch.setattr(codecs, "CODECS", {"AVIF": {"speed": 10}})
+
     def run(module, *arguments, **values):
         for name, value in {"DATASET": str(folder), **values}.items():
             monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
         module.main()
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        names, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in lines]
-        return {row[0]: dict(zip(names, row)) for row in rows}
+        table = [re.split(r" *\| *", line)[1:-1] for line in lines]
+        return {row[0]: dict(zip(table[0], row)) for row in table[2:]}
+
     return run
+
+
+def test_measure_finds_what_the_run_measured(run, trained):
+    best, = trained.glob("checkpoints/*/*stage2_best.pt")
+    results = json.loads(next(trained.glob("outputs/*/results.json")).read_text())
+    row = run(measure, best, TRAIN_IMAGES=0)[str(best)]
+    assert float(row["PSNR"]) == pytest.approx(results["psnr"], abs=0.011)
+    assert (row["bits"], row["ratio"]) == ("384", "64.0")  # 64 tokens of 6 bits; 24 * 32 * 32 / 384
+
+
+@pytest.mark.parametrize("script, quantizer, values, message", [
+    (measure, "fsq", {"IMAGE_SIZE": 8}, "IMAGE_SIZE = 8"), (measure, "fsq", {"METRICS": "fid"}, "METRICS = 'fid'"),
+    (codecs, "fsq", {"COUNT": 0}, "COUNT = 0"), (codecs, "fsq", {"PHOTOS": "."}, "no images"),
+    (codecs, "none", {}, "no codes")])
+def test_what_cannot_be_measured_is_refused_before_the_work(script, quantizer, values, message, run, monkeypatch):
+    monkeypatch.setattr(script, "load_dataset", None)
+    save_checkpoint("small.pt", small("cnn", quantizer, {}))
+    with refused(message):
+        run(script, "small.pt", **values)
 
 
 # Codecs
@@ -42,10 +64,9 @@ def run(folder, monkeypatch, capsys):
 def test_codecs_get_one_picture_and_give_back_each_image():
     images = draw_shapes(9, 32)[0][..., :24]
     rows = [torch.cat([*row], 2) for row in images.split(3)]
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save("picture.png")
-    Image.open("picture.png").save("picture.jpg", "JPEG", quality=95, **codecs.CODECS["JPEG"])
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save("a.jpg", quality=95, **codecs.CODECS["JPEG"])
     file = codecs.encode(images, "JPEG", 95)
-    assert file == Path("picture.jpg").read_bytes()
+    assert file == Path("a.jpg").read_bytes()
     assert (codecs.decode(file, 9).float() - images).square().mean((1, 2, 3)).max() < 100
 
 
@@ -65,70 +86,55 @@ def test_the_figures_of_codecs_are_their_formulas():
     mse = (1e-3 + 1e-2 + 1e-1) / 3
     assert figures == pytest.approx({"bits": 100, "bits_a_pixel": 1, "psnr": 20, "psnr_of_mse": -10 * math.log10(mse),
                                      "ssim": 0.2, "difference": -2, "error": 1 / math.sqrt(3)})
-    assert "error" not in codecs.average([(1, 1, own[:1], own[:1])], [(1, 1, avif[:1], None)])  # one image has none
 
 
-def test_the_table_of_codecs(run, folder, monkeypatch):
-    """AVIF gets as many bits as the tokens."""
-    monkeypatch.setattr(codecs, "CODECS", {"AVIF": {"speed": 10}})
+def test_avif_gets_as_many_bits_as_the_tokens(run, folder):
+    """Of 5 images, 2 x 2 are in one picture."""
     table, images = run(codecs, SHIPPED, COUNT=5), load_dataset(str(folder), 32).test_images[:4]
     own, avif = table[str(SHIPPED)], table[f"AVIF, as {SHIPPED}"]
-    output = evaluate(load_checkpoint(SHIPPED), images)[2]
+    output, bits = evaluate(load_checkpoint(SHIPPED), images)[2], 64 * math.log2(64_000)
     assert float(own["PSNR"]) == pytest.approx(psnr(output, images).mean().item(), abs=0.011)
-    assert own["bits"] == f"{64 * math.log2(64_000):,.0f}"
-    quality = codecs.find_quality(images, "AVIF", 4 * 64 * math.log2(64_000))
-    assert avif["bits"] == f"{2 * len(codecs.encode(images, 'AVIF', quality)):,.0f}"  # 8 bits a byte, four images
+    assert own["bits"] == f"{bits:,.0f}"
+    file = codecs.encode(images, "AVIF", codecs.find_quality(images, "AVIF", 4 * bits))
+    assert avif["bits"] == f"{8 * len(file) / 4:,.0f}"
     assert float(own["to AVIF"]) == pytest.approx(float(own["PSNR"]) - float(avif["PSNR"]), abs=0.02)
 
 
-def test_photographs_are_measured_whole_and_broken_ones_skipped(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(codecs, "CODECS", {"AVIF": {"speed": 10}})
-    Image.fromarray(draw_shapes(1, 48)[0][0, :, :36].permute(1, 2, 0).numpy()).save("a.png")
-    for number in range(100):
-        os.link("a.png", f"{number}.png")
-    Path("broken.png").write_bytes(b"no image")
-    monkeypatch.setattr(codecs, "COUNT", 103)
-    row = run(codecs, SHIPPED, PHOTOS=str(tmp_path))[str(SHIPPED)]
+def test_a_photograph_is_measured_whole(run):
+    image = draw_shapes(1, 48)[0][0, :, :36]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save("a.png")
+    row = run(codecs, SHIPPED, PHOTOS=".")[str(SHIPPED)]
     assert row["bits"] == f"{9 * 12 * math.log2(64_000):,.0f}" and row["a pixel"] == f"{math.log2(64_000) / 16:.3f}"
-
-
-@pytest.mark.parametrize("quantizer, values, message", [
-    ("fsq", {"COUNT": 0}, "COUNT = 0"), ("none", {}, "no codes"), ("fsq", {"PHOTOS": "."}, "no images")])
-def test_what_codecs_refuse_before_the_work(run, quantizer, values, message):
-    save_checkpoint("small.pt", small("cnn", quantizer, {}))
-    with refused(message):
-        run(codecs, "small.pt", **values)
 
 
 # Tables of runs
 
-def test_a_table_of_runs(run, trained, monkeypatch):
-    """Each line is trained with each seed. A row shows what the run measured, and what measure.py finds in it."""
-    shutil.copytree(trained, ".", copy_function=os.link, dirs_exist_ok=True)
-    (outputs,), commands = Path("outputs").iterdir(), []
-    results = json.loads((outputs / "results.json").read_text())
+def test_a_row_is_the_mean_of_a_line_trained_with_each_seed(run, monkeypatch):
+    commands = []
 
-    def train_run(arguments):
+    def run_and_measure(arguments):
         commands.append(arguments)
-        return outputs.name
+        return {"psnr": 20.0 + len(commands), "run": "a name has no mean"}
 
-    monkeypatch.setattr(compare, "train_run", train_run)
+    monkeypatch.setattr(compare, "run_and_measure", run_and_measure)
     monkeypatch.setattr(compare, "LINES", {"FSQ": ("QUANTIZER=fsq FSQ_LEVELS=*", {10: "(8,8)", 13: "(8,8,8)"})})
     table = run(compare, "EPOCHS=3", BITS=(10,), SEEDS=(3, 4))
     words = [f"DATASET={compare.DATASET}", "EPOCHS=3", "QUANTIZER=fsq", "FSQ_LEVELS=(8,8)"]
     assert commands == [[*words, "SEED=3"], [*words, "SEED=4"]]
-    row, = table.values()
-    assert (row["quantizer"], row["a token"], row["max - min"]) == ("FSQ (8,8)", "6.0", "0.00")
-    assert (row["PSNR"], row["entropy"]) == (f"{results['psnr']:.2f}", f"{math.log2(results['perplexity']):.2f}")
-    measured = compare.measure_run(outputs.name)
-    assert row["z_q"] == f"{measured['probe_z_q']:.1%}" and measured["psnr"] == results["psnr"]
-    monkeypatch.setattr(compare, "measure_run", None)  # the figures of finished runs are kept
-    assert run(compare, "EPOCHS=3", BITS=(10,), SEEDS=(3, 4)) == table
+    assert table == {"FSQ (8,8)": {"quantizer": "FSQ (8,8)", "PSNR": "21.50", "max - min": "1.00"}}
 
 
-def test_several_seeds_are_a_mean_and_a_range():
-    runs = [{"psnr": 20.0, "usage": 0.5, "run": "a"}, {"psnr": 23.0, "usage": 1.0, "run": "b"}]
-    assert compare.average(runs) == {"psnr": 21.5, "usage": 0.75, "psnr_range": 3}
+def test_a_run_of_the_table_is_measured_once(trained, folder, monkeypatch):
+    shutil.copytree(trained, ".", copy_function=os.link, dirs_exist_ok=True)
+    outputs, = Path("outputs").iterdir()
+    results = json.loads((outputs / "results.json").read_text())
+    monkeypatch.setattr(compare, "DATASET", str(folder))
+    monkeypatch.setattr(compare, "PROBE_IMAGES", 10)
+    monkeypatch.setattr(compare, "train_run", lambda arguments: outputs.name)
+    figures = compare.run_and_measure([])
+    assert figures["token_bits"] == 6 and figures["psnr"] == results["psnr"] and 0 <= figures["probe_z_q"] <= 1
+    monkeypatch.setattr(compare, "measure_run", None)
+    assert compare.run_and_measure([]) == figures
 
 
 @pytest.mark.parametrize("line", compare.LINES)
@@ -142,7 +148,7 @@ def test_the_lines_have_as_many_bits_as_their_columns_say(line, monkeypatch):
         assert math.log2(quantizer.codebook_size) == pytest.approx(bits, abs=0.8)
 
 
-def test_a_run_that_fails_ends_the_table_in_a_sentence(monkeypatch):
+def test_a_run_that_fails_ends_the_table_in_a_sentence():
     Path("train.py").write_text("print('see outputs/data_fsq_1/. Done.')")
     assert compare.train_run(["SEED=1"]) == "data_fsq_1"
     Path("train.py").write_text("raise SystemExit('train.py: no')")
@@ -152,13 +158,9 @@ def test_a_run_that_fails_ends_the_table_in_a_sentence(monkeypatch):
 
 # Cells, and how the encoder was made
 
-def test_cells_of_each_quantizer(monkeypatch, capsys):
-    monkeypatch.setattr(cells, "STEPS", 2)
-    monkeypatch.setattr("sys.argv", ["cells"])
-    cells.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" mean")[0].strip() for line in lines] == [*cells.KINDS]
-    assert all(line.endswith("of 64 codes") for line in lines) and Path("outputs/cells.png").exists()
+def test_cells_are_drawn_for_each_quantizer(run):
+    run(cells, STEPS=2)
+    assert Path("outputs/cells.png").exists()
 
 
 @torch.no_grad()
@@ -173,17 +175,7 @@ def test_the_first_filters_whiten():
     torch.testing.assert_close(white[:12], -white[12:])
 
 
-def test_images_are_shifted_and_mirrored():
-    """Each result is one of the 25 crops of the padded image, or of its mirror image."""
-    images, mirror = noise(40) / 255, torch.arange(40) % 2 == 0
-    for image, flipped, result in zip(images, mirror, pretrain.augment(images, mirror)):
-        padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), "reflect")[0]
-        crops = [padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
-        assert any(torch.equal(crop.flip(2) if flipped else crop, result) for crop in crops)
-
-
-def test_pretraining_writes_what_the_encoder_loads(folder, monkeypatch):
-    """In the end BatchNorms are folded into convolutions: the outputs stay."""
+def test_pretraining_writes_an_encoder_with_its_batch_norms_folded_in(run, monkeypatch):
     written, save_encoder, images = [], pretrain.save_encoder, noise(4) / 255
 
     def save(encoder):
@@ -191,10 +183,8 @@ def test_pretraining_writes_what_the_encoder_loads(folder, monkeypatch):
         save_encoder(encoder)
 
     monkeypatch.setattr(pretrain, "save_encoder", save)
-    for name, value in {"DATASET": str(folder), "EPOCHS": 1, "BATCH_SIZE": 45, "OUT": "out"}.items():
-        monkeypatch.setattr(pretrain, name, value)
-    monkeypatch.setattr("sys.argv", ["pretrain"])
-    pretrain.main()
+    monkeypatch.setattr(pretrain, "linear_probe", lambda *features: 0.25)
+    run(pretrain, EPOCHS=1, BATCH_SIZE=45, OUT="out")
     encoder = ConvEncoder()
     encoder.load_state_dict(torch.load("out/cifar_encoder.pt"))
     torch.testing.assert_close(encoder(images), written[0], atol=0.05, rtol=0.05)  # 16 bits

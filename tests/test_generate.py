@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import extras.generate as module
 import utils
-from data import Dataset, load_dataset
+from data import Dataset
 from extras.generate import Prior, build_prior, draw_masks, load_prior, measure_bits
-from extras.measure import frechet_distance
-from models import PRETRAINED_DIR, VQRAE, load_checkpoint, save_checkpoint
+from models import VQRAE, save_checkpoint
 from quantizers import build_quantizer, split_indices
 
 
@@ -62,29 +62,23 @@ def test_the_bound_is_the_mean_over_all_orders():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", [1, 2])
-def test_samples_have_the_models_distribution(steps):
-    """Two tokens of four codes are independent if filled in one step. In two steps, either may be the first."""
+def test_samples_have_the_models_distribution():
+    """Two tokens of four codes are filled in two steps. Either may be the first."""
     prior = random_prior(sizes=(2, 2), grid=(1, 2))
     zeros = torch.zeros(1, 1, 2).long()
     first, second = probabilities(prior, zeros, torch.tensor([[True, True]]))
-    given_first = [probabilities(prior, zeros + x, torch.tensor([[False, True]]))[0] for x in range(4)]
-    given_second = [probabilities(prior, zeros + x, torch.tensor([[True, False]]))[0] for x in range(4)]
-    expected = first[:, None] * second
-    if steps == 2:
-        expected = (first[:, None] * torch.stack(given_first) + second * torch.stack(given_second, 1)) / 2
-    x, y = prior.generate(torch.ones(40_000).long(), steps=steps, guidance=1.0).flatten(1).T
+    given_first = torch.stack([probabilities(prior, zeros + x, torch.tensor([[False, True]]))[0] for x in range(4)])
+    given_second = torch.stack([probabilities(prior, zeros + x, torch.tensor([[True, False]]))[0] for x in range(4)], 1)
+    expected = (first[:, None] * given_first + second * given_second) / 2
+    x, y = prior.generate(torch.ones(40_000).long(), steps=2, guidance=1.0).flatten(1).T
     counts = torch.bincount(x * 4 + y, minlength=16).view(4, 4) / 40_000
     torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)  # six standard deviations
 
 
 def test_masks_have_all_numbers_of_tokens_and_all_tokens_equally_often():
     masks = draw_masks(40_000, 4)
-    numbers = masks.sum(1)
-    assert torch.equal(numbers.bincount(), torch.tensor([0, 10_000, 10_000, 10_000, 10_000]))
-    for number in (1, 2, 3):
-        share = masks[numbers == number].float().mean(0)
-        torch.testing.assert_close(share, torch.full((4,), number / 4), atol=0.03, rtol=0)  # six standard deviations
+    assert masks.sum(1).bincount().tolist() == [0, 10_000, 10_000, 10_000, 10_000]
+    torch.testing.assert_close(masks.float().mean(0), torch.full((4,), 5 / 8), atol=0.015, rtol=0)  # six deviations
 
 
 @torch.no_grad()
@@ -102,12 +96,9 @@ def test_features_depend_on_known_tokens_and_the_label():
     prior, digits, label = random_prior(), torch.zeros(2, 6, 3).long(), torch.tensor([0, 0])
     masked = torch.arange(12).view(2, 6) % 3 == 0
     features = prior.features(digits, masked, label)
-    assert features.shape == (4, 3, 16)
     assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
     for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
         assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(2).any()
-    first, second = (prior.features(digits + one, masked, label) for one in torch.eye(3).long()[:2])
-    assert not torch.isclose(first, second, atol=1e-4).all(2).any()  # each digit has its own embeddings
 
 
 class Coin(Prior):
@@ -127,16 +118,15 @@ class Coin(Prior):
 
 def test_guidance_rises_over_the_steps(monkeypatch):
     """With guidance 3 in four steps, the scales are 1.5, 2.5, 3.5 and 4.5; a temperature of 0.5 doubles logits."""
-    prior, scales = Coin(), []
+    scales = []
 
     def multinomial(p, count):
         scales.extend(((p[:, 1] / p[:, 0]).log() / 2).tolist())
         return torch.zeros(len(p), 1).long()
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    mask = torch.tensor([[[True, True, True, True]], [[False, True, False, True]]])  # the second takes two steps
-    prior.fill(mask.long(), mask, torch.tensor([0, 0]), steps=4, guidance=3.0, temperature=0.5)
-    assert scales == pytest.approx([1.5, 2.0, 2.5, 4.0, 3.5, 4.5], rel=1e-4)
+    Coin().generate(torch.tensor([0]), steps=4, guidance=3.0, temperature=0.5)
+    assert scales == pytest.approx([1.5, 2.5, 3.5, 4.5], rel=1e-4)
 
 
 def test_later_steps_fill_more_tokens_in_a_random_order():
@@ -144,31 +134,29 @@ def test_later_steps_fill_more_tokens_in_a_random_order():
     prior.generate(torch.zeros(2000).long(), steps=2, guidance=1.0)
     all_tokens, rest = prior.seen
     assert all_tokens.all() and (rest.sum(1) == 3).all()  # half of the steps fill a quarter of the tokens
-    torch.testing.assert_close((~rest).float().mean(0), torch.full((4,), 0.25), atol=0.06, rtol=0)
+    torch.testing.assert_close((~rest).float().mean(0), torch.full((4,), 0.25), atol=0.06, rtol=0)  # six deviations
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+@pytest.mark.parametrize("steps", [1, 2, 50])
 def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(steps):
     prior, indices, mask = random_prior(), torch.randint(24, (30, 2, 3)), torch.rand(30, 2, 3) < 0.5
     results = []
-    for hidden, labels in ((indices, None), (indices.masked_fill(mask, 5), torch.full((30,), 2))):  # 2: no class
+    for hidden in (indices, indices.masked_fill(mask, 5)):
         torch.manual_seed(1)
-        results.append(prior.fill(hidden, mask, labels, steps))
-    assert torch.equal(*results)
-    assert torch.equal(results[0][~mask], indices[~mask]) and not torch.equal(results[0], indices)
+        results.append(prior.fill(hidden, mask, steps=steps))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0][~mask], indices[~mask])
 
 
 @pytest.mark.parametrize("options, name", [
     ({"indices": torch.zeros(2, 1, 3).long()}, "indices"), ({"indices": torch.full((2, 2, 3), 24)}, "0 to 23"),
-    ({"mask": torch.ones(2, 2, 3)}, "mask"), ({"labels": [0]}, "labels"), ({"labels": [0, 3]}, "labels.*0 to 2"),
-    ({"guidance": 0.5}, "guidance"), ({"steps": 0}, "steps"), ({"temperature": 0}, "temperature")], ids=str)
+    ({"labels": [0, 3]}, "labels.*0 to 2"), ({"guidance": 0.5}, "guidance")], ids=str)
 def test_fill_refuses_other_shapes_and_ranges(options, name):
     given = {"indices": torch.zeros(2, 2, 3).long(), "mask": torch.ones(2, 2, 3, dtype=torch.bool)}
     with refused(name):
         random_prior().fill(**given | options)
 
 
-# Quantizers and files
+# Quantizers
 
 @pytest.mark.parametrize("name, options, sizes", [
     ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
@@ -179,33 +167,19 @@ def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes):
     assert prior.sizes == sizes
     indices = torch.arange(600).view(1, 1, 600) * 1_529 % quantizer.codebook_size
     mask = torch.zeros(1, 1, 600, dtype=torch.bool)
-    for given in ((indices, mask), (indices.tolist(), mask.tolist(), [0]), (indices.numpy(), mask.numpy())):
-        assert torch.equal(prior.fill(*given), indices)
+    assert torch.equal(prior.fill(indices.tolist(), mask.tolist(), [0]), indices)
 
 
-@pytest.mark.parametrize("name, options", [("ema_vq", {}), ("lfq", {"codebook_size": 8192}), ("none", {})])
-def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name, options):
+@pytest.mark.parametrize("name", ["ema_vq", "none"])
+def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name):
     with refused("4,096 codes.*fsq, .*residual_vq"):
-        build_prior(build_quantizer(name, 16, **options), [4, 4], 0, 16, 1)
-
-
-def test_the_prior_that_ships_draws_images_with_the_checkpoint_that_ships():
-    prior, vqrae = load_prior(PRETRAINED_DIR / "prior.pt"), load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt")
-    images = vqrae.decode_from_indices(prior.generate(torch.arange(10), steps=4))
-    assert images.shape == (10, 3, 32, 32) and images.std() > 0.1
-
-
-@pytest.mark.parametrize("file, kept", [("prior.pt", -1000), ("vqrae_fsq.pt", None)])
-def test_a_damaged_file_and_one_of_another_model_are_refused(file, kept):
-    Path("prior.pt").write_bytes((PRETRAINED_DIR / file).read_bytes()[:kept])
-    with refused("prior.pt (cannot be read|does not fit)"):
-        load_prior("prior.pt")
+        build_prior(build_quantizer(name, 16), [4, 4], 0, 16, 1)
 
 
 # Training, measuring, runs
 
 def test_training_sees_each_image_once_an_epoch(monkeypatch):
-    """Half of the images are mirrored, and a tenth of the labels is hidden. All masked tokens weigh alike."""
+    """Some are mirrored, and some labels are hidden: 5 is no class. All masked tokens weigh alike."""
     batches = []
 
     class Recorder(Prior):
@@ -213,68 +187,55 @@ def test_training_sees_each_image_once_an_epoch(monkeypatch):
             batches.append(arguments)
             return super().forward(*arguments)
 
-    def take_step(optimizers, step, total):
-        indices, masked, given = batches[-1]
-        tokens = indices.flatten(1)
-        logits = prior.logits(0, prior.features(tokens[..., None], masked, given), tokens[masked][:, None])
-        loss = F.cross_entropy(logits, tokens[masked], reduction="sum") / math.log(2) / masked.numel()
-        expected, = torch.autograd.grad(loss, prior.heads[0].bias)
+    def check_gradient(optimizers, step, total):
+        _, masked, _ = batches[-1]
+        bits = Prior.forward(prior, *batches[-1]) / prior.tokens * masked.sum(1)
+        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.heads[0].bias)
         torch.testing.assert_close(prior.heads[0].bias.grad, expected)
 
-    for name, value in {"take_step": take_step, "BATCH_SIZE": 100, "EPOCHS": 2, "autocast": contextlib.nullcontext(),
-                        "measure_bits": lambda *arguments, masks: 0.0,
+    for name, value in {"BATCH_SIZE": 40, "EPOCHS": 2, "measure_bits": lambda *arguments, masks: 0.0,
+                        "take_step": check_gradient, "autocast": contextlib.nullcontext(),
                         "sample": lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte()}.items():
         monkeypatch.setattr(module, name, value)
-    prior, labels = Recorder([2400], [2, 2], 5, 16, 1), torch.randint(5, (1200,))
-    tokens = torch.arange(2400).view(2, -1, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
-    data = Dataset(None, labels, None, labels, [])
+    tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
+    data, prior = Dataset(None, torch.arange(120) % 5, None, torch.zeros(120), []), Recorder([240], [2, 2], 5, 16, 1)
     module.train(prior, None, {"train": tokens, "test": tokens[0]}, data, utils.Run("run"), {})
     images = torch.cat([indices[:, 0, 0] for indices, _, _ in batches])
-    given = torch.cat([given for *_, given in batches])
-    epochs = (images % 1200).view(2, 1200)
-    assert (epochs.sort().values == torch.arange(1200)).all() and not torch.equal(*epochs)
-    assert torch.equal(given[given < 5], labels[images % 1200][given < 5])
-    assert 0.05 < (given == 5).float().mean() < 0.15 and 0.42 < (images >= 1200).float().mean() < 0.58  # 8 deviations
+    given = torch.cat([given for _, _, given in batches])
+    epochs = (images % 120).view(2, 120)
+    assert (epochs.sort()[0] == torch.arange(120)).all() and not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(given[given < 5], (images % 5)[given < 5])
+    assert 2 < (given == 5).sum() < 60 and 80 < (images >= 120).sum() < 160  # five deviations around 24 and 120
 
 
 def test_samples_and_training_images_are_compared_with_test_images(monkeypatch):
-    """By a judge that sees mean colours: classes 0 and 1 are dark and bright, but all samples are bright."""
-    prior, vqrae, labels = random_prior(), VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4), torch.arange(40) % 2
-    noise = torch.randint(100, (3, 40, 3, 16, 16))
-    train, test, samples = (noise + 100 * torch.stack([labels, labels, torch.ones(40)])[..., None, None, None]).byte()
-    tokens, data = {"test": torch.randint(24, (40, 2, 3))}, Dataset(train, labels, test, labels, ["dark", "bright"])
-    monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: samples[: len(labels)])
+    """A judge sees mean colours. Classes 0 and 1 are black and white, and all samples are white."""
+    labels = torch.arange(40) % 2
+    images = (255 * labels).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
     monkeypatch.setattr(module, "load_judges", lambda *sizes: {"colours": torch.nn.Identity()})
     monkeypatch.setattr(module, "SAMPLES", 30)
-    module.measure(prior, vqrae, tokens, data, utils.Run("run"))
+    prior, indices = random_prior(), torch.randint(24, (40, 2, 3))
+    vqrae, data = VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4), Dataset(images, labels, images, labels, [])
+    module.measure(prior, vqrae, {"test": indices}, data, utils.Run("run"))
     results = json.loads(Path("outputs/run/results.json").read_text())
-    train, test, samples = ((images / 255).mean((2, 3)) for images in (train, test, samples))
-    utils.seed_everything(module.SEED)
-    classes = labels[torch.randint(40, (30,))]
-    assert results == pytest.approx({
-        "nominal_bits": 6 * math.log2(24),
-        "bits": measure_bits(prior, tokens["test"], torch.full((40,), 2)),
-        "bits_given_class": measure_bits(prior, tokens["test"], labels),
-        "frechet_colours": frechet_distance(test, samples[:30]),
-        "frechet_colours_of_training": frechet_distance(test, train[:30]),
-        "probe_colours": (classes == 1).float().mean().item(),  # the class that samples look like
-        "probe_colours_of_test": 1.0}, rel=1e-3)
+    assert results["nominal_bits"] == pytest.approx(6 * math.log2(24))
+    assert results["bits_given_class"] == pytest.approx(measure_bits(prior, indices, labels))
+    assert results["probe_colours"] < results["probe_colours_of_test"] == 1
+    assert results["frechet_colours_of_training"] < 0.1 < results["frechet_colours"]
 
 
-def save_tokenizer(quantizer="ema_vq", **options):
-    """Write tokenizer.pt, an untrained model of 16 x 16 pixels and 4 x 4 tokens."""
-    torch.manual_seed(0)
-    model = VQRAE("cifar", quantizer, options or {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
-    save_checkpoint("tokenizer.pt", model)
-
+# The script
 
 @pytest.fixture
 def main(folder, monkeypatch):
-    """main("NAME=value", ...) runs two short epochs in fp32, and returns the run's two folders."""
+    """main("NAME=value", ...) runs a short epoch or two on tokens of an untrained model. Returns the run's folders."""
     constants = {name: value for name, value in vars(module).items() if name.isupper()}
     small = ["CHECKPOINT=tokenizer.pt", f"DATASET={folder}", "DIM=64", "DEPTH=1", "EPOCHS=2", "BATCH_SIZE=30",
              "STEPS=2", "SAMPLES=20"]
-    monkeypatch.setattr(module, "autocast", contextlib.nullcontext())
+    model = VQRAE("cifar", "ema_vq", {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
+    save_checkpoint("tokenizer.pt", model)
+    monkeypatch.setattr(module, "load_judges", lambda *sizes: {"colours": torch.nn.Identity()})  # a cheap one
 
     def run(*arguments):
         for name, value in constants.items():
@@ -287,74 +248,66 @@ def main(folder, monkeypatch):
     return run
 
 
-def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, folder, tmp_path, monkeypatch):
-    save_tokenizer()
+def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, monkeypatch):
     outputs, checkpoints = main()
-    files = {file.name for file in outputs.iterdir()}
-    assert files == {"epoch_001.png", "epoch_002.png", "metrics.csv", "results.json"}
-    prior, tokens = load_prior(checkpoints / "prior.pt"), utils.load_torch(checkpoints / "tokens.pt")
-    assert prior.sizes == (64,) and prior.classes == 2
-    data, vqrae = load_dataset(str(folder), 16), load_checkpoint("tokenizer.pt")
-    train, test = data.train_images / 255, data.test_images / 255
-    for indices, images in zip((*tokens["train"], tokens["test"]), (train, train.flip(3), test), strict=True):
-        assert (vqrae.encode_to_indices(images) == indices).float().mean() > 0.95  # rounding may differ
-
-    save_grid, second = utils.save_grid, tmp_path / "second"
+    prior, results = load_prior(checkpoints / "prior.pt"), (outputs / "results.json").read_text()
+    assert prior.sizes == (64,) and prior.classes == 2 and (outputs / "epoch_002.png").exists()
+    whole, save_grid = utils.load_torch(checkpoints / "last.pt"), utils.save_grid
+    shutil.rmtree("outputs")
+    shutil.rmtree("checkpoints")
 
     def fail_in_epoch_2(path, *arguments):
         if path.name == "epoch_002.png":
             raise OSError("the disk is full")
         save_grid(path, *arguments)
 
-    second.mkdir()
-    monkeypatch.chdir(second)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
         patch.setattr(utils, "save_grid", fail_in_epoch_2)
-        main(f"CHECKPOINT={tmp_path / 'tokenizer.pt'}")
-    main(f"CHECKPOINT={tmp_path / 'tokenizer.pt'}")
-    assert (second / outputs / "results.json").read_text() == (tmp_path / outputs / "results.json").read_text()
-    whole, resumed = (utils.load_torch(path / checkpoints / "last.pt") for path in (tmp_path, second))
+        main()
+    main()
+    assert (outputs / "results.json").read_text() == results
+    resumed = utils.load_torch(checkpoints / "last.pt")
     for row in whole["history"] + resumed["history"]:
         del row["seconds"]
     for a, b in zip(tree_leaves(whole), tree_leaves(resumed), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     monkeypatch.setattr(module, "train", None)
-    main(f"CHECKPOINT={tmp_path / 'tokenizer.pt'}")  # a finished run does not train
+    main()  # a finished run does not train
 
 
-def images_without_classes(path, count):
-    """A folder at this path, with so many training and test images."""
-    for split in ("train", "test"):
-        (path / split).mkdir()
-        for i in range(count):
-            Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(path / split / f"{i}.png")
-    return path
+def test_tokens_are_those_of_images_and_their_mirror_images():
+    vqrae, images = VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4).eval(), torch.rand(6, 3, 16, 16)
+    images = (images * 255).byte()
+    tokens = module.load_tokens(vqrae, Dataset(images, None, images[:2], None, []), Path("tokens.pt"))
+    found = torch.cat([*tokens["train"], tokens["test"]])
+    expected = vqrae.encode_to_indices(torch.cat([images, images.flip(3), images[:2]]) / 255)
+    assert (found == expected).float().mean() > 0.9  # rounding may differ
 
 
-def test_images_without_classes_have_a_prior_without_classes(main, tmp_path):
-    save_tokenizer("fsq", levels=(4, 3))
-    outputs, checkpoints = main(f"DATASET={images_without_classes(tmp_path, 2)}", "BATCH_SIZE=2", "EPOCHS=1")
+@pytest.fixture
+def without_classes(tmp_path):
+    """A folder of two training images and a test image that lie in no class folders."""
+    for name in ("train/0.png", "train/1.png", "test/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_images_without_classes_have_a_prior_without_classes(main, without_classes):
+    Image.new("RGB", (16, 16), "red").save(without_classes / "test/1.png")
+    outputs, checkpoints = main(f"DATASET={without_classes}", "BATCH_SIZE=2", "EPOCHS=1")
     assert load_prior(checkpoints / "prior.pt").classes == 0
     assert "probe" not in (outputs / "results.json").read_text()
 
 
-def test_a_single_image_is_refused_before_training(main, tmp_path):
-    save_tokenizer()
-    with refused("1 training and 1 test images"):
-        main(f"DATASET={images_without_classes(tmp_path, 1)}", "BATCH_SIZE=1")
+def test_a_single_image_is_refused_before_training(main, without_classes):
+    with refused("2 training and 1 test images"):
+        main(f"DATASET={without_classes}", "BATCH_SIZE=1")
 
 
 @pytest.mark.parametrize("argument, message", [
     ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"), ("DIM=130", "DIM.*64"), ("BATCH_SIZE=91", "90"),
     ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS")])
-def test_a_wrong_constant_is_refused_before_training(argument, message, main, monkeypatch):
-    save_tokenizer()
+def test_a_wrong_constant_is_refused_before_training(argument, message, main):
     with refused(message):
         main(argument)
-
-
-def test_a_large_codebook_is_refused_before_images_are_read(main, monkeypatch):
-    save_tokenizer(codebook_size=5000)
-    monkeypatch.setattr(module, "load_dataset", None)
-    with refused("4,096 codes, not 5,000"):
-        main()
