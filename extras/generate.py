@@ -212,8 +212,8 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
         require(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
         row = {"epoch": epoch, "seconds": seconds, "training_bits": bits,
                **measure(prior, vqrae, tokens["test"], data, judges)}
-        print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} bits in test, "
-              f"Fréchet distance {row['frechet_cifar']:.2f}, {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} in test, "
+              f"{seconds:.0f} s", flush=True)
         run.check_folder()
         classes = torch.arange(min(max(prior.classes, 1), 10))
         utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
