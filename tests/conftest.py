@@ -1,11 +1,7 @@
 """What all tests share: a seed, an empty folder each, a small folder of images, and one small run of train.py."""
-import contextlib
-import gc
 import os
 import subprocess
 import sys
-import time
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.getenv("TEST_SEED", "0"))  # of all random numbers in tests: each test holds for any seed
-os.environ["TEST_SESSION"] = f"{os.getpid()}."  # marks the processes that tests start
 ENVIRONMENT = dict(os.environ)  # what test_gpu.py starts its processes with
 # results are compared bit for bit and between processes: on a CPU; set before any test imports torch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -21,6 +16,8 @@ os.environ["PYTHONPATH"] = str(ROOT)
 sys.path.insert(0, str(ROOT))
 
 SMALL = ["CODEBOOK_SIZE=64", "DECODER_WIDTH=32", "DECODER_DEPTH=1", "EPOCH_IMAGES=0", "EVAL_IMAGES=0", "BATCH_SIZE=10"]
+TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=1",
+        f"SEED={SEED}"]
 
 
 def run_script(folder, script, *arguments, environment=os.environ):
@@ -49,30 +46,6 @@ def reproducible(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def processes_of_tests():
-    """The commands of living processes that this session started, as Linux tells them."""
-    # two helpers of this process end with it
-    own = {os.getpid(), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
-    commands = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
-            marked = f"TEST_SESSION={os.getpid()}.".encode() in (process / "environ").read_bytes()
-            if (marked or int(parent) == os.getpid()) and state != "Z" and int(process.name) not in own:
-                commands.append((process / "cmdline").read_bytes().decode().split("\0"))
-    return commands
-
-
-@pytest.fixture(scope="session", autouse=True)
-def nothing_stays_behind():
-    """No worker, forkserver or resource tracker of a test lives on when all tests are over."""
-    yield
-    gc.collect()  # the traceback of an error may hold a DataLoader, and this its workers
-    for _ in range(50):  # a process that was just killed may need a moment
-        time.sleep(0.1 if processes_of_tests() else 0)
-    assert not processes_of_tests()
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A small folder of drawn images, 32 pixels a side: 2 classes, 90 training and 38 test images."""
@@ -93,8 +66,29 @@ def trained(folder, tmp_path_factory):
     """The folder in which train.py has finished a small run of both stages, with EMA-VQ."""
     path = tmp_path_factory.mktemp("trained")
     done = run_script(path, "train.py", f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr  # a bar would fill a log file
     return path
+
+
+@pytest.fixture
+def main(folder, monkeypatch):
+    """main("NAME=value", ...) runs train.py in this process, with a TINY model. Returns its folder in outputs/."""
+    import train
+    import utils
+
+    constants = {name: value for name, value in vars(train).items() if name.isupper() or name == "bf16"}
+    monkeypatch.setattr(utils, "plot_curves", lambda path, *_: path.touch())  # the fixture `trained` has real ones
+
+    def run(*arguments):
+        for name, value in constants.items():
+            monkeypatch.setattr(train, name, value)
+        before = {*Path("outputs").glob("*")}
+        monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *TINY, *arguments])
+        with utils.one_line_errors():
+            train.main()
+        return next(iter({*Path("outputs").glob("*")} - before), None)
+
+    return run
 
 
 @pytest.fixture

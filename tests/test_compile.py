@@ -1,46 +1,25 @@
 """COMPILE: a compiled step is the same step, in few graphs, and its errors show themselves. Slow tests use Inductor."""
 import copy
 import functools
-import sys
 import traceback
 
 import pytest
 import torch
 import torch._inductor.config
-from conftest import SEED, SMALL
+from conftest import SEED
 
 import quantizers
 import train
-import utils
 from models import VQRAE, PatchDiscriminator, build_encoder
-
-TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=1",
-        f"SEED={SEED}"]
-CONSTANTS = {name: value for name, value in vars(train).items() if name.isupper() and utils.is_plain(value)}
 
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """What train.py sets stays within a test. Without bf16, rounding errors are small."""
     monkeypatch.setattr(train, "fast_bf16", lambda device: False)
-    monkeypatch.setattr(utils, "plot_curves", lambda path, *_: path.touch())
-    monkeypatch.setattr(utils, "plot_usage", lambda path, *_: path.touch())
     torch.compiler.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=True), torch._inductor.config.patch(fallback_random=True):
         yield  # Inductor would draw other random numbers than an eager step
-    vars(train).update(CONSTANTS)
-
-
-@pytest.fixture
-def main(folder, monkeypatch):
-    """main("NAME=value", ...) runs train.py in this process, with a TINY model."""
-    def run(*arguments):
-        vars(train).update(CONSTANTS)
-        monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *TINY, *arguments])
-        with utils.one_line_errors():
-            train.main()
-
-    return run
 
 
 def use_backend(monkeypatch, backend):
@@ -48,24 +27,21 @@ def use_backend(monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_run_is_the_same_run_in_three_graphs(mode, main, monkeypatch):
+def test_a_compiled_run_is_the_same_run_in_three_graphs(main, monkeypatch):
     """Both stages, two micro-batches a step, a GAN in the second step: the same gradients and losses."""
     averages, graphs, average = [], [], train.average
 
-    def averaged(tensors):
+    def record(tensors):
         average(tensors)
         averages.append(torch.cat([x.flatten() for x in tensors]))
 
-    def backend(graph, inputs, mode="default"):
-        """Runs the graph as it is. As in a CUDA graph, each run of "reduce-overhead" writes to the same memory."""
+    def backend(graph, inputs, mode):
+        """Runs the graph as it is. As in a CUDA graph, each run writes its results to the same memory."""
         graphs.append(mode)
         memory = []
 
         def run(*arguments):
             outputs = graph(*arguments)
-            if mode == "default":
-                return outputs
             if not memory:
                 memory.extend(x.clone() if isinstance(x, torch.Tensor) else x for x in outputs)
             for kept, output in zip(memory, outputs):
@@ -75,34 +51,29 @@ def test_a_compiled_run_is_the_same_run_in_three_graphs(mode, main, monkeypatch)
 
         return run
 
-    monkeypatch.setattr(train, "average", averaged)
+    monkeypatch.setattr(train, "average", record)
     use_backend(monkeypatch, backend)
     arguments = ["QUANTIZER=fsq", "ACCUMULATE=2", "GAN_WEIGHT=0.5", "LEARNING_RATE=0"]
     main(*arguments)
-    main(*arguments, f"COMPILE={mode}")
-    assert graphs == [mode] * 3  # stage 1 without and with the GAN, and stage 2
+    main(*arguments, "COMPILE=reduce-overhead")
+    assert graphs == ["reduce-overhead"] * 3  # stage 1 without and with the GAN, and stage 2
     assert len(averages) == 12  # in each run and stage the gradients of two steps, and the losses
     for expected, found in zip(averages[:6], averages[6:]):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-EMA = {"codebook_size": 64, "code_dim": 6}
-KINDS = {"fsq": {}, "simvq": {"codebook_size": 64}, "simvq_learned": {"codebook_size": 64}, "ddcl": {}, "none": {},
-         "ema_vq": EMA, "residual_vq": EMA, "product_vq": EMA}
-FAST, CASES = [("fsq", 1, "aot"), ("residual_vq", 2, "aot")], [(x, stage, "aot") for x in KINDS for stage in (1, 2)]
-SLOW = [case for case in CASES + [("ema_vq", 1, "inductor"), ("fsq", 2, "inductor")] if case not in FAST]
+SLOW = [pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in (("ema_vq", 1), ("fsq", 2))]
 
 
-@pytest.mark.parametrize("kind, stage, backend", FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
+# "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
+@pytest.mark.parametrize("kind, stage, backend", [("ema_vq", 1, "aot_eager_decomp_partition"), *SLOW])
 def test_a_compiled_step_is_the_same_step(kind, stage, backend, monkeypatch):
     """In stage 1 with a GAN: the same losses, gradients and moving averages."""
-    monkeypatch.setattr(train, "GAN_WEIGHT", 0.5)
-    monkeypatch.setattr(train, "COMPILE", "default")
-    monkeypatch.setattr(train, "device", "cpu")
-    monkeypatch.setattr(train, "bf16", False)
-    # "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
-    use_backend(monkeypatch, {"aot": "aot_eager_decomp_partition"}.get(backend, backend))
-    model = VQRAE("cifar", kind, KINDS[kind], 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
+    for name, value in {"GAN_WEIGHT": 0.5, "COMPILE": "default", "device": "cpu", "bf16": False}.items():
+        monkeypatch.setattr(train, name, value)
+    use_backend(monkeypatch, backend)
+    options = {"codebook_size": 64, "code_dim": 6} if "vq" in kind else {}
+    model = VQRAE("cifar", kind, options, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
     teacher, critic = build_encoder("cifar", 4).eval().requires_grad_(False), PatchDiscriminator(16)
     images, results = torch.rand(4, 3, 16, 16), []
     for function in (train.losses_and_gradients, train.compiled(train.losses_and_gradients)):
@@ -115,14 +86,12 @@ def test_a_compiled_step_is_the_same_step(kind, stage, backend, monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
-class Mistaken(quantizers.FSQ):
-    """A user's quantizer with a mistake, which compiling meets before the first step."""
-
-    def quantize(self, x):
-        return super().quantize(x @ torch.ones(7, 7))  # six numbers do not fit seven
-
-
 def test_a_mistake_in_a_compiled_step_shows_file_and_line(main, monkeypatch):
+    """As in a quantizer of one's own, which compiling meets before the first step."""
+    class Mistaken(quantizers.FSQ):
+        def quantize(self, x):
+            return x @ torch.ones(7, 7)  # six numbers do not fit seven
+
     monkeypatch.setitem(quantizers.QUANTIZERS, "mistaken", Mistaken)
     use_backend(monkeypatch, "eager")
     with pytest.raises(RuntimeError) as error:
