@@ -330,12 +330,6 @@ class EMAVQ(Quantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *arguments):
-        state.setdefault(f"{prefix}mean_count", torch.zeros(()))  # files of older code lack these two
-        state.setdefault(f"{prefix}steps", torch.tensor(1e4))
-        state.pop(f"{prefix}token_sums", None)
-        super()._load_from_state_dict(state, prefix, *arguments)
-
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
         """Follow tokens x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
