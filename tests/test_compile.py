@@ -62,6 +62,15 @@ def test_a_compiled_run_is_the_same_run_in_three_graphs(main, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("kind", ["ddcl", "simvq", "ema_vq", "residual_vq"])
+def test_a_step_of_a_quantizer_compiles_to_one_graph(kind):
+    quantizer, z, results = quantizers.build_quantizer(kind, 6), torch.randn(2, 9, 6), []
+    for step in (copy.deepcopy(quantizer), torch.compile(quantizer, backend="eager", fullgraph=True)):
+        torch.manual_seed(SEED)
+        results.append(step(z)[:2])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+
+
 SLOW = [pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in (("ema_vq", 1), ("fsq", 2))]
 
 
