@@ -145,7 +145,8 @@ def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, wi
     w, h = width * 20 // min(height, width), height * 20 // min(height, width)
     centre = (w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2
     expected = image.resize((w, h), Image.Resampling.BICUBIC).crop(centre)
-    assert (fit(to_tensor(image), 20).int() - to_tensor(expected).int()).abs().max() <= 1
+    difference = fit(to_tensor(image), 20).int() - to_tensor(expected).int()
+    assert difference.abs().max() <= 3  # rounding, and a strip, which is cropped before it is resized
 
 
 def test_a_strip_of_pixels_takes_little_memory():
