@@ -256,7 +256,7 @@ def test_an_image_of_its_class_takes_a_broken_files_place(pets, monkeypatch, cap
 def test_more_than_a_hundredth_of_broken_files_is_refused(broken, pets):
     for file in pets.glob(broken):
         file.write_bytes(b"broken")
-    sentence = r"[3-9] of 200 images cannot be read: .*1 %.*The last error: .*cannot identify"  # threads read several
+    sentence = r"\d+ of 200 images cannot be read: .*1 %.*The last error: .*cannot identify"  # threads read several
     with refused(sentence):
         load(pets)
     assert not [*Path("data").glob("*.bin*")]  # what was decoded so far is not taken for the whole
