@@ -294,7 +294,7 @@ def load_pixels(path: str | Path) -> Image.Image:
     """Open an image, without its metadata if Pillow stops at them."""
     try:
         return open_image(path)
-    except Exception:
+    except Exception:  # Pillow's errors are of many kinds; this one is raised again if nothing below helps
         with open(path, "rb") as file:
             content = file.read(2**30)  # no photograph is larger
         for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):  # with as much metadata as Pillow reads

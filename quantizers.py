@@ -414,7 +414,7 @@ class NoQuantizer(Quantizer):
         raise InputError("Without a quantizer there are no indices to decode: choose another one than 'none'.")
 
     def lookup(self, indices: Tensor) -> Tensor:
-        raise NotImplementedError  # check_indices refuses all indices
+        return self.check_indices(indices)  # which refuses them
 
 
 class Library(Quantizer):
@@ -632,6 +632,6 @@ def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     names = list(parameters)[1:]  # dim and the options, without self
     chosen = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
     chosen |= dict(zip(names, arguments)) | options
-    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name != "dim"}
+    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name not in names[:1]}
     known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
     return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": chosen}

@@ -88,8 +88,8 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
                 constants[name] = ast.literal_eval(text)
     for name, value in constants.items():
         constants[name] = value = tuple(value) if isinstance(value, list) else value
-        kind = kind_of[name] if kind_of[name] is not list else tuple
-        check(fits(value, kind) and kind is not set, name, value, describe(kind if kind is not set else tuple))
+        kind = tuple if kind_of[name] in (list, set) else kind_of[name]  # a set has no order, which the run's key needs
+        check(fits(value, kind), name, value, describe(kind))
     namespace.update(constants)
     return constants
 

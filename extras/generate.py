@@ -252,10 +252,14 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def judge_images(token_size: int, data: Dataset) -> dict[str, tuple]:
-    """load_judges', each with the mean features of training and test images."""
-    judges = {}
+    """load_judges', each with the mean features of training and test images, and its figures of these true images."""
+    judges, train_y, test_y = {}, data.train_labels.to(device), data.test_labels.to(device)
     for name, judge in load_judges(token_size, data.test_images.shape[3]).items():
-        judges[name] = judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
+        train_x, test_x = pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
+        possible = {f"frechet_{name}_of_training": frechet_distance(test_x, train_x[:SAMPLES])}
+        if len(train_y.unique()) > 1:
+            possible[f"class_{name}_of_test"] = linear_probe(train_x, train_y, test_x, test_y)
+        judges[name] = judge, train_x, test_x, possible
     return judges
 
 
@@ -270,14 +274,12 @@ def measure(prior: Prior, vqrae: VQRAE, indices: Tensor, data: Dataset, judges: 
     utils.seed_everything(SEED)
     classes = labels[torch.randint(len(labels), (SAMPLES,))]  # as frequent as in the test images
     samples = sample(prior, vqrae, classes)
-    for name, (judge, train_x, test_x) in judges.items():
+    for name, (judge, train_x, test_x, possible) in judges.items():
         x = pooled_features(judge, samples)
         figures[f"frechet_{name}"] = frechet_distance(test_x, x)
-        figures[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
         if prior.classes > 1:
-            train_y = data.train_labels.to(device)
-            figures[f"class_{name}"] = linear_probe(train_x, train_y, x, classes.to(device))
-            figures[f"class_{name}_of_test"] = linear_probe(train_x, train_y, test_x, labels.to(device))
+            figures[f"class_{name}"] = linear_probe(train_x, data.train_labels.to(device), x, classes.to(device))
+        figures |= possible
     return figures
 
 

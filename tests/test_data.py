@@ -139,14 +139,15 @@ def test_other_formats_more_bits_and_too_many_pixels_are_refused(mode, side, kin
         read_image("a.png")
 
 
-@pytest.mark.parametrize("height, width", [(40, 90), (90, 40), (20, 20), (10, 14), (8, 400)])
-def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, width):
+@pytest.mark.parametrize("height, width, rounding", [(40, 90, 1), (90, 40, 1), (20, 20, 1), (10, 14, 1), (8, 400, 2)])
+def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, width, rounding):
+    """A strip such as the last is cropped before it is resized, too."""
     image = Image.fromarray(random_pixels(6, 6, 3)).resize((width, height), Image.Resampling.BICUBIC)
     w, h = width * 20 // min(height, width), height * 20 // min(height, width)
     centre = (w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2
     expected = image.resize((w, h), Image.Resampling.BICUBIC).crop(centre)
     difference = fit(to_tensor(image), 20).int() - to_tensor(expected).int()
-    assert difference.abs().max() <= 3  # rounding, and a strip, which is cropped before it is resized
+    assert difference.abs().max() <= rounding
 
 
 def test_a_strip_of_pixels_takes_little_memory():
@@ -252,11 +253,18 @@ def test_an_image_of_its_class_takes_a_broken_files_place(pets, monkeypatch, cap
     assert capsys.readouterr().out.count("1 of 200 images cannot be read") == 2
 
 
+def test_a_disk_without_room_is_named_before_the_work(pets, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    with refused("train.*needs [0-9,]+ bytes, but its disk has 1 left"):
+        load(pets)
+
+
 @pytest.mark.parametrize("broken", ["train/dog/[0-5].png", "train/*/*.png"])
 def test_more_than_a_hundredth_of_broken_files_is_refused(broken, pets):
     for file in pets.glob(broken):
         file.write_bytes(b"broken")
-    sentence = r"\d+ of 200 images cannot be read: .*1 %.*The last error: .*cannot identify"  # threads read several
+    # the third is too many, and other threads may have read more by then
+    sentence = r"([3-9]|\d\d+) of 200 images cannot be read: .*1 %.*The last error: .*cannot identify"
     with refused(sentence):
         load(pets)
     assert not [*Path("data").glob("*.bin*")]  # what was decoded so far is not taken for the whole

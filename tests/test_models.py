@@ -245,6 +245,9 @@ def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
     class Own(FSQ):
         """A quantizer that this test registers, and then does not."""
 
+        def __init__(self, channels, levels=(3, 3)):  # the first argument has a name of its own
+            super().__init__(channels, levels)
+
     monkeypatch.setitem(QUANTIZERS, "own", Own)
     model, images = build(), torch.rand(2, 3, 32, 32)
     model.quantizer = Own(256, levels=[3, 2]).eval()

@@ -410,7 +410,8 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("FSQ_LEVELS", "6"), ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("LEARNING_RATE", [1e-3, -1e-4]), ("FLIP", 1),
+    ("FSQ_LEVELS", "6"), ("MY_SET", {1, 2}), ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("FLIP", 1),
+    ("LEARNING_RATE", [1e-3, -1e-4]),
     ("LIBRARY", ["LFQ"]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"), ("COMPILE", "on"),
     ("OPTIMIZER", "sgd"), ("PERCEPTUAL", "vgg"), ("START_CHECKPOINT", "a.pt"), ("SEED", 1753000000000000000),
     ("BATCH_SIZE", 99999), ("ACCUMULATE", 0), ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0),
