@@ -185,7 +185,7 @@ def find_images(folder: str | Path) -> list[Path]:
     formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
     images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS]
     others = Counter(file.suffix for file in {*files} - {*images})
-    for reason in (*errors, *(f"{count} files {kind or 'without suffix'}" for kind, count in sorted(others.items()))):
+    for reason in (*errors, *(f"files {kind or 'without suffix'}: {count}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
     return sorted(images, key=lambda file: unicodedata.normalize("NFC", str(file)).split(os.sep))
 
@@ -266,10 +266,9 @@ def write_decoded(path: Path, images: ImageFiles):
 def cores() -> int:
     """How many CPU cores this process may use: in a container, fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
-        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in names).split()
-            count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
     return count
 
 
