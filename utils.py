@@ -420,7 +420,8 @@ class Run:
         """Add an epoch's row to metrics.csv, and write what resume needs."""
         self.history.append(row)
         with replace_file(self.outputs / "metrics.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
+            names = {name: None for old in self.history for name in old}  # rows may have different figures
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
         content = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}

@@ -6,7 +6,6 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 import extras.generate as module
 import utils
 from data import Dataset
-from extras.generate import Prior, build_prior, draw_masks, load_prior, measure_bits
+from extras.generate import Prior, draw_masks, load_prior, measure_bits
 from models import VQRAE, save_checkpoint
-from quantizers import build_quantizer, split_indices
+from quantizers import split_indices
 
 
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
@@ -37,7 +36,7 @@ def probabilities(prior, indices, masked):
     codes = split_indices(torch.arange(math.prod(prior.sizes)), prior.sizes)
     digits, rows = split_indices(indices.flatten(1), prior.sizes), []
     for features in prior.features(digits, masked, torch.tensor([1])):
-        features, p = features.expand(len(codes), -1, -1), 1
+        features, p = features.expand(len(codes), -1), 1
         for k in range(len(prior.sizes)):
             p = p * prior.logits(k, features, codes).softmax(1).gather(1, codes[:, k : k + 1])[:, 0]
         rows.append(p)
@@ -85,7 +84,7 @@ def test_masks_have_all_numbers_of_tokens_and_all_tokens_equally_often():
 
 @torch.no_grad()
 def test_a_digit_depends_on_the_digits_before_it():
-    prior, features, digits = random_prior(), torch.randn(5, 3, 16), torch.zeros(5, 3).long()
+    prior, features, digits = random_prior(), torch.randn(5, 16), torch.zeros(5, 3).long()
     for k in range(3):
         logits = prior.logits(k, features, digits)
         assert logits.shape == (5, prior.sizes[k])
@@ -94,13 +93,15 @@ def test_a_digit_depends_on_the_digits_before_it():
 
 
 @torch.no_grad()
-def test_features_depend_on_known_tokens_and_the_label():
+def test_features_depend_on_known_tokens_the_label_and_the_place():
     prior, digits, label = random_prior(), torch.zeros(2, 6, 3).long(), torch.tensor([0, 0])
     masked = torch.arange(12).view(2, 6) % 3 == 0
     features = prior.features(digits, masked, label)
     assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
     for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
-        assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(2).any()
+        assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(1).any()
+    unknown = prior.features(digits, masked.new_ones(2, 6), label)[:6]
+    assert (torch.pdist(unknown) > 1e-3).all()
 
 
 class Coin(Prior):
@@ -119,15 +120,15 @@ class Coin(Prior):
 
 
 def test_guidance_rises_over_the_steps(monkeypatch):
-    """With guidance 3 in four steps, the scales are 1.5, 2.5, 3.5 and 4.5; a temperature of 0.5 doubles logits."""
+    """With guidance 3 in four steps, the scales are 1.5, 2.5, 3.5 and 4.5."""
     scales = []
 
     def multinomial(p, count):
-        scales.extend(((p[:, 1] / p[:, 0]).log() / 2).tolist())
+        scales.extend((p[:, 1] / p[:, 0]).log().tolist())
         return torch.zeros(len(p), 1).long()
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    Coin().generate(torch.tensor([0]), steps=4, guidance=3.0, temperature=0.5)
+    Coin().generate(torch.tensor([0]), steps=4, guidance=3.0)
     assert scales == pytest.approx([1.5, 2.5, 3.5, 4.5], rel=1e-4)
 
 
@@ -158,31 +159,11 @@ def test_fill_refuses_other_shapes_and_ranges(options, name):
         random_prior().fill(**given | options)
 
 
-# Quantizers
-
-@pytest.mark.parametrize("name, options, sizes", [
-    ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
-    ("residual_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3)], ids=str)
-def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes):
-    quantizer = build_quantizer(name, 48, **options)
-    prior = build_prior(quantizer, [1, 600], 0, 16, 1)
-    assert prior.sizes == sizes
-    indices = torch.arange(600).view(1, 1, 600) * 1_529 % quantizer.codebook_size
-    mask = torch.zeros(1, 1, 600, dtype=torch.bool)
-    assert torch.equal(prior.fill(indices.tolist(), mask.tolist(), [0]), indices)
-
-
-@pytest.mark.parametrize("name", ["ema_vq", "none"])
-def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name):
-    with refused("4,096 codes.*fsq, .*residual_vq"):
-        build_prior(build_quantizer(name, 16), [4, 4], 0, 16, 1)
-
-
 # Training, measuring, runs
 
 def test_training_sees_each_image_once_an_epoch(monkeypatch):
     """Some are mirrored, and some labels are hidden: 5 is no class. All masked tokens weigh alike."""
-    batches = []
+    batches, steps = [], []
 
     class Recorder(Prior):
         def forward(self, *arguments):
@@ -190,25 +171,30 @@ def test_training_sees_each_image_once_an_epoch(monkeypatch):
             return super().forward(*arguments)
 
     def check_gradient(optimizers, step, total):
+        steps.append((step, total))
         _, masked, _ = batches[-1]
         bits = Prior.forward(prior, *batches[-1]) / prior.tokens * masked.sum(1)
-        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.heads[0].bias)
-        torch.testing.assert_close(prior.heads[0].bias.grad, expected)
+        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.mask)
+        torch.testing.assert_close(prior.mask.grad, expected)
 
-    for name, value in {"BATCH_SIZE": 40, "EPOCHS": 2, "judge_images": lambda *arguments: {},
-                        "measure": lambda *arguments: {"bits_given_class": 0.0}, "take_step": check_gradient,
-                        "autocast": contextlib.nullcontext(),
+    for name, value in {"BATCH_SIZE": 50, "EPOCHS": 4, "load_judges": lambda *arguments: {},
+                        "measure_bits": lambda prior, indices, labels: labels.item(), "take_step": check_gradient,
+                        "judge_samples": lambda *arguments: {"judged": 1}, "autocast": contextlib.nullcontext(),
                         "sample": lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte()}.items():
         monkeypatch.setattr(module, name, value)
     tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
-    data, prior = Dataset(None, torch.arange(120) % 5, None, torch.zeros(120), []), Recorder([240], [2, 2], 5, 16, 1)
-    module.train(prior, SimpleNamespace(token_size=4), {"train": tokens, "test": tokens[0]}, data, utils.Run("run"), {})
+    data = Dataset(None, torch.arange(120) % 5, torch.zeros(1, 3, 16, 16), torch.tensor([3]), [])
+    prior, run = Recorder([240], [2, 2], 5, 16, 1), utils.Run("run")
+    module.train(prior, SimpleNamespace(token_size=4), {"train": tokens, "test": tokens[0]}, data, run, {})
+    assert [(row["bits"], row["bits_given_class"]) for row in run.history] == [(5, 3)] * 4
+    assert [row["epoch"] for row in run.history if "judged" in row] == [2, 3, 4]  # after each third
+    assert steps == [(step, 12) for step in range(12)] and {len(given) for *_, given in batches} == {40}
     images = torch.cat([indices[:, 0, 0] for indices, _, _ in batches])
     given = torch.cat([given for _, _, given in batches])
-    epochs = (images % 120).view(2, 120)
+    epochs = (images % 120).view(4, 120)
     assert (epochs.sort()[0] == torch.arange(120)).all() and not torch.equal(epochs[0], epochs[1])
     assert torch.equal(given[given < 5], (images % 5)[given < 5])
-    assert 2 < (given == 5).sum() < 60 and 80 < (images >= 120).sum() < 160  # five deviations around 24 and 120
+    assert 15 < (given == 5).sum() < 81 and 185 < (images >= 120).sum() < 295  # five deviations around 48 and 240
 
 
 def test_samples_and_training_images_are_compared_with_test_images(monkeypatch):
@@ -216,15 +202,35 @@ def test_samples_and_training_images_are_compared_with_test_images(monkeypatch):
     labels = torch.arange(40) % 2
     images = (255 * labels).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
     monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
-    monkeypatch.setattr(module, "load_judges", lambda *sizes: {"colours": torch.nn.Identity()})
     monkeypatch.setattr(module, "SAMPLES", 30)
-    prior, indices = random_prior(), torch.randint(24, (40, 2, 3))
-    vqrae, data = VQRAE("cifar", "fsq", {"levels": [4, 3, 2]}, 16, 4), Dataset(images, labels, images, labels, [])
-    results = module.measure(prior, vqrae, indices, data, module.judge_images(4, data))
-    assert results["nominal_bits"] == pytest.approx(6 * math.log2(24))
-    assert results["bits_given_class"] == pytest.approx(measure_bits(prior, indices, labels))
-    assert results["class_colours"] < results["class_colours_of_test"] == 1
+    data, colours = Dataset(images, labels, images, labels, []), images[:, :, 0, 0] / 255
+    judges = {"colours": (torch.nn.Identity(), colours, colours)}
+    results = module.judge_samples(random_prior(), None, data, judges)
+    assert results["class_colours"] < 1  # black ones were wanted, too
     assert results["frechet_colours_of_training"] < 0.1 < results["frechet_colours"]
+
+
+@torch.no_grad()
+def test_bits_are_the_mean_over_images_and_masks():
+    class Sum(Prior):
+        def forward(self, indices, masked, labels):
+            return indices[:, 0, 0] + labels.float() + masked.sum(1)  # 3.5 of 6 tokens in the mean
+
+    prior, indices, labels = Sum([24], [2, 3], 2, 16, 1), torch.randint(24, (600, 2, 3)), torch.arange(600) % 2
+    expected = indices[:, 0, 0].float().mean() + 0.5 + 3.5
+    assert measure_bits(prior, indices, labels) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_samples_are_decoded_images_of_their_classes():
+    class Model:
+        def generate(self, labels, steps, guidance):
+            assert (steps, guidance) == (module.STEPS, module.GUIDANCE)
+            return labels
+
+        def decode_from_indices(self, indices):
+            return indices[:, None] / 255
+
+    assert module.sample(Model(), Model(), torch.arange(600) % 256)[:, 0].tolist() == [x % 256 for x in range(600)]
 
 
 # The script
@@ -244,8 +250,8 @@ def main(folder, monkeypatch):
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr("sys.argv", ["generate.py", *small, *arguments])
         module.main()
-        outputs, = Path("outputs").iterdir()
-        return outputs, Path("checkpoints", outputs.name)
+        for outputs in Path("outputs").glob("*"):
+            return outputs, Path("checkpoints", outputs.name)
 
     return run
 
@@ -255,6 +261,7 @@ def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, monkeyp
     prior, results = load_prior(checkpoints / "prior.pt"), json.loads((outputs / "results.json").read_text())
     assert prior.sizes == (64,) and prior.classes == 2 and (outputs / "epoch_002.png").exists()
     whole, save_grid = utils.load_torch(checkpoints / "last.pt"), utils.save_grid
+    torch.testing.assert_close(dict(prior.state_dict()), dict(whole["prior"]), rtol=0, atol=0.02)  # of 8 bits
     shutil.rmtree("outputs")
     shutil.rmtree("checkpoints")
 
@@ -267,10 +274,8 @@ def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, monkeyp
         patch.setattr(utils, "save_grid", fail_in_epoch_2)
         main()
     main()
-    assert json.loads((outputs / "results.json").read_text()) == results | {"seconds": ANY}
+    assert json.loads((outputs / "results.json").read_text()) == results
     resumed = utils.load_torch(checkpoints / "last.pt")
-    for row in whole["history"] + resumed["history"]:
-        del row["seconds"]
     for a, b in zip(tree_leaves(whole), tree_leaves(resumed), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     monkeypatch.setattr(module, "train", None)
@@ -284,6 +289,7 @@ def test_tokens_are_those_of_images_and_their_mirror_images():
     found = torch.cat([*tokens["train"], tokens["test"]])
     expected = vqrae.encode_to_indices(torch.cat([images, images.flip(3), images[:2]]) / 255)
     assert (found == expected).float().mean() > 0.9  # rounding may differ
+    assert torch.equal(module.load_tokens(None, None, Path("tokens.pt"))["train"], tokens["train"])  # from the file
 
 
 @pytest.fixture
@@ -295,20 +301,42 @@ def without_classes(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("name, options, sizes", [
+    ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
+    ("residual_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3)], ids=str)
+def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, monkeypatch):
+    priors = []
+    monkeypatch.setattr(module, "train", lambda prior, *arguments: priors.append(prior))
+    monkeypatch.setattr(module, "load_tokens", lambda *arguments: None)
+    save_checkpoint("other.pt", VQRAE("cifar", name, options, 16, 4, decoder_width=32, decoder_depth=1))
+    main("CHECKPOINT=other.pt")
+    prior, = priors
+    assert prior.sizes == sizes
+    indices = torch.arange(64).view(4, 4, 4) * 1_529 % math.prod(sizes)
+    assert torch.equal(prior.fill(indices.tolist(), torch.zeros(4, 4, 4).bool().tolist(), [0] * 4), indices)
+
+
+@pytest.mark.parametrize("name", ["ema_vq", "none"])
+def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name, main):
+    save_checkpoint("other.pt", VQRAE("cifar", name, {}, 16, 4, decoder_width=32, decoder_depth=1))
+    with refused("4,096 codes.*fsq, .*residual_vq"):
+        main("CHECKPOINT=other.pt")
+
+
 def test_images_without_classes_have_a_prior_without_classes(main, without_classes):
     Image.new("RGB", (16, 16), "red").save(without_classes / "test/1.png")
-    outputs, checkpoints = main(f"DATASET={without_classes}", "BATCH_SIZE=2", "EPOCHS=1")
+    outputs, checkpoints = main(f"DATASET={without_classes}", "EPOCHS=1")
     assert load_prior(checkpoints / "prior.pt").classes == 0
     assert "class_colours" not in (outputs / "results.json").read_text()
 
 
 def test_a_single_image_is_refused_before_training(main, without_classes):
     with refused("2 training and 1 test images"):
-        main(f"DATASET={without_classes}", "BATCH_SIZE=1")
+        main(f"DATASET={without_classes}")
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"), ("DIM=130", "DIM.*64"), ("BATCH_SIZE=91", "90"),
+    ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"), ("DIM=130", "DIM.*64"), ("BATCH_SIZE=0", "BATCH_SIZE"),
     ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS")])
 def test_a_wrong_constant_is_refused_before_training(argument, message, main):
     with refused(message):
