@@ -470,11 +470,6 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
             require(all(w.isfinite().all() for w in model.state_dict().values()), "weights are not finite")
             return model
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *args):
-        for name in [name for name in state if name.startswith(f"{prefix}predictor.")]:
-            del state[name]  # the shipped files are older: they also predicted features from z_q
-        super()._load_from_state_dict(state, prefix, *args)
-
     def _cast(self, x: Tensor) -> Tensor:
         """x in the decoder's type: bf16 after model.bfloat16()."""
         return x.to(next(self.decoder.parameters()).dtype)
@@ -572,9 +567,6 @@ def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options
     content = load_torch(path, "config", "model", *entries)
     options |= {name: content[name] for name in entries}
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
-        if content["config"].get("quantizer") == "simvq" and "quantizer.covariance" not in content["model"]:
-            content["config"]["quantizer"] = "simvq_learned"  # the shipped file is older: its codes are normalised
-            content["config"]["quantizer_options"]["cosine"] = True
         model = kind(**content["config"], **options)
         weights = {}
         for name, weight in content["model"].items():

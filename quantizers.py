@@ -203,35 +203,27 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
 
     The map moves all codes, used or not. Wide codes collapsed here all the same: the map follows the tokens' few
-    strongest directions, and tokens follow the codes. cosine=True normalises tokens and codes.
+    strongest directions, and tokens follow the codes.
     """
 
-    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, cosine: bool = False,
-                 commitment_cost: float = 0.25, project: bool = True):
+    def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, commitment_cost: float = 0.25,
+                 project: bool = True):
         super().__init__(dim, code_dim, (codebook_size,), project)
-        check(self.code_dim > 1 or not cosine, "code_dim", self.code_dim, "2 or more with cosine=True")
-        self.cosine, self.commitment_cost = cosine, commitment_cost
+        self.commitment_cost = commitment_cost
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)
         self.code_transform = nn.Linear(self.code_dim, self.code_dim, bias=False)
 
     def quantize(self, x: Tensor) -> Quantized:
-        x = self.normalize(x)
-        indices = nearest_code(x, self.transform(self.frozen_codebook))
+        indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
         return straight_through(x, codes), self.code_dim * loss, indices  # the paper sums over a code's numbers
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return self.transform(self.frozen_codebook[indices])
-
-    def transform(self, codes: Tensor) -> Tensor:
-        return self.normalize(self.code_transform(codes))
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.cosine else x
+        return self.code_transform(self.frozen_codebook[indices])
 
 
-class MatchedSimVQ(Quantizer):
+class MatchedSimVQ(SimVQ):
     """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
 
     build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
@@ -245,10 +237,8 @@ class MatchedSimVQ(Quantizer):
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
                  commitment_cost: float = 0.25, project: bool = True):
         check(0 < decay < 1, "decay", decay, "between 0 and 1")
-        super().__init__(dim, code_dim, (codebook_size,), project)
-        n = self.code_dim
-        self.decay, self.commitment_cost = decay, commitment_cost
-        self.register_buffer("frozen_codebook", torch.randn(codebook_size, n) * n**-0.5)  # g
+        super().__init__(dim, codebook_size, code_dim, commitment_cost, project)  # its frozen codebook is g
+        self.decay, n = decay, self.code_dim
         self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
         self.register_buffer("mean", torch.zeros(n))  # m
         self.register_buffer("covariance", torch.eye(n))  # C
@@ -263,9 +253,6 @@ class MatchedSimVQ(Quantizer):
         error = F.mse_loss(x, codes) / self.variance()
         loss = error.detach() + self.commitment_cost * error  # the first term moves SimVQ's codes, and here none
         return straight_through(x, codes), loss, indices
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.code_transform(self.frozen_codebook[indices])
 
     def variance(self) -> Tensor:
         """The variance of a token's numbers, averaged over them."""
