@@ -420,7 +420,7 @@ class Run:
         """Add an epoch's row to metrics.csv, and write what resume needs."""
         self.history.append(row)
         with replace_file(self.outputs / "metrics.csv") as draft, draft.open("w", newline="", encoding="utf-8") as file:
-            names = {name: None for old in self.history for name in old}  # rows may have different figures
+            names = dict.fromkeys(name for old in self.history for name in old)  # rows may have different figures
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
