@@ -1,15 +1,12 @@
 """Metrics in utils.py and extras/measure.py: figures against their formulas, on small models and images."""
 import math
 import os
-import runpy
 import shutil
-import socket
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, SEED, refused
+from conftest import SEED, refused
 from skimage.metrics import structural_similarity
 from torchvision.models import VGG16_Weights
 
@@ -170,14 +167,6 @@ def test_a_word_that_names_a_file_is_a_path(word, monkeypatch):
     monkeypatch.setattr("sys.argv", ["measure", word, "TRAIN_IMAGES=5"])
     constants = {"TRAIN_IMAGES": 1, "DATASET": "cifar10"}
     assert [*load_models(constants)] == [word] and constants == {"TRAIN_IMAGES": 5, "DATASET": "cifar10"}
-
-
-def test_importing_changes_nothing_in_the_process():
-    with mock.patch.dict(os.environ, clear=True):
-        for file in (*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")):
-            runpy.run_path(file)
-        assert not os.environ
-    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize("metric, images, message", [
