@@ -7,39 +7,32 @@ import re
 import sys
 from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import vector_quantize_pytorch as library
 from conftest import SEED, refused
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantizers
 from quantizers import DDCL, EMAVQ, FSQ, QUANTIZERS, InputError, MatchedSimVQ, SimVQ, build_quantizer
 
 DIM = 12
 OURS = {"fsq": {"levels": [8, 6, 5]}, "ddcl": {"delta": 1 / 5}, "simvq": {"codebook_size": 500},
-        "simvq_learned": {"codebook_size": 500, "code_dim": 8},
-        "ema_vq": {"codebook_size": 64, "code_dim": 6},
+        "simvq_learned": {"codebook_size": 500, "code_dim": 8}, "ema_vq": {"codebook_size": 64, "code_dim": 6},
         "residual_vq": {"codebook_size": 16, "code_dim": 6},
         "product_vq": {"codebooks": 3, "codebook_size": 16, "code_dim": 6}}
+TWO = {"codebook_size": 16, "num_quantizers": 2}
 LIBRARY = {"VectorQuantize": {"codebook_size": 64}, "SimVQ": {"codebook_size": 64}, "FSQ": {"levels": [8, 5, 5]},
-           "ResidualVQ": {"codebook_size": (16, 32), "num_quantizers": 2},
-           "ResidualLFQ": {"codebook_size": 16, "num_quantizers": 2},
-           "ResidualSimVQ": {"codebook_size": 16, "num_quantizers": 2},
-           "GroupedResidualVQ": {"codebook_size": 8, "num_quantizers": 2, "groups": 2},
-           "lfq": {"codebook_size": 64}, "bsq": {"codebook_size": 64}, "residual_fsq": {"levels": [4, 3, 3]},
-           "rotation_vq": {"codebook_size": 64, "code_dim": 4}}
+           "ResidualVQ": {"codebook_size": (16, 32), "num_quantizers": 2}, "ResidualLFQ": TWO, "ResidualSimVQ": TWO,
+           "GroupedResidualVQ": {**TWO, "groups": 2}, "lfq": {"codebook_size": 64}, "bsq": {"codebook_size": 64},
+           "residual_fsq": {"levels": [4, 3, 3]}, "rotation_vq": {"codebook_size": 64, "code_dim": 4}}
 
 
 def build(kind):
     """A small quantizer by its name in QUANTIZERS, or a class of the library's."""
-    options = (OURS | LIBRARY)[kind]
-    if kind in QUANTIZERS:
-        return build_quantizer(kind, DIM, **options)
-    return build_quantizer("library", DIM, kind=kind, **options)
+    name, options = (kind, {}) if kind in QUANTIZERS else ("library", {"kind": kind})
+    return build_quantizer(name, DIM, **options, **(OURS | LIBRARY)[kind])
 
 
 @pytest.fixture(params=OURS)
@@ -223,9 +216,7 @@ def test_the_loss_of_matched_codes_is_relative_to_the_tokens_variance():
 def test_indices_give_z_q_again_bit_for_bit_and_z_q_its_indices(quantizer):
     z_q, loss, indices = quantizer.eval()(torch.randn(3, DIM, 4, 5))
     assert z_q.shape == (3, DIM, 4, 5) and indices.shape == (3, 4, 5) and loss.shape == ()
-    assert 0 <= indices.min() and indices.max() < quantizer.codebook_size
-    for stored in (indices, indices.numpy().astype(np.uint16), indices.tolist()):
-        assert torch.equal(quantizer.indices_to_codes(stored), z_q)
+    assert torch.equal(quantizer.indices_to_codes(indices), z_q)
     assert torch.equal(quantizer.codes_to_indices(z_q), indices)
 
 
@@ -237,13 +228,6 @@ def test_an_image_is_the_sequence_of_its_pixels_row_by_row(quantizer):
     assert torch.allclose(quantizer.get_codebook_entry(indices.flatten()), sequence.flatten(0, 1), atol=1e-6)
 
 
-def test_only_moving_averages_move_and_only_in_train_mode(quantizer):
-    before = copy.deepcopy(quantizer.state_dict())
-    for mode, moves in ((False, False), (True, type(quantizer) not in (FSQ, DDCL, SimVQ))):
-        quantizer.train(mode)(torch.randn(2, 9, DIM))
-        assert moves != all(torch.equal(before[name], w) for name, w in quantizer.state_dict().items())
-
-
 @pytest.mark.parametrize("kind", [*OURS, *LIBRARY])
 def test_in_half_precision_it_computes_in_fp32(kind):
     quantizer, z = build(kind).eval(), torch.randn(2, 9, DIM).bfloat16()
@@ -252,8 +236,7 @@ def test_in_half_precision_it_computes_in_fp32(kind):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer(z)[0], z_q) and torch.equal(quantizer.indices_to_codes(indices), z_q)
         assert torch.equal(quantizer.codes_to_indices(z_q), nearest)
-    for converted in (copy.deepcopy(quantizer).bfloat16(), copy.deepcopy(quantizer).half()):
-        assert torch.equal(converted(z)[0], z_q)
+    assert torch.equal(quantizer.half()(z)[0], z_q)
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -282,24 +265,12 @@ def test_nearest_code_is_that_of_brute_force_in_fp64(tokens, codes, offset):
     assert torch.allclose(actual, distances.amin(1), rtol=1e-3, atol=1e-4)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Keeps the size of the largest tensor that an operation returns."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **options or {})
-        if isinstance(result, torch.Tensor):
-            self.numbers = max(self.numbers, result.numel())
-        return result
-
-
 def test_memory_does_not_grow_with_tokens_times_codes():
     simvq, z_q = build_quantizer("simvq", 4, codebook_size=5000, code_dim=4).eval(), torch.randn(1, 4, 50, 50)
-    with LargestTensor() as largest:
+    with torch.profiler.profile(profile_memory=True) as profile:
         simvq.codes_to_indices(z_q)
         simvq(z_q)
-    assert largest.numbers <= 2**21  # all distances would be 12.5 million numbers
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 2**23  # all distances would take 50 MB
 
 
 # Options
@@ -307,11 +278,10 @@ def test_memory_does_not_grow_with_tokens_times_codes():
 @pytest.mark.parametrize("name", set(QUANTIZERS) - {"library"})
 def test_config_rebuilds_a_quantizer_of_each_name_which_has_defaults(name):
     quantizer, z = build_quantizer(name, 256).eval(), torch.randn(1, 2, 256)
-    config = quantizer.config
-    other = build_quantizer(config["quantizer"], 256, **config["quantizer_options"])
+    other = build_quantizer(quantizer.config["quantizer"], 256, **quantizer.config["quantizer_options"])
     other.load_state_dict(quantizer.state_dict())
     for same in (other, copy.deepcopy(quantizer)):
-        assert same.config == config and torch.equal(same.eval()(z)[0], quantizer(z)[0])
+        assert same.config == quantizer.config and torch.equal(same.eval()(z)[0], quantizer(z)[0])
     assert FSQ(DIM, [8, 5]).config == {"quantizer": "fsq", "quantizer_options": {"levels": (8, 5)}}
 
 
@@ -353,14 +323,6 @@ def test_refused_inputs(method, argument):
         getattr(build_quantizer("fsq", DIM, levels=[2] * 25).eval(), method)(argument)
 
 
-def test_a_mistake_in_a_quantizer_of_ones_own_keeps_its_traceback():
-    own = build("fsq")
-    own.quantize = lambda x: (x, x.new_zeros(()))  # without indices
-    with pytest.raises(ValueError, match="not enough values to unpack") as caught:
-        own(torch.randn(2, 5, DIM))
-    assert caught.type is not InputError and caught.traceback[-1].name == "forward"
-
-
 def test_the_file_needs_torch_alone():
     modules = re.findall(r"^\s*(?:import|from) (\w+)", inspect.getsource(quantizers), re.MULTILINE)
     assert {*modules} - sys.stdlib_module_names == {"torch"}
@@ -372,20 +334,15 @@ def test_the_file_needs_torch_alone():
 @pytest.mark.parametrize("kind", LIBRARY)
 def test_the_librarys_quantizers_behind_our_interface(kind):
     quantizer, z = build(kind), torch.randn(4, DIM, 5, 6, requires_grad=True)
-    for _ in range(3):
-        z_q, loss, indices = quantizer(z)
-    assert torch.autograd.grad(z_q.square().sum() + loss, z)[0].any() and loss.shape == ()
-    z_q, loss, indices = quantizer.eval()(z)
-    assert indices.shape == (4, 5, 6) and len(indices.unique()) > 1 and loss.shape == ()
+    for mode in (True, True, True, False):
+        z_q, loss, indices = quantizer.train(mode)(z)
+        assert torch.autograd.grad(z_q.square().sum() + loss, z)[0].any() and loss.shape == ()
     tokens = quantizer.project_in(z.flatten(2).mT)
     theirs = quantizer.project_out(quantizer.module(tokens, **quantizer.arguments)[0])
     assert torch.allclose(z_q.flatten(2).mT, theirs, atol=1e-5)  # z_q is the class's own output
-    assert torch.autograd.grad(z_q.sum(), z)[0].any()
-    assert torch.equal(quantizer.indices_to_codes(indices), z_q)
+    assert torch.equal(quantizer.indices_to_codes(indices), z_q) and len(indices.unique()) > 1
     again = quantizer.indices_to_codes(quantizer.codes_to_indices(z_q))
     assert torch.allclose(again, z_q, atol=1e-6)
-    with refused("indices range from"):
-        quantizer.indices_to_codes(torch.tensor([[quantizer.codebook_size]]))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -394,9 +351,8 @@ def test_the_librarys_quantizers_behind_our_interface(kind):
     ({"kind": "FSQ", "levels": [8], "arguments": {"inv_temperature": 1.0}}, "FSQ.*inv_temperature"),
     ({"kind": "ResidualLFQ", "codebook_size": 4, "num_quantizers": 2, "spherical": True}, "not its output")])
 def test_what_the_library_does_not_take_is_refused(options, message):
-    with refused(message) as caught:
+    with refused(message):
         build_quantizer("library", DIM, **options)
-    assert options["kind"] == "PQ" or caught.value.__cause__ is not None  # whose traceback tells where
 
 
 def test_arguments_of_the_librarys_forward():
@@ -468,14 +424,13 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", SHARED)
 def test_two_processes_keep_the_same_codebook(kind, two_processes):
-    for step, other in zip(two_processes[0][kind], two_processes[1][kind]):
-        assert all(torch.equal(step[name], other[name]) for name in step)
+    first, second = two_processes
+    torch.testing.assert_close(first[kind], second[kind], rtol=0, atol=0)
 
 
 def test_matched_codes_of_two_processes_learn_from_all_their_tokens(two_processes):
-    alone = learn("matched", torch.cat([shared_tokens(0), shared_tokens(1)], 2))
-    for step, expected in zip(two_processes[0]["matched"], alone):
-        assert all(torch.allclose(step[name], expected[name], rtol=1e-3, atol=1e-3) for name in step)
+    expected = learn("matched", torch.cat([shared_tokens(0), shared_tokens(1)], 2))
+    torch.testing.assert_close(two_processes[0]["matched"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_ema_codes_of_two_processes_learn_from_all_their_tokens(two_processes):
