@@ -56,7 +56,8 @@ def colours(images):
     ("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("P", "png"), ("RGB", "webp")])
 def test_an_image_of_any_mode_and_format_is_read_in_rgb(mode, kind):
     Image.fromarray(random_pixels(7, 12, 3)).convert(mode).save(f"a.{kind}")
-    assert torch.equal(load_image(f"a.{kind}"), to_tensor(Image.open(f"a.{kind}").convert("RGB"))[None] / 255)
+    expected = to_tensor(Image.open(f"a.{kind}").convert("RGB")) / 255
+    assert torch.equal(load_image(f"a.{kind}"), expected[None])
 
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
@@ -94,7 +95,7 @@ def test_a_colour_profile_is_converted_to_srgb(capsys):
     (b"eXIf", b"garbage"), (b"pHYs", b"short"), (b"tEXt", None),
     (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21))), (b"iCCP", b"icc\0\0" + zlib.compress(bytes(2**22)))])
 def test_a_png_with_bad_metadata_is_read(kind, content, behind):
-    """They are wrong, too large, or without a checksum (None), and stand before the pixels or behind them."""
+    """They are wrong, too large, or without a checksum (None), before the pixels or behind them."""
     pixels, exif, file = random_pixels(4, 6, 3), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # a quarter turn, which has to be read still
     Image.fromarray(pixels).save(file, "PNG", exif=None if kind == b"eXIf" else exif)
@@ -243,8 +244,8 @@ def test_an_image_of_its_class_takes_a_broken_files_place(pets, monkeypatch, cap
     monkeypatch.setattr(module, "cores", lambda: 1)
     files, labels = sorted(pets.glob("train/*/*.png")), torch.arange(200) // 100
     batch, = load_batches(ImageFiles(files, 8, labels), [(torch.arange(200), 8)], False, "cpu")
-    expected = [RED] * 100 + [BLUE] * 100
-    assert colours((batch * 255).round()) == expected and colours(ImageFiles(files, 8, labels)[:200]) == expected
+    for images in ((batch * 255).round(), ImageFiles(files, 8, labels)[:200]):
+        assert colours(images) == [RED] * 100 + [BLUE] * 100
     assert capsys.readouterr().out.count("1 of 200 images cannot be read") == 2
 
 

@@ -131,9 +131,9 @@ def test_indices_may_be_lists_and_arrays_of_a_batch_of_grids(method):
 def test_codebook_usage_by_hand(levels, size, counted):
     """Of very many codes, only those in use are counted."""
     model = VQRAE("cifar", "fsq", {"levels": levels}, pretrained=False)
-    counts, usage, perplexity = model.get_codebook_usage(torch.tensor([[[0, 0], [3, 3]], [[7, 7], [size - 1, 0]]]))
+    counts, usage, perplexity = model.get_codebook_usage([[0, 0, 3, 3], [7, 7, size - 1, 0]])
     assert sorted(counts[counts > 0].tolist()) == [1, 2, 2, 3] and len(counts) == counted
-    assert usage == 4 / size and perplexity == pytest.approx(math.prod((8 / n) ** (n / 8) for n in (3, 2, 2, 1)))
+    assert usage == 4 / size and perplexity == pytest.approx(8 / (3**3 * 2**2 * 2**2) ** (1 / 8))
 
 
 # Large images and many images
@@ -189,8 +189,8 @@ def test_decoding_is_a_conv_a_norm_the_decoder_and_in_eval_mode_a_clamp(kernel, 
 
 
 @pytest.mark.parametrize("options", [
-    {"grid": 5}, {"grid": 0}, {"post_quant_kernel": 2}, {"image_size": 48}, {"stage": 3}, {"encoder": "dinov2s"},
-    {"encoder": "xcit_nano_12_p16_224"}, {"encoder": "mixer_s16_224"}, {"encoder": "resnet18", "encoder_layers": 6},
+    {"grid": 0}, {"image_size": 48}, {"stage": 3}, {"encoder": "xcit_nano_12_p16_224"},
+    {"encoder": "mixer_s16_224"}, {"encoder": "resnet18", "encoder_layers": 6},
     {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13},
     {"encoder": "vit_tiny_patch16_224", "decoder_width": 100}], ids=str)
 def test_refused_options(options):
@@ -201,13 +201,12 @@ def test_refused_options(options):
 # Files
 
 @pytest.mark.parametrize("source", ["saved", "me/model"])
-def test_a_model_travels_by_a_folder_and_the_hub_with_its_stage_and_constants(source, monkeypatch):
-    """The folder hub/ stands in for huggingface.co."""
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, **options: SimpleNamespace(**options))
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
-                        lambda self, *, folder_path, **options: shutil.copytree(folder_path, "hub"))
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download",
-                        lambda *, filename, **options: str(Path("hub", filename)))
+def test_a_model_travels_with_its_stage_and_constants(source, monkeypatch):
+    """It is saved in a folder and on huggingface.co, for which the folder hub/ stands in."""
+    api, mixin = huggingface_hub.HfApi, huggingface_hub.hub_mixin
+    monkeypatch.setattr(api, "create_repo", lambda self, **options: SimpleNamespace(**options))
+    monkeypatch.setattr(api, "upload_folder", lambda self, folder_path, **_: shutil.copytree(folder_path, "hub"))
+    monkeypatch.setattr(mixin, "hf_hub_download", lambda filename, **_: str(Path("hub", filename)))
     model, images = build().set_stage(2), torch.rand(1, 3, 32, 32)
     model.constants = {"SEED": 3, "DATASET": "shapes"}
     model.save_pretrained("saved", push_to_hub=True, repo_id="me/model")
@@ -217,7 +216,7 @@ def test_a_model_travels_by_a_folder_and_the_hub_with_its_stage_and_constants(so
 
 
 def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
-    """timm builds such an encoder from its folder or from the hub, although the checkpoint holds its weights."""
+    """timm needs its folder or the hub, although the checkpoint holds its weights."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model = build(save_vit("vit_small_patch14_dinov2", "vit"))
     for name in ("local-dir:vit", "hf-hub:me/vit"):
@@ -226,14 +225,12 @@ def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
         model.save_pretrained("saved")
         shutil.rmtree("vit", ignore_errors=True)
         for load, path in ((load_checkpoint, "model.pt"), (VQRAE.from_pretrained, "saved")):
-            with refused(f"{path} .*{name} does not load. Its folder, or a connection to the hub, is needed"):
+            with refused(f"{path} .*{name} does not load. Its folder, or .* the hub, is needed"):
                 load(path)
 
 
 def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
     class Own(FSQ):
-        """A quantizer that this test registers, and then does not."""
-
         def __init__(self, channels, levels=(3, 3)):  # the first argument has a name of its own
             super().__init__(channels, levels)
 
@@ -281,7 +278,7 @@ def test_half_precision_keeps_nearly_all_indices(dtype):
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="older versions export pooling of even sizes alone")
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_in_the_settings_takes_other_sizes(name, method, x):
-    """torch.export and ONNX Runtime compute what the method computes, in another order, which rounds otherwise."""
+    """torch.export and ONNX Runtime compute in another order, which rounds otherwise."""
     block = re.search(r"## Export.*?```\w*\n(.*?)```", SETTINGS, re.DOTALL)[1]
     if method == "decode_from_indices":  # as the block's comment says
         for old, new in (("encode_to_indices", method), ("rand(2, 3, 32, 40)", "arange(160).view(2, 8, 10)"),
@@ -308,7 +305,7 @@ def test_shipped_encoder_gives_normalised_features_of_tokens_of_any_size():
 
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit):
-    """Patch tokens of its last layers, without class and register tokens, and without the final norm's own weights."""
+    """Class and register tokens, and the final norm's own weights, are left out."""
     if architecture == "dinov3":  # with rotary positions
         vit = save_vit("vit_small_patch16_dinov3", "dinov3")
     encoder, images = build_encoder(vit, 4, layers).eval(), torch.rand(2, 3, 32, 32)
@@ -327,7 +324,7 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, 
 
 @pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
 def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
-    """Parts of the shallowest, averages of others, repeated deep features: each normalised, on a grid of odd sides."""
+    """Features of the shallowest are kept in parts, others are averaged or repeated. The grid has odd sides."""
     encoder, images = build_encoder("resnet18", 16, layers, pretrained=False), torch.rand(2, 3, 48, 80)
     x = F.pad((images - encoder.network.mean) / encoder.network.std, (0, 16, 0, 16), mode="replicate")
     with torch.no_grad():
@@ -358,23 +355,22 @@ def test_each_encoder_by_its_name_has_the_width_in_the_settings(name, width):
         assert model.encoder(torch.empty(2, 3, 32, 48)).shape == (2, int(width), 2, 3)
 
 
-@pytest.mark.parametrize("change", ["removed", "renamed", "reshaped", "cut"])
+@pytest.mark.parametrize("change", ["removed", "renamed", "reshaped"])
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
 def test_weights_that_do_not_fit_are_refused(name, change):
     key, file = "blocks.1.mlp.fc1.weight", Path("vit/model.safetensors")
     save_vit(ENCODERS[name].split(".")[0], "vit")
     state = load_file(file)
     weight = state.pop(key)
-    save_file(state | {"renamed": {"fc3": weight}, "reshaped": {key: weight[1:].clone()}}.get(change, {}), file)
-    if change == "cut":
-        file.write_bytes(file.read_bytes()[:-1000])
+    changes = {"removed": {}, "renamed": {"fc3": weight}, "reshaped": {key: weight[1:].clone()}}
+    save_file(state | changes[change], file)
     with pytest.raises(OSError, match=r"^The encoder local-dir:vit does not load[^\n]*$"):
         build_encoder("local-dir:vit", 4)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("cifar", "cifar_encoder.pt do not load: .*checksum"), ("dinov2_s", "dinov2.* does not load.*ENCODER=cifar"),
-    ("efficientnet_lite0", "lite0.* does not load.*ENCODER=cifar")])
+    ("cifar", "do not load: .*checksum"), ("dinov2_s", "does not load.*ENCODER=cifar"),
+    ("efficientnet_lite0", "does not load.*ENCODER=cifar")])
 def test_weights_that_are_damaged_or_cannot_be_downloaded(name, message, monkeypatch):
     content = (PRETRAINED_DIR / "cifar_encoder.pt").read_bytes()
     Path("cifar_encoder.pt").write_bytes(content[:10**6] + b"damage" + content[10**6 + 6 :])
