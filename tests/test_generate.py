@@ -306,7 +306,7 @@ def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, ma
 
 
 @pytest.mark.parametrize("name", ["ema_vq", "none"])
-def test_a_quantizer_without_small_codebooks_is_refused_by_a_sentence_that_names_others(name, main):
+def test_a_quantizer_without_small_codebooks_is_refused(name, main):
     save_checkpoint("other.pt", VQRAE("cifar", name, {}, 16, 4, decoder_width=32, decoder_depth=1))
     with refused("4,096 codes.*fsq, .*residual_vq"):
         main("CHECKPOINT=other.pt")

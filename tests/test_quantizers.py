@@ -51,11 +51,11 @@ def exact_distances(x, codebook):
 def test_fsq_takes_the_nearest_code_of_a_table():
     steps = [[2 * i / (n - 1) - 1 for i in range(n)] for n in (8, 6, 5)]  # -1 to 1 in 8, 6 and 5 levels
     table = torch.tensor([(a, b, c) for c, b, a in itertools.product(*reversed(steps))])  # a changes fastest
-    fsq, z = FSQ(3, [8, 6, 5]), torch.randn(1, 200, 3)
+    fsq, z = FSQ(3, [8, 6, 5]), torch.randn(200, 3)
     assert torch.allclose(fsq.get_codebook_entry(torch.arange(240)), table, atol=1e-6)
-    x, (z_q, loss, indices) = z.tanh(), fsq(z)
-    assert torch.allclose((x - z_q).norm(dim=2)[0].double(), exact_distances(x[0], table).amin(1), atol=1e-5)
-    assert torch.allclose(z_q, table[indices], atol=1e-6) and loss == 0
+    z_q, loss, indices = fsq(z[None])
+    nearest = table[exact_distances(z.tanh(), table).argmin(1)]
+    assert torch.allclose(z_q[0], nearest, atol=1e-6) and torch.equal(table[indices[0]], nearest) and loss == 0
 
 
 def test_ddcl_error_is_uniform_and_independent_of_the_input():
@@ -95,7 +95,7 @@ def check_update(before, after, x, indices):
     codes = torch.where(counts[:, None] > 0, sums / counts[:, None], before.codebook.double())
     mean = (1 - w) * before.mean_count.double() + w * len(x) / size
     dead = counts < 0.1 * mean
-    dead = torch.where((counts - 0.1 * mean).abs() < 1e-5, after.token_counts > 0.15 * mean, dead)  # rounding decides
+    dead = torch.where((counts - 0.1 * mean).abs() < 1e-5, after.token_counts > 0.15 * mean, dead)  # by rounding
     dead &= dead.cumsum(0) <= len(x)
     counts[dead], codes[dead] = 0.2 * mean, after.codebook[dead].double()
     assert (exact_distances(codes[dead], x).amin(1) < 1e-5).all()  # a dead code restarts at a token
@@ -352,7 +352,8 @@ def test_arguments_of_the_librarys_forward():
     z, losses = torch.randn(2, 50, DIM), []
     for temperature in (100.0, 1.0):
         torch.manual_seed(SEED)
-        losses.append(build_quantizer("bsq", DIM, codebook_size=64, arguments={"inv_temperature": temperature})(z)[1])
+        bsq = build_quantizer("bsq", DIM, codebook_size=64, arguments={"inv_temperature": temperature})
+        losses.append(bsq(z)[1])
     assert losses[1] > losses[0]  # a softer choice between codes is less certain
 
 
