@@ -30,7 +30,6 @@ def noise(count=7):
 
 
 def test_psnr_and_ssim_of_uint8_or_floats():
-    """PSNR has its formula, and SSIM is scikit-image's."""
     a = draw_shapes(3, 20)[0]
     b = (a / 255 + 0.2 * torch.randn(a.shape)).clamp(0, 1).mul(255).byte()
     mse = (a / 255 - b / 255).square().mean((1, 2, 3))
@@ -66,7 +65,8 @@ def test_metrics_are_what_one_computes_by_hand():
     model.decoder.head.weight.data *= 50
     z_q, _, indices = model.encode(images / 255)
     output = model.decode(z_q).clamp(0, 1)
-    mse, counts = (output - images / 255).square().mean((1, 2, 3)), indices.flatten().bincount(minlength=12)
+    mse = (output - images / 255).square().mean((1, 2, 3))
+    counts = indices.flatten().bincount(minlength=12)
     p = counts[counts > 0] / indices.numel()
     expected = {"psnr": (-10 * mse.log10()).mean().item(), "psnr_of_mse": -10 * math.log10(mse.mean()),
                 "ssim": ssim(output, images / 255).mean().item(), "usage": len(p) / 12,
@@ -84,7 +84,7 @@ def fingerprint(train_x, train_y, test_x, test_y):
 
 @torch.no_grad()
 def test_measured_figures(monkeypatch):
-    """Bits count codes; judges see images and reconstructions; probes get mean features of TRAIN_IMAGES images."""
+    """Judges see images and reconstructions. Probes get mean features of TRAIN_IMAGES images."""
     monkeypatch.setattr(module, "TRAIN_IMAGES", 10)
     monkeypatch.setattr(module, "batch_size", lambda images: 8)
     monkeypatch.setattr(module, "linear_probe", fingerprint)
@@ -110,7 +110,7 @@ def test_measured_figures(monkeypatch):
 @pytest.mark.parametrize("quantizer, options, bits", [
     ("ema_vq", {"codebook_size": 1}, {"bits", "entropy"}), ("none", {}, set())])
 def test_what_cannot_be_measured_is_left_out(quantizer, options, bits, monkeypatch):
-    """One code has no ratio, one image no covariance, one class no probe; without its package there is no Lite0."""
+    """One code has no ratio, one image no covariance, one class no probe."""
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     data = Dataset(noise(3), torch.zeros(3).long(), noise(1), torch.zeros(1).long(), ["a"])
     figures = measure(small("cnn", quantizer, options), data, load_judges(4, 16))

@@ -225,7 +225,7 @@ def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
         models.save_checkpoint("model.pt", model)
         model.save_pretrained("saved")
         for load, path in ((load_checkpoint, "model.pt"), (VQRAE.from_pretrained, "saved")):
-            with refused(f"{path} .*{name} does not load. Its folder, or .* the hub, is needed"):
+            with refused(f"{path} .*{name} does not load. Its folder"):
                 load(path)
 
 
@@ -249,7 +249,6 @@ def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(PRETRAINED_DIR.glob("vqrae_*.pt")), ids=lambda path: path.stem)
 def test_shipped_models_know_a_photograph(path):
-    """Its pixels and its features: any change of a shipped layer's meaning shows here."""
     model, images = load_checkpoint(path), photograph()[..., 100:164, 200:328]
     indices = model.encode_to_indices(images)
     assert psnr(model.decode_from_indices(indices), images) > 29.5
@@ -324,13 +323,14 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, 
 
 @pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
 def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
-    """Features of the shallowest are kept in parts, others are averaged or repeated. The grid has odd sides."""
+    """Features of the shallowest are kept in parts, others are averaged or repeated."""
     encoder, images = build_encoder("resnet18", 16, layers, pretrained=False), torch.rand(2, 3, 48, 80)
     x = F.pad((images - encoder.network.mean) / encoder.network.std, (0, 16, 0, 16), mode="replicate")
     with torch.no_grad():
-        z, outputs = encoder(images), encoder.network.forward_intermediates(x, intermediates_only=True)[-len(strides):]
+        z = encoder(images)
+        outputs = encoder.network.forward_intermediates(x, intermediates_only=True)
     expected = []
-    for stride, output in zip(strides, outputs):
+    for stride, output in zip(strides, outputs[-len(strides):]):
         parts = 1 if expected else {2: 4, 8: 2, 32: 1}[stride]
         repeated = output.repeat_interleave(2, 2).repeat_interleave(2, 3) if stride == 32 else output
         means = F.avg_pool2d(repeated, max(1, 16 // stride // parts)).unflatten(3, (6, parts)).unflatten(2, (4, parts))
@@ -349,8 +349,7 @@ def test_efficientnet_of_its_pip_package_knows_a_photograph():
     *re.findall(r"^\| `(\w+)` \| \S+ \| \d+ M \| (\d+), ", SETTINGS, re.MULTILINE), ("resnet50", 4864),
     ("eva02_base_patch14_224", 768), ("vit_pe_core_base_patch16_224", 768)])
 def test_each_encoder_by_its_name_has_the_width_in_the_settings(name, width):
-    """On the meta device, on which train.py builds a first model."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # on which train.py builds a first model
         model = VQRAE(name, grid=2, encoder_layers=0, decoder_depth=1, pretrained=False)
         assert model.encoder(torch.empty(2, 3, 32, 48)).shape == (2, int(width), 2, 3)
 

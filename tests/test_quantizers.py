@@ -25,9 +25,10 @@ OURS = {"fsq": {"levels": [8, 6, 5]}, "ddcl": {"delta": 1 / 5}, "simvq": {"codeb
         "product_vq": {"codebooks": 3, "codebook_size": 16, "code_dim": 6}}
 TWO = {"codebook_size": 16, "num_quantizers": 2}
 LIBRARY = {"VectorQuantize": {"codebook_size": 64}, "SimVQ": {"codebook_size": 64}, "FSQ": {"levels": [8, 5, 5]},
-           "ResidualVQ": {"codebook_size": (16, 32), "num_quantizers": 2}, "ResidualLFQ": TWO, "ResidualSimVQ": TWO,
-           "GroupedResidualVQ": {**TWO, "groups": 2}, "lfq": {"codebook_size": 64}, "bsq": {"codebook_size": 64},
-           "residual_fsq": {"levels": [4, 3, 3]}, "rotation_vq": {"codebook_size": 64, "code_dim": 4}}
+           "ResidualVQ": {"codebook_size": (16, 32), "num_quantizers": 2},
+           "ResidualLFQ": TWO, "ResidualSimVQ": TWO, "GroupedResidualVQ": {**TWO, "groups": 2},
+           "lfq": {"codebook_size": 64}, "bsq": {"codebook_size": 64}, "residual_fsq": {"levels": [4, 3, 3]},
+           "rotation_vq": {"codebook_size": 64, "code_dim": 4}}
 
 
 def build(kind):
@@ -55,7 +56,8 @@ def test_fsq_takes_the_nearest_code_of_a_table():
     assert torch.allclose(fsq.get_codebook_entry(torch.arange(240)), table, atol=1e-6)
     z_q, loss, indices = fsq(z[None])
     nearest = table[exact_distances(z.tanh(), table).argmin(1)]
-    assert torch.allclose(z_q[0], nearest, atol=1e-6) and torch.equal(table[indices[0]], nearest) and loss == 0
+    assert torch.equal(table[indices[0]], nearest) and loss == 0
+    assert torch.allclose(z_q[0], nearest, atol=1e-6)
 
 
 def test_ddcl_error_is_uniform_and_independent_of_the_input():
@@ -89,7 +91,8 @@ def test_ddcl_loss_bounds_the_expected_length_of_the_message():
 def check_update(before, after, x, indices):
     """A step with tokens x (N, D) and their indices follows EMA-VQ's formula. Returns how many codes restart."""
     x, size = x.detach().double(), before.codebook_size
-    chosen, w = F.one_hot(indices, size).double(), max(9 / (before.steps.item() + 10), 1 - before.decay)
+    w = max(9 / (before.steps.item() + 10), 1 - before.decay)
+    chosen = F.one_hot(indices, size).double()
     counts = (1 - w) * before.token_counts + w * chosen.sum(0)
     sums = (1 - w) * before.token_counts[:, None].double() * before.codebook + w * chosen.T @ x
     codes = torch.where(counts[:, None] > 0, sums / counts[:, None], before.codebook.double())
@@ -107,7 +110,8 @@ def check_update(before, after, x, indices):
 def test_ema_update_follows_the_formula():
     ema = EMAVQ(6, 10, decay=0.6, project=False)
     for tokens in (3, 25, 3, 30, 30, 1, 1, 200):
-        before, x = copy.deepcopy(ema), ema.codebook[torch.arange(tokens) % 8] + 0.01 * torch.randn(tokens, 6)
+        before = copy.deepcopy(ema)
+        x = ema.codebook[torch.arange(tokens) % 8] + 0.01 * torch.randn(tokens, 6)
         _, _, indices = ema(x[None])
         restarts = check_update(before, ema, x, indices[0])
         assert before.steps > 0 or restarts == 3  # of seven dead codes as many as there are tokens
@@ -192,7 +196,8 @@ def test_matched_simvq_keeps_the_mean_and_covariance_of_all_tokens():
     simvq = MatchedSimVQ(6, 50, decay=0.8, project=False)
     for x in tokens:
         simvq(x[None])
-    x, weights = tokens.double().flatten(0, 1), 0.8 ** torch.arange(4.0, -1, -1).double().repeat_interleave(40)
+    x = tokens.double().flatten(0, 1)
+    weights = 0.8 ** torch.arange(4.0, -1, -1).double().repeat_interleave(40)
     assert torch.allclose(simvq.mean.double(), (weights @ x) / weights.sum(), rtol=1e-6)
     expected = torch.cov(x.T, correction=0, aweights=weights)
     assert torch.allclose(simvq.covariance.double(), expected, rtol=1e-3, atol=1e-3)
@@ -237,7 +242,8 @@ def test_in_half_precision_it_computes_in_fp32(quantizer):
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("kind", OURS)
 def test_the_gradient_of_z_q_passes_as_if_nothing_were_quantized(kind, mode):
-    quantizer, z, weight = build(kind), torch.randn(2, 9, DIM, requires_grad=True), torch.randn(2, 9, DIM)
+    quantizer, weight = build(kind), torch.randn(2, 9, DIM)
+    z = torch.randn(2, 9, DIM, requires_grad=True)
     x = quantizer.project_in(z)
     x = torch.tanh(x) if isinstance(quantizer, FSQ) else x
     outputs = quantizer.train(mode)(z)[0], quantizer.project_out(x)
@@ -263,7 +269,8 @@ def test_nearest_code_is_that_of_brute_force_in_fp64(tokens, codes, offset):
 
 
 def test_memory_does_not_grow_with_tokens_times_codes():
-    simvq, z_q = build_quantizer("simvq", 4, codebook_size=5000, code_dim=4).eval(), torch.randn(1, 4, 50, 50)
+    simvq = build_quantizer("simvq", 4, codebook_size=5000, code_dim=4).eval()
+    z_q = torch.randn(1, 4, 50, 50)
     with torch.profiler.profile(profile_memory=True) as profile:
         simvq.codes_to_indices(z_q)
         simvq(z_q)
@@ -285,7 +292,8 @@ def test_config_rebuilds_a_quantizer_of_each_name_which_has_defaults(name):
 def test_code_dim_0_is_the_tokens_width_and_without_project_there_are_no_maps():
     for name, maps in (("simvq", 4), ("residual_vq", 4), ("simvq", 0), ("residual_vq", 0)):
         quantizer = build_quantizer(name, DIM, codebook_size=10, code_dim=0, project=maps > 0)
-        assert quantizer.code_dim == DIM and sum("project" in name for name in quantizer.state_dict()) == maps
+        assert quantizer.code_dim == DIM
+        assert sum("project" in name for name in quantizer.state_dict()) == maps
 
 
 def test_without_a_quantizer_tokens_pass():
@@ -342,7 +350,7 @@ def test_z_q_is_the_output_of_the_librarys_class(kind):
     ({"kind": "PQ"}, "kind = 'PQ', allowed: .*ResidualVQ"), ({"kind": "LFQ", "levels": 8}, "LFQ.*levels"),
     ({"kind": "LFQ", "codebook_size": 60}, "LFQ.*power of 2"),
     ({"kind": "FSQ", "levels": [8], "arguments": {"inv_temperature": 1.0}}, "FSQ.*inv_temperature"),
-    ({"kind": "ResidualLFQ", "codebook_size": 4, "num_quantizers": 2, "spherical": True}, "not its output")])
+    ({"kind": "ResidualLFQ", **TWO, "spherical": True}, "not its output")])
 def test_what_the_library_does_not_take_is_refused(options, message):
     with refused(message):
         build_quantizer("library", DIM, **options)
