@@ -108,13 +108,17 @@ def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
             model.decode_from_indices(indices, size=wrong)
 
 
-@pytest.mark.parametrize("training, images", [
-    (False, torch.rand(1, 3, 3, 32)), (False, torch.rand(1, 1, 32, 32)), (False, torch.rand(3, 32, 32)),
-    (False, torch.rand(1, 3, 32, 32) + 0.5), (False, torch.full((1, 3, 32, 32), math.nan)),
-    (False, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), (True, torch.rand(1, 3, 32, 32))])
-def test_train_mode_and_other_images_are_refused(training, images):
-    with refused(r"model.eval\(\)" if training else "[Ii]mages "):
-        build().train(training).encode_to_indices(images)
+@pytest.mark.parametrize("images", [
+    torch.rand(1, 3, 3, 32), torch.rand(1, 1, 32, 32), torch.rand(3, 32, 32), torch.rand(1, 3, 32, 32) + 0.5,
+    torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+def test_refused_images(images):
+    with refused("[Ii]mages "):
+        build().encode_to_indices(images)
+
+
+def test_indices_need_eval_mode():
+    with refused(r"model.eval\(\)"):
+        build().train().encode_to_indices(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("method", ["decode_from_indices", "features_from_indices", "get_codebook_usage"])
@@ -202,7 +206,7 @@ def test_refused_options(options):
 
 @pytest.mark.parametrize("source", ["saved", "me/model"])
 def test_a_model_travels_with_its_stage_and_constants(source, monkeypatch):
-    """It is saved in a folder and on huggingface.co, for which the folder hub/ stands in."""
+    """The folder hub/ stands in for huggingface.co."""
     api, mixin = huggingface_hub.HfApi, huggingface_hub.hub_mixin
     monkeypatch.setattr(api, "create_repo", lambda self, **options: SimpleNamespace(**options))
     monkeypatch.setattr(api, "upload_folder", lambda self, folder_path, **_: shutil.copytree(folder_path, "hub"))
@@ -333,8 +337,9 @@ def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
     for stride, output in zip(strides, outputs[-len(strides):]):
         parts = 1 if expected else {2: 4, 8: 2, 32: 1}[stride]
         repeated = output.repeat_interleave(2, 2).repeat_interleave(2, 3) if stride == 32 else output
-        means = F.avg_pool2d(repeated, max(1, 16 // stride // parts)).unflatten(3, (6, parts)).unflatten(2, (4, parts))
-        expected.append(normalized(means.permute(0, 1, 3, 5, 2, 4).flatten(1, 3), 1))
+        means = F.avg_pool2d(repeated, max(1, 16 // stride // parts))
+        means = means.unflatten(3, (6, parts)).unflatten(2, (4, parts)).permute(0, 1, 3, 5, 2, 4)
+        expected.append(normalized(means.flatten(1, 3), 1))
     assert torch.allclose(z, torch.cat(expected, 1)[..., :3, :5], atol=1e-3) and z.shape[1] == encoder.dim
     assert torch.equal(encoder.train()(images), z)  # BatchNorm keeps its statistics
 
