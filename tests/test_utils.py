@@ -1,7 +1,6 @@
 """utils.py without its metrics and its class Run: constants, errors, files, pictures. And checkpoints of models.py."""
 import copy
 import io
-import math
 import os
 import sys
 from pathlib import Path
@@ -44,13 +43,6 @@ def test_an_argument_that_is_no_constant_or_no_value_changes_nothing(argument, m
     with refused(message):
         read_constants(namespace, ["NAME=simvq", argument], KINDS)
     assert namespace == CONSTANTS
-
-
-@pytest.mark.parametrize("name, value", [
-    ("RATE", math.inf), ("RATE", "1e-3"), ("RATE", True), ("EPOCHS", 1.5), ("LEVELS", 8)])
-def test_the_file_passes_the_checks_of_the_command_line(name, value):
-    with refused(f"^{name} = "):
-        read_constants(CONSTANTS | {name: value}, [], KINDS)
 
 
 def test_a_misspelt_constant_of_the_file_is_missed_by_its_name():
