@@ -142,7 +142,7 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run([one], [*arguments, "ACCUMULATE=4"]) == [0] and run([two] * 2, [*arguments, "ACCUMULATE=2"]) == [0, 0]
     assert (two / "log").read_text().count("2 x cpu") == 1  # one process speaks
-    states = [outcome(folder)[-1] for folder in (one, two)]
+    states = [outcome(path)[-1] for path in (one, two)]
     for optimizer, average in (("adamw", "exp_avg"), ("muon", "momentum"), ("gan_optimizer", "exp_avg")):
         expected, found = [torch.cat([x[average].flatten() for x in state[optimizer].values()]) for state in states]
         # Two orders of four summands differ by 6 x 2^-24 of their magnitudes. Magnitudes cancel, but hardly 200 times.

@@ -206,11 +206,10 @@ def test_a_run_leaves_figures_pictures_and_checkpoints(trained):
     assert json.loads((outputs / "results.json").read_text())["constants"]["EPOCHS"] == [2, 1]
 
 
-@pytest.mark.parametrize("options", ["none", "product_vq CODEBOOKS=4 ACCUMULATE=2"])
-def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(options, main, folder):
+@pytest.mark.parametrize("options, codes", [("none", 0), ("product_vq CODEBOOKS=4 ACCUMULATE=2", 16**4)])
+def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(options, codes, main, folder):
     """EVAL_IMAGES are measured after an epoch, and all at the end."""
-    quantizer, *more = options.split()
-    outputs = main(f"QUANTIZER={quantizer}", "CODEBOOK_SIZE=16", *more)
+    outputs = main("CODEBOOK_SIZE=16", *f"QUANTIZER={options}".split())
     images, results = load_dataset(str(folder), 16).test_images, json.loads((outputs / "results.json").read_text())
     assert results["run"] == outputs.name
     names = ("stage1_epoch_1", "stage2_epoch_1", "stage2_best")
@@ -218,8 +217,8 @@ def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(optio
         model = load_checkpoint(checkpoint(outputs, name))
         expected, *_ = evaluate(model, images[:count], 4)
         assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-        assert model.config["quantizer"] == quantizer and model.stage == figures.get("stage", 2)
-    assert (outputs / "usage.png").exists() == (quantizer != "none")
+        assert (model.quantizer.codebook_size, model.stage) == (codes, figures.get("stage", 2))
+    assert (outputs / "usage.png").exists() == (codes > 0)
 
 
 def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, capsys):
@@ -227,11 +226,10 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, c
     psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
     monkeypatch.setattr(utils, "psnr", lambda images, _: torch.full((len(images),), next(psnrs, 0.0)))
     outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")
-    assert [row["psnr"] for row in table(outputs)] == [3, 5, 4, 2, 1]
     assert len(re.findall("(?m)^ +[12] +[123] ", capsys.readouterr().out)) == 5  # a line for each epoch
     for stage, epoch, kept in ((1, 2, "23"), (2, 1, "12")):
         best, same = (load_torch(checkpoint(outputs, f"stage{stage}_{x}")) for x in ("best", f"epoch_{epoch}"))
-        assert (best["stage"], best["metrics"]["epoch"], best["run"]) == (stage, epoch, outputs.name)
+        assert best["run"] == outputs.name and best["metrics"] == same["metrics"]
         torch.testing.assert_close(best["model"], same["model"], rtol=0, atol=0)
         files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
         assert sorted(path.stem[-1] for path in files) == [*kept]
@@ -302,7 +300,7 @@ def test_a_vit_and_its_teacher_have_the_same_layers(set_constants):
     teacher, _ = train.build_loss_networks(model, pretrained=False)
     teacher.load_state_dict(model.encoder.state_dict())
     losses, _ = train.losses_and_gradients(model, teacher, None, torch.rand(2, 3, 32, 32), None)
-    assert teacher.layers == model.encoder.layers == 2 and losses["distill_loss"] < 1e-6 and losses["loss"].isfinite()
+    assert teacher.layers == model.encoder.layers == 2 and losses["distill_loss"] < 1e-6
 
 
 @pytest.mark.parametrize("encoder, quantizer, grid", [("cifar", "ema_vq", 4), ("cnn", "rotation_vq", 2)])
@@ -337,10 +335,7 @@ def test_stage_1_refuses_an_encoder_that_was_trained(set_constants):
 
 @pytest.fixture
 def begin(folder, monkeypatch):
-    """begin("NAME=value", ..., NAME=value, ...) starts train.py with arguments, and with constants in its file.
-
-    It returns the run's name, or the error's line.
-    """
+    """begin("NAME=value", NAME=value) starts a train.py with this constant. Returns the run's name, or an error."""
     def start(*arguments, **constants):
         text = (ROOT / "train.py").read_text("utf-8")
         for name, value in {"DATASET": str(folder), **constants}.items():

@@ -158,18 +158,16 @@ def saved(tmp_path_factory):
     torch.manual_seed(SEED)
     model = models.VQRAE("cifar", "fsq", {"levels": [8, 5]}, decoder_width=32, decoder_depth=1, stage=2)
     path = tmp_path_factory.mktemp("saved") / "a.pt"
-    models.save_checkpoint(path, model, metrics={"psnr": 20.0}, epoch=3)
+    models.save_checkpoint(path, model)
     return model.eval(), path
 
 
 def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
-    """It has the model's config, weights and stage, and metadata."""
+    """It has the model's config, weights and stage."""
     monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
     model, images = models.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32)
     assert not model.training and model.stage == 2 and model.config == saved[0].config
     assert torch.equal(model(images)[0], saved[0](images)[0])
-    content = load_torch(saved[1], "metrics", "epoch")
-    assert (content["metrics"], content["epoch"]) == ({"psnr": 20.0}, 3)
 
 
 def test_a_small_checkpoint_has_a_quarter_of_the_size_and_nearly_the_same_weights(saved):
