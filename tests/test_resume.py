@@ -92,6 +92,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills
     assert run([tmp_path / "killed"], arguments) == [0]
     (*expected, whole), (*found, killed) = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     assert found == expected
+    assert whole.keys() == {"model", "discriminator", "gan_optimizer", "adamw", "muon"}
     torch.testing.assert_close(killed, whole, rtol=0, atol=0)
 
 
