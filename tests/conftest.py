@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.getenv("TEST_SEED", "0"))  # of all random numbers in tests: each test holds for any seed
 ENVIRONMENT = dict(os.environ)  # what test_gpu.py starts its processes with
-# results are compared bit for bit and between processes: on a CPU; set before any test imports torch
+# On a CPU results can be compared bit for bit. This is set before any test imports torch.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["PYTHONPATH"] = str(ROOT)
 sys.path.insert(0, str(ROOT))
@@ -89,21 +89,3 @@ def main(folder, monkeypatch):
         return next(iter({*Path("outputs").glob("*")} - before), None)
 
     return run
-
-
-@pytest.fixture
-def torch_home(tmp_path, monkeypatch):
-    """The folder of torch.hub's downloads, with torchvision's VGG16 of random weights."""
-    import torch
-    from torchvision.models import VGG16_Weights, vgg16
-
-    with torch.device("meta"):
-        weights = vgg16().state_dict()
-    for name, weight in weights.items():  # LPIPS ignores the classifier: one number stands for its 124 million
-        random = name.startswith("features")
-        weights[name] = 0.05 * torch.randn(weight.shape) if random else torch.zeros(()).expand(weight.shape)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints"
-    path.mkdir(parents=True)
-    torch.save(weights, path / Path(VGG16_Weights.DEFAULT.url).name)
-    return path

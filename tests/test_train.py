@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from conftest import ROOT, SEED
 from PIL import Image
 from torch import nn
+from torchvision.models.vgg import VGG, VGG16_Weights
 
 import muon
 import train
 import utils
 from data import list_split, load_dataset
-from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
+from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, load_checkpoint
 from utils import evaluate, load_torch
 
 
@@ -46,13 +47,11 @@ def small_model(quantizer="simvq_learned", stage=1):
 
 
 @pytest.fixture
-def set_constants(monkeypatch):
+def set_constants():
     """set_constants(NAME=value, ...) sets train.py's constants for a test."""
-    def set_all(**constants):
-        for name, value in constants.items():
-            monkeypatch.setattr(train, name, value)
-
-    return set_all
+    before = dict(vars(train))
+    yield vars(train).update
+    vars(train).update(before)
 
 
 # Losses and optimizers
@@ -73,31 +72,20 @@ def test_the_loss_is_the_weighted_sum_of_all_losses(stage):
         "perceptual_loss": F.mse_loss(teacher(output)[[0, 2, 4]], teacher(images)[[0, 2, 4]]),
         "distill_loss": F.mse_loss(model.encoder(images), teacher(images)) if stage == 2 else torch.tensor(0.0),
         "discriminator_loss": ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2}
-    torch.testing.assert_close({name: losses[name] for name in expected}, expected, rtol=1e-3, atol=1e-5)
-    norms = {}  # the GAN's gradient at the decoder's last layer gets the norm of the L2 loss's
-    for name in ("l2_loss", "gan_loss"):
-        norms[name] = torch.autograd.grad(losses[name], model.decoder.head.weight, retain_graph=True)[0].norm()
+    l2, gan = [torch.autograd.grad(expected[name], model.decoder.head.weight, retain_graph=True)[0].norm()
+               for name in ("l2_loss", "gan_loss")]
     weights = {"l2_loss": 16, "quantizer_loss": 1, "perceptual_loss": 0.7, "distill_loss": 0.9,
-               "gan_loss": 0.5 * 16 * norms["l2_loss"] / (norms["gan_loss"] + 1e-4)}
-    torch.testing.assert_close(losses["loss"], sum(weights[name] * losses[name] for name in weights))
+               "gan_loss": 0.5 * 16 * l2 / (gan + 1e-4)}  # as if both had one norm at the decoder's last layer
+    expected["loss"] = sum(weight * expected[name] for name, weight in weights.items())
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+    gradients = [torch.autograd.grad(x["loss"], train.parameters(model)) for x in (losses, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    assert all(gradient.any() for gradient in gradients[0])  # each parameter learns
 
 
-def test_each_loss_teaches_the_parts_that_it_should():
-    model, images, teacher = small_model(stage=2)
-    losses = train.objective(model, images, teacher, None, PatchDiscriminator(16), 0.7, 0.9, 0.5)
-    names, learning = zip(*model.named_parameters())
-    reached = {}
-    for loss in ("loss", "l2_loss", "perceptual_loss", "gan_loss", "quantizer_loss", "distill_loss"):
-        gradients = torch.autograd.grad(losses[loss], learning, retain_graph=True, allow_unused=True)
-        reached[loss] = {name.split(".")[0] for name, gradient in zip(names, gradients)
-                         if gradient is not None and gradient.abs().max() > 0}
-    tokens = {"encoder", "adapter", "quantizer"}
-    image = {*tokens, "post_quant_conv", "decoder"}
-    assert reached == {"loss": image, "l2_loss": image, "perceptual_loss": image, "gan_loss": image,
-                       "quantizer_loss": tokens, "distill_loss": {"encoder"}}
-
-
-def test_lpips_sees_all_images_clamped(set_constants, torch_home):
+def test_lpips_sees_all_images_clamped(set_constants, monkeypatch):
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(VGG, "load_state_dict", lambda *_: None)  # random weights stay
     set_constants(PERCEPTUAL="lpips")
     model, images, teacher = small_model("none")  # rounding cannot move a token
     _, lpips = train.build_loss_networks(model)
@@ -121,92 +109,84 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine():
 
 
 def test_muon_is_that_of_torch(monkeypatch):
-    """A step changes each matrix as torch's Muon does, also a convolution's, except for the rounding of bf16."""
+    """Steps change each matrix as torch's Muon does, also a convolution's, except for the rounding of bf16."""
     monkeypatch.setattr(muon, "fast_bf16", lambda device: True)  # torch's Muon is in bf16 everywhere
     theirs = [nn.Parameter(torch.randn(shape)) for shape in ((8, 72), (8, 40), (72, 8), (10, 30), (16, 16), (8, 40))]
     ours = copy.deepcopy([theirs[0].detach().view(8, 8, 3, 3).requires_grad_(), *theirs[1:]])
     unused, options = nn.Parameter(torch.ones(3, 3)), {"lr": 0.1, "weight_decay": 0.5}
     optimizer = muon.Muon([*ours, unused], **options)
     reference = torch.optim.Muon(theirs, **options, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    before = copy.deepcopy(theirs)
     for _ in range(5):
-        before = [p.detach().clone() for p in theirs]
         for a, b in zip(ours, theirs):
             b.grad = torch.randn_like(b)
-            a.data, a.grad = b.detach().view_as(a).clone(), b.grad.view_as(a).clone()
+            a.grad = b.grad.view_as(a).clone()
         optimizer.step()
         reference.step()
-        for a, b, start in zip(ours, theirs, before):
-            assert (a.view_as(b) - b).norm() < 0.03 * (b - start).norm()
+    for a, b, start in zip(ours, theirs, before):
+        assert (a.view_as(b) - b).norm() < 0.03 * (b - start).norm()
     assert torch.equal(unused, torch.ones(3, 3))  # a matrix without a gradient stays
 
 
 @pytest.mark.parametrize("encoder, stage, rate", [
     ("cifar", 1, 0.5), ("cifar", 2, 0.25), ("vit_tiny_patch16_224", 1, 0.5)])
 def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rate, set_constants):
-    """Embeddings, maps into and out of blocks, and vectors are AdamW's. OPTIMIZER=adamw gives it all."""
+    """AdamW gets embeddings, maps into and out of blocks, and vectors."""
     set_constants(LEARNING_RATE=(0.5, 0.25), OPTIMIZER="muon")
     model = VQRAE(encoder, post_quant_kernel=3, decoder_depth=1, pretrained=False).set_stage(stage)
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    others = ("encoder", "quantizer", "decoder.head", "decoder.proj")
-    matrices = {name for name, p in learning.items() if p.ndim > 1 and not name.startswith(others)}
     optimizers = train.build_optimizers(model, stage)
-    names = {id(p): name for name, p in learning.items()}
-    found = {kind: {names[id(p)] for p in x.param_groups[0]["params"]} for kind, x in optimizers.items()}
-    assert found == {"adamw": learning.keys() - matrices, "muon": matrices}
+    for name, p in model.named_parameters():
+        found = [kind for kind, x in optimizers.items() if any(p is other for other in x.param_groups[0]["params"])]
+        matrix = p.ndim > 1 and not name.startswith(("encoder", "quantizer", "decoder.head", "decoder.proj"))
+        assert found == ["muon" if matrix else "adamw"] * p.requires_grad, name
     assert optimizers["adamw"].defaults["lr"] == rate and optimizers["muon"].defaults["lr"] == 2 * rate
-    set_constants(OPTIMIZER="adamw")
-    adamw, = train.build_optimizers(model, stage).values()
-    assert {id(p) for p in adamw.param_groups[0]["params"]} == names.keys()
 
 
 # A run
 
 def test_training_is_what_the_table_of_stages_says(main, folder, set_constants):
-    """Both stages as a plain loop: AdamW at the stage's rate, clipped gradients, the GAN after half of stage 1."""
+    """A plain loop does the same: clipped gradients, the stage's constants, and a GAN in the second half of stage 1."""
     set_constants(fast_bf16=lambda device: False)
     outputs = main("QUANTIZER=fsq", "OPTIMIZER=adamw", "EPOCHS=(2, 1)", "GAN_WEIGHT=0.5",
                    "LEARNING_RATE=(2e-3, 5e-4)", "PERCEPTUAL_WEIGHT=(0.3, 0.2)", "DISTILL_WEIGHT=0.1")
     images, rows, norms = load_dataset(str(folder), 16).train_images, table(outputs), []
     utils.seed_everything(SEED)
     model, teacher = train.build_model(), build_encoder("cifar", 4).eval().requires_grad_(False)
-    for stage, rate, epochs, perceptual_weight in ((1, 2e-3, 2, 0.3), (2, 5e-4, 1, 0.2)):
+    for stage, epochs, rate, perceptual_weight in ((1, 2, 2e-3, 0.3), (2, 1, 5e-4, 0.2)):
         model.set_stage(stage).train()
         utils.seed_everything(SEED, stage)
-        critic, log = PatchDiscriminator(16), []
-        learning = [p for p in model.parameters() if p.requires_grad]
+        critic, learning = PatchDiscriminator(16), train.parameters(model)
         adamw = torch.optim.AdamW(learning, betas=(0.9, 0.95), fused=True)
         gan_adamw = torch.optim.AdamW(critic.parameters(), 2e-4, (0.5, 0.9), fused=True)
-        for step in range(2 * epochs):
-            if step % 2 == 0:
-                batches = train.epoch_batches(images, stage, step // 2 + 1, 2)
-            gan = stage == 1 and step >= 2
-            losses = train.objective(model, next(batches), teacher, None, critic if gan else None, perceptual_weight,
-                                     distill_weight=0.1, gan_weight=0.5)
-            adamw.zero_grad()
-            gan_adamw.zero_grad()
-            if gan:
-                losses["discriminator_loss"].backward(inputs=[*critic.parameters()], retain_graph=True)
-            losses["loss"].backward(inputs=learning)
-            norms.append(nn.utils.clip_grad_norm_(learning, 1.0))
-            adamw.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / (2 * epochs)))
-            adamw.step()
-            if gan:
-                gan_adamw.step()
-            log.append([losses[name].item() for name in ("loss", "gan_loss", "discriminator_loss")])
+        for epoch in range(1, epochs + 1):
+            gan, log = (stage, epoch) == (1, 2), []
+            batches = train.epoch_batches(images, stage, epoch, steps=2)
+            for step, batch in enumerate(batches, 2 * epoch - 2):
+                losses = train.objective(model, batch, teacher, None, critic if gan else None, perceptual_weight,
+                                         distill_weight=0.1, gan_weight=0.5)
+                if gan:
+                    losses["discriminator_loss"].backward(inputs=[*critic.parameters()], retain_graph=True)
+                losses["loss"].backward(inputs=learning)
+                log.append(torch.stack([*losses.values()]).detach())
+                norms.append(nn.utils.clip_grad_norm_(learning, 1.0))
+                adamw.param_groups[0]["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / (2 * epochs)))
+                for optimizer in (adamw, gan_adamw):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            expected, row = torch.stack(log).mean(0).tolist(), rows.pop(0)
+            assert [row[name] for name in losses] == pytest.approx(expected, rel=1e-3, abs=1e-4)
         weights = load_torch(checkpoint(outputs, f"stage{stage}_epoch_{epochs}"))["model"]
         torch.testing.assert_close(model.state_dict(), weights, rtol=1e-4, atol=1e-4)
-        logged = [[row["loss"], row["gan_loss"], row["discriminator_loss"]] for row in rows if row["stage"] == stage]
-        torch.testing.assert_close(torch.tensor(logged), torch.tensor(log).view(-1, 2, 3).mean(1), rtol=1e-3, atol=1e-4)
     assert max(norms) > 1  # some were clipped
 
 
-def test_accumulated_micro_batches_have_the_gradient_of_one_batch(set_constants):
+def test_micro_batches_have_the_gradient_of_one_batch(set_constants):
     model, images, teacher = small_model("none", stage=2)
     learning, sums = train.parameters(model), []
-    for micro_batches in ([images[:4]], [images[:2], images[2:4]]):
-        set_constants(bf16=False, ACCUMULATE=len(micro_batches))
+    for count in (1, 2):
+        set_constants(bf16=False, ACCUMULATE=count)
         model.zero_grad()
-        for batch in micro_batches:
+        for batch in images[:4].split(4 // count):
             _, gradients = train.losses_and_gradients(model, teacher, None, batch, None)
             train.add_gradients(learning, gradients)
         sums.append(torch.cat([p.grad.flatten() for p in learning]))
@@ -226,35 +206,19 @@ def test_a_run_leaves_figures_pictures_and_checkpoints(trained):
     assert json.loads((outputs / "results.json").read_text())["constants"]["EPOCHS"] == [2, 1]
 
 
-@pytest.mark.parametrize("options", ["none", "product_vq CODEBOOKS=4 ACCUMULATE=2"])
-def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(options, main, folder):
+@pytest.mark.parametrize("options, codes", [("none", 0), ("product_vq CODEBOOKS=4 ACCUMULATE=2", 16**4)])
+def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(options, codes, main, folder):
     """EVAL_IMAGES are measured after an epoch, and all at the end."""
-    quantizer, *more = options.split()
-    outputs = main(f"QUANTIZER={quantizer}", "CODEBOOK_SIZE=16", *more)
-    images, rows = load_dataset(str(folder), 16).test_images, table(outputs)
-    results = json.loads((outputs / "results.json").read_text())
-    assert outputs.name.startswith(f"tiny_cifar_{quantizer}_") and results["run"] == outputs.name
-    files = [("stage1_epoch_1", images[:4], rows[0]), ("stage2_epoch_1", images[:4], rows[1]),
-             ("stage2_best", images, results)]
-    for name, measured, figures in files:
+    outputs = main("CODEBOOK_SIZE=16", *f"QUANTIZER={options}".split())
+    images, results = load_dataset(str(folder), 16).test_images, json.loads((outputs / "results.json").read_text())
+    assert results["run"] == outputs.name
+    names = ("stage1_epoch_1", "stage2_epoch_1", "stage2_best")
+    for name, count, figures in zip(names, (4, 4, None), (*table(outputs), results)):
         model = load_checkpoint(checkpoint(outputs, name))
-        expected, *_ = evaluate(model, measured, 4)
+        expected, *_ = evaluate(model, images[:count], 4)
         assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-        assert model.config["quantizer"] == quantizer and model.stage == figures.get("stage", 2)
-    assert (outputs / "usage.png").exists() == (quantizer != "none")
-
-
-@pytest.mark.filterwarnings("ignore")  # the library's
-@pytest.mark.parametrize("quantizer, options, codes", [
-    ("fsq", {}, 64_000), ("ddcl", {}, 31**4), ("ema_vq", {}, 16), ("simvq", {}, 16), ("simvq_learned", {}, 16),
-    ("residual_vq", {"CODEBOOKS": 3}, 16**3), ("lfq", {}, 16), ("bsq", {}, 16), ("rotation_vq", {}, 16),
-    ("residual_fsq", {"FSQ_LEVELS": (2, 2)}, 4**2), ("library", {"LIBRARY": {"kind": "LFQ", "codebook_size": 8}}, 8)])
-def test_each_quantizer_gets_its_constants_and_trains(quantizer, options, codes, set_constants):
-    set_constants(QUANTIZER=quantizer, CODEBOOK_SIZE=16, IMAGE_SIZE=16, GRID=4, bf16=False, **options)
-    model = train.build_model().train()
-    assert model.quantizer.codebook_size == codes
-    losses, gradients = train.losses_and_gradients(model, model.encoder, None, torch.rand(4, 3, 16, 16), None)
-    assert losses["loss"].isfinite() and all(x.isfinite().all() for x in gradients if x is not None)
+        assert (model.quantizer.codebook_size, model.stage) == (codes, figures.get("stage", 2))
+    assert (outputs / "usage.png").exists() == (codes > 0)
 
 
 def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, capsys):
@@ -262,11 +226,10 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, c
     psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
     monkeypatch.setattr(utils, "psnr", lambda images, _: torch.full((len(images),), next(psnrs, 0.0)))
     outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")
-    assert [row["psnr"] for row in table(outputs)] == [3, 5, 4, 2, 1]
     assert len(re.findall("(?m)^ +[12] +[123] ", capsys.readouterr().out)) == 5  # a line for each epoch
     for stage, epoch, kept in ((1, 2, "23"), (2, 1, "12")):
         best, same = (load_torch(checkpoint(outputs, f"stage{stage}_{x}")) for x in ("best", f"epoch_{epoch}"))
-        assert (best["stage"], best["metrics"]["epoch"], best["run"]) == (stage, epoch, outputs.name)
+        assert best["run"] == outputs.name and best["metrics"] == same["metrics"]
         torch.testing.assert_close(best["model"], same["model"], rtol=0, atol=0)
         files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
         assert sorted(path.stem[-1] for path in files) == [*kept]
@@ -337,7 +300,7 @@ def test_a_vit_and_its_teacher_have_the_same_layers(set_constants):
     teacher, _ = train.build_loss_networks(model, pretrained=False)
     teacher.load_state_dict(model.encoder.state_dict())
     losses, _ = train.losses_and_gradients(model, teacher, None, torch.rand(2, 3, 32, 32), None)
-    assert teacher.layers == model.encoder.layers == 2 and losses["distill_loss"] < 1e-6 and losses["loss"].isfinite()
+    assert teacher.layers == model.encoder.layers == 2 and losses["distill_loss"] < 1e-6
 
 
 @pytest.mark.parametrize("encoder, quantizer, grid", [("cifar", "ema_vq", 4), ("cnn", "rotation_vq", 2)])
@@ -349,20 +312,11 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, ma
     outputs = main(*constants, "STAGES=(2,)", "START_CHECKPOINT=start.pt", "LEARNING_RATE=0.0", "IMAGE_SIZE=32",
                    f"GRID={2 * grid}", "BATCH_SIZE=8")  # a library quantizer's options may depend on BATCH_SIZE
     start, model = load_checkpoint("start.pt"), load_checkpoint(checkpoint(outputs, "stage2_best"))
-    configs = [x.config | {"quantizer_options": train.without_batch_options(x.config["quantizer_options"])}
-               for x in (start, model)]
-    assert configs[1] == configs[0] | {"image_size": 32, "grid": 2 * grid}
+    assert (model.config["image_size"], model.config["grid"]) == (32, 2 * grid)
     for (name, p), before in zip(model.named_parameters(), start.parameters()):
         assert torch.equal(p, before), name
     if quantizer == "ema_vq":
         assert (model.quantizer.codebook != start.quantizer.codebook).any()  # its moving averages go on
-
-
-@pytest.mark.parametrize("quantizer", ["ema_vq", "fsq"])
-def test_a_shipped_file_goes_on_with_the_constants_as_they_stand(quantizer, set_constants):
-    start = PRETRAINED_DIR / f"vqrae_{quantizer}.pt"
-    set_constants(QUANTIZER=quantizer, START_CHECKPOINT=str(start), STAGES=(2,))
-    assert train.build_model().config["quantizer"] == quantizer
 
 
 def test_stage_1_refuses_an_encoder_that_was_trained(set_constants):
@@ -381,10 +335,7 @@ def test_stage_1_refuses_an_encoder_that_was_trained(set_constants):
 
 @pytest.fixture
 def begin(folder, monkeypatch):
-    """begin("NAME=value", ..., NAME=value, ...) starts train.py with these arguments, and these constants in its file.
-
-    It returns the run's name, or the error's line.
-    """
+    """begin("NAME=value", NAME=value) starts a train.py with this constant. Returns the run's name, or an error."""
     def start(*arguments, **constants):
         text = (ROOT / "train.py").read_text("utf-8")
         for name, value in {"DATASET": str(folder), **constants}.items():
@@ -410,28 +361,28 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("FSQ_LEVELS", "6"), ("MY_SET", {1, 2}), ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("FLIP", 1),
-    ("LEARNING_RATE", [1e-3, -1e-4]),
-    ("LIBRARY", ["LFQ"]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"), ("COMPILE", "on"),
-    ("OPTIMIZER", "sgd"), ("PERCEPTUAL", "vgg"), ("START_CHECKPOINT", "a.pt"), ("SEED", 1753000000000000000),
+    ("FSQ_LEVELS", "6"), ("MY_SET", {1, 2}), ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("FLIP", 1), ("GAN_WEIGHT", True),
+    ("LEARNING_RATE", [1e-3, -1e-4]), ("LIBRARY", ["LFQ"]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"),
+    ("COMPILE", "on"), ("OPTIMIZER", "sgd"), ("PERCEPTUAL", "vgg"), ("START_CHECKPOINT", "a.pt"), ("SEED", 10**18),
     ("BATCH_SIZE", 99999), ("ACCUMULATE", 0), ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0),
     ("POST_QUANT_KERNEL", 2), ("ENCODER", "cifra"), ("GRID", 5), ("IMAGE_SIZE", [32, 50]), ("DATASET", "none"),
     ("DEVICE", "tpu")])
 def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
-    """In one line, before a run begins."""
-    line = begin(**{name: value})
-    assert line.startswith(f"train.py: {name} = {tuple(value) if isinstance(value, list) else value!r}, allowed: ")
-    assert "\n" not in line
+    """This takes one line, before a run begins."""
+    text = repr(tuple(value) if isinstance(value, list) else value)
+    assert re.fullmatch(rf"train.py: {name} = {re.escape(text)}, allowed: .+", begin(**{name: value}))
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("QUANTIZER", "lfq", "QUANTIZER = 'lfq', allowed: fsq"), ("ENCODER", "cnn", "ENCODER = 'cnn', allowed: cifar"),
-    ("FSQ_LEVELS", [8, 8], "QUANTIZER_OPTIONS = {'levels': (8, 8)}"), ("GRID", 4, "IMAGE_SIZE / GRID = 8, allowed: 4"),
-    ("DECODER_WIDTH", 64, "DECODER_WIDTH = 64, allowed: 192"), ("STAGES", [1], "START_CHECKPOINT = 'start.pt', ")])
-def test_a_start_checkpoint_needs_the_constants_of_its_model(name, value, message, begin):
-    save_checkpoint("start.pt", VQRAE("cifar", "fsq", {"levels": (5, 5)}, encoder_layers=0, stage=2))
-    right = {"START_CHECKPOINT": "start.pt", "STAGES": [2], "QUANTIZER": "fsq", "FSQ_LEVELS": [5, 5]}
-    assert begin(**right | {name: value}).startswith(f"train.py: {message}")
+@pytest.mark.parametrize("constants, line", [
+    ({}, "tiny_cifar_ema_vq_"), ({"QUANTIZER": "fsq"}, "train.py: QUANTIZER = 'fsq', allowed: ema_vq"),
+    ({"QUANTIZER": "fsq", "START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_fsq.pt"}, "tiny_cifar_fsq_"),
+    ({"ENCODER": "cnn"}, "train.py: ENCODER = 'cnn', allowed: cifar"),
+    ({"CODE_DIM": 8}, "train.py: QUANTIZER_OPTIONS = {"), ({"GRID": 4}, "train.py: IMAGE_SIZE / GRID = 8, allowed: 4"),
+    ({"DECODER_WIDTH": 64}, "train.py: DECODER_WIDTH = 64, allowed: 192"),
+    ({"STAGES": [1]}, "train.py: START_CHECKPOINT = ")])
+def test_a_shipped_file_goes_on_with_the_constants_of_its_model_alone(constants, line, begin):
+    start = {"START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_ema_vq.pt", "STAGES": [2]}
+    assert begin(**start | constants).startswith(line)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

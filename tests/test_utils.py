@@ -1,7 +1,6 @@
 """utils.py without its metrics and its class Run: constants, errors, files, pictures. And checkpoints of models.py."""
 import copy
 import io
-import math
 import os
 import sys
 from pathlib import Path
@@ -32,25 +31,18 @@ def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expect
     constants = read_constants(namespace, [argument], KINDS)
     assert constants[name] == expected and type(constants[name]) is type(expected)
     assert namespace == CONSTANTS | {"LEVELS": (8, 5), name: expected}  # a list is as good as a tuple
-    assert list(constants) == ["NAME", "SIZE", "RATE", "EPOCHS", "LEVELS", "OPTIONS", "FLIP"]
+    assert constants.keys() == {name for name in CONSTANTS if name.isupper()}
 
 
 @pytest.mark.parametrize("argument, message", [
     ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value,.* such as SIZE$"), ("size=64", "such as SIZE$"),
     ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("RATE=1e999", "RATE = inf"), ("RATE=1_000/5", "'1_000/5'"),
-    ("EPOCHS=(2, -1)", "EPOCHS = "), ("EPOCHS=(1, 1, 1)", "EPOCHS = "), ("EPOCHS=()", "EPOCHS = ")])
+    ("EPOCHS=(2, -1)", "EPOCHS = "), ("EPOCHS=1.5", "EPOCHS = "), ("EPOCHS=()", "EPOCHS = "), ("LEVELS=8", "LEVEL")])
 def test_an_argument_that_is_no_constant_or_no_value_changes_nothing(argument, message):
     namespace = dict(CONSTANTS)
     with refused(message):
         read_constants(namespace, ["NAME=simvq", argument], KINDS)
     assert namespace == CONSTANTS
-
-
-@pytest.mark.parametrize("name, value", [
-    ("RATE", math.inf), ("RATE", "1e-3"), ("RATE", True), ("EPOCHS", 1.5), ("LEVELS", 8)])
-def test_the_file_passes_the_checks_of_the_command_line(name, value):
-    with refused(f"^{name} = "):
-        read_constants(CONSTANTS | {name: value}, [], KINDS)
 
 
 def test_a_misspelt_constant_of_the_file_is_missed_by_its_name():
@@ -69,16 +61,6 @@ def test_an_error_that_a_person_can_mend_ends_the_script_in_one_line(error, mess
     with pytest.raises(SystemExit) as end, utils.one_line_errors("stop; go on"):
         raise error
     assert end.value.code == f"train.py: {message}"  # Python prints such a text to stderr, and ends with code 1
-
-
-def test_a_mistake_in_code_keeps_its_traceback():
-    error = ValueError("a")
-    with pytest.raises(ValueError) as raised, utils.one_line_errors():
-        raise error
-    assert raised.value is error
-    with refused("^The file cannot be read: a$") as raised, utils.errors_as(InputError, "The file cannot be read"):
-        raise error
-    assert raised.value.__cause__ is error
 
 
 def test_a_letter_that_the_terminal_lacks_is_replaced(monkeypatch):
@@ -140,14 +122,14 @@ def test_a_file_that_a_virus_scanner_holds_is_written_a_moment_later(monkeypatch
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_and_runs_no_code(capsys):
-    save_torch("good.pt", {"config": {}, "model": torch.arange(5000.0)})
+    malicious = type("Malicious", (), {"__reduce__": lambda self: (print, ("code was run",))})()
+    for name, value in {"malicious": {"config": malicious, "model": 1}, "list": [1], "keys": {"config": {}},
+                        "good": {"config": {}, "model": torch.arange(5000.0)}}.items():
+        torch.save(value, f"{name}.pt")
     content = Path("good.pt").read_bytes()
     Path("flipped.pt").write_bytes(content.replace(torch.tensor([100.0, 101]).numpy().tobytes(), bytes(8)))
-    Path("cut.pt").write_bytes(content[: len(content) // 2])
+    Path("cut.pt").write_bytes(content[:-9])
     Path("text.pt").write_text("hello")
-    malicious = type("Malicious", (), {"__reduce__": lambda self: (print, ("code was run",))})()
-    for name, value in {"malicious": {"config": malicious, "model": 1}, "list": [1], "keys": {"config": {}}}.items():
-        torch.save(value, f"{name}.pt")
     for name in ("flipped", "cut", "text", "malicious", "keys", "list", "missing"):
         with refused(f"^The checkpoint {name}.pt cannot be read: ."):
             load_torch(f"{name}.pt", "config", "model")
@@ -161,11 +143,11 @@ def test_each_row_of_a_grid_stands_above_its_reconstructions():
     images, output = torch.randint(256, (2, 5, 3, 32, 32), dtype=torch.uint8)
     utils.save_pairs(Path("new/grid.png"), images, output, columns=2)
     grid = torch.from_numpy(np.array(Image.open("new/grid.png"))).permute(2, 0, 1)
-    assert grid.shape == (3, 4 * 130 + 2, 2 * 130 + 2)
     for row, pair in enumerate((images[:2], output[:2], images[2:4], output[2:4])):
         for column, image in enumerate(pair):
             cell = grid[:, 130 * row + 2 :, 130 * column + 2 :][:, :128, :128]
             assert torch.equal(cell, image.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert grid.shape == (3, 4 * 130 + 2, 2 * 130 + 2)
 
 
 # Checkpoints
@@ -176,18 +158,16 @@ def saved(tmp_path_factory):
     torch.manual_seed(SEED)
     model = models.VQRAE("cifar", "fsq", {"levels": [8, 5]}, decoder_width=32, decoder_depth=1, stage=2)
     path = tmp_path_factory.mktemp("saved") / "a.pt"
-    models.save_checkpoint(path, model, metrics={"psnr": 20.0}, epoch=3)
+    models.save_checkpoint(path, model)
     return model.eval(), path
 
 
 def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
-    """It has the model's config, weights and stage, and metadata."""
+    """It has the model's config, weights and stage."""
     monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
     model, images = models.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32)
     assert not model.training and model.stage == 2 and model.config == saved[0].config
     assert torch.equal(model(images)[0], saved[0](images)[0])
-    content = load_torch(saved[1])
-    assert (content["metrics"], content["epoch"]) == ({"psnr": 20.0}, 3)
 
 
 def test_a_small_checkpoint_has_a_quarter_of_the_size_and_nearly_the_same_weights(saved):
@@ -203,8 +183,8 @@ def test_a_compiled_or_wrapped_model_is_saved_as_it_is(saved):
     model = copy.deepcopy(saved[0])
     model.decoder = torch.compile(model.decoder)
     models.save_checkpoint("compiled.pt", torch.nn.Sequential(torch.compile(model)))
-    weights, expected = models.load_checkpoint("compiled.pt").state_dict(), saved[0].state_dict()
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+    found = models.load_checkpoint("compiled.pt").state_dict()
+    torch.testing.assert_close(found, saved[0].state_dict(), rtol=0, atol=0)
 
 
 def test_a_damaged_folder_of_a_shared_model_is_refused(saved):
