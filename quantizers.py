@@ -8,8 +8,8 @@
     quantizer.codebook_size                 # the number of codes
 
 A token is one position of the grid and has C numbers. project_in maps them to code_dim numbers, the nearest code
-replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens; project=False leaves out
-both maps.
+replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens. project=False leaves out
+both maps, and code_dim with them.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
 import contextlib
@@ -30,26 +30,25 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    A token has one index, also with several codebooks. In mixed radix its digit k, at most codebook_sizes[k] - 1, is
-    the k-th codebook's own index.
+    A token has one index, also with several codebooks: in mixed radix its digit k is the k-th codebook's own index.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
     residual = False  # whether the first few codebooks can be decoded alone
 
-    def __new__(cls, *arguments, **options):  # here, so that no subclass has to write its config
+    def __new__(cls, *arguments, **options):  # records the options, so that no subclass has to write its config
         quantizer = super().__new__(cls)
-        quantizer.config = describe(cls, arguments, options)
+        quantizer.config = config_of(cls, arguments, options)
         return quantizer
 
     def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
         super().__init__()
         self.dim = dim
         self.code_dim = code_dim if project and code_dim else dim
-        self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         sizes = (dim, self.code_dim, *codebook_sizes)
-        valid = all(isinstance(n, int) and n > 0 for n in sizes) and self.codebook_size < 2**62
+        valid = all(type(n) is int and n > 0 for n in sizes) and math.prod(codebook_sizes) < 2**62
         check(valid, "dim, code_dim, codebook sizes", sizes, "integers from 1, below 2**62 codes in all")
+        self.codebook_sizes, self.codebook_size = codebook_sizes, math.prod(codebook_sizes)
         self.project_in = nn.Linear(dim, self.code_dim) if project else nn.Identity()
         self.project_out = nn.Linear(self.code_dim, dim) if project else nn.Identity()
 
@@ -64,9 +63,8 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor) -> Quantized:
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar), indices (B, H, W) or (B, N), int64.
 
-        z_q's gradient reaches z. In train mode the codes of EMA-VQ and MatchedSimVQ move, and DDCL adds noise.
-        InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12. Train mode does not look at
-        values, as it would wait for the GPU: a NaN reaches your loss.
+        z_q's gradient reaches z. InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12.
+        Train mode does not look at values, as it would wait for the GPU: a NaN reaches your loss.
         """
         tokens, shape = to_tokens(z, self.dim, "z")
         if not self.training:
@@ -83,9 +81,9 @@ class Quantizer(nn.Module, ABC):
         valid = depth is None or (self.residual and depth in range(1, len(self.codebook_sizes) + 1))
         check(valid, "depth", depth, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
-        tokens = indices.flatten(1)
+        options = {} if depth is None else {"depth": depth}
         with torch.autocast(indices.device.type, enabled=False):
-            codes = self.lookup(tokens) if depth is None else self.lookup(tokens, depth)
+            codes = self.lookup(indices.flatten(1), **options)
             return to_grid(self.project_out(codes), indices.shape)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
@@ -99,17 +97,7 @@ class Quantizer(nn.Module, ABC):
         InputError for another shape, for NaNs or magnitudes above 1e12, and for a quantizer of more than 2**24 codes.
         """
         tokens, shape = to_tokens(z_q, self.dim, "z_q")
-        check_range(tokens, -1e12, 1e12, "z_q")
-        check(0 < self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "1 to 2**24 here")
-        least, indices = torch.inf, 0
-        with torch.autocast(z_q.device.type, enabled=False):
-            for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):  # to bound the memory
-                codes = self.project_out(self.lookup(block[None]))[0]
-                nearest = nearest_code(tokens, codes)
-                distances = (tokens - codes[nearest]).square().sum(-1)
-                indices = torch.where(distances < least, block[nearest], indices)
-                least = distances.clamp(max=least)
-        return indices.view(shape)
+        return nearest_index(self, tokens).view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """Indices, as a tensor, a list or an array -> an int64 tensor on the quantizer's device.
@@ -122,17 +110,14 @@ class Quantizer(nn.Module, ABC):
         integers = not indices.is_floating_point() and indices.dtype != torch.bool
         check(integers, "dtype of indices", indices.dtype, "integers")
         require(not dims or indices.ndim in dims, f"indices have the shape {tuple(indices.shape)}, but "
-                f"{' or '.join(map(str, dims))} dimensions are needed. indices[None] makes a batch of one image.")
+                f"{' or '.join(map(str, dims))} dimensions are needed.")
         indices = indices.to(weights[0].device if weights else indices.device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 
     def _apply(self, function, recurse: bool = True):
         """half(), bfloat16() and double() leave a quantizer in fp32: rounded tokens would get other indices."""
-        def move(x: Tensor) -> Tensor:
-            moved = function(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
-        return super()._apply(move, recurse)
+        return super()._apply(lambda x: keep_type(x, function(x)), recurse)
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
@@ -176,15 +161,16 @@ class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
     A token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends m = round((x + u) / delta)
-    and receives m delta - u. This error is uniform and independent of x, so x's gradient is exact. In eval mode u is 0,
-    and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed
-    over the four numbers. By Jensen it bounds the message's expected length: E log2(2 |m| + 1) <= log2(2 E|m| + 1).
+    and receives m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In
+    eval mode u is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times
+    log2(2 |x| / delta + 1) bits, summed over the four numbers. The message has E|m| = |x| / delta, so by Jensen its
+    expected length E log2(2 |m| + 1) is at most so many bits.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
-        steps = round(1 / delta) if isinstance(delta, (int, float)) and 0.031 < delta <= 1 else 0
-        # delta may be rounded to four decimals
-        check(steps and abs(1 / delta - steps) < 0.06, "delta", delta, "1, 1/2, 1/3, ..., 1/32")
+        steps = round(1 / delta) if isinstance(delta, (int, float)) and 0.03 < delta <= 1 else 0
+        valid = 0 < steps <= 32 and abs(delta - 1 / steps) < 1e-4
+        check(valid, "delta", delta, "1, 1/2, 1/3, ..., 1/32, to four decimals")
         super().__init__(dim, [2 * steps + 1] * 4)
         self.delta, self.comm_weight = 1 / steps, comm_weight
 
@@ -227,11 +213,12 @@ class MatchedSimVQ(SimVQ):
     """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
 
     build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
-    A code is A g + m, with a frozen random g and the tokens' running mean m. Suppose that tokens are Gaussian with the
-    covariance C, and are seen in noise of variance s. Codes are then drawn from the distribution of a token's best
-    estimate, whose covariance is C (C + s I)^-1 C (Cover and Thomas, chapter 9). K codes tell tokens apart down to
-    the noise for which log det(I + C / s) / 2 = log K. Directions weaker than the noise get hardly any codes. If all
-    directions are equally strong, this is Shannon's random code (section 10.3).
+    A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
+    covariance C, and add noise of variance s. The best estimate of a token from its noisy copy has the covariance
+    C (C + s I)^-1 C (Cover and Thomas, chapter 9). A gives codes the same covariance. A noisy copy tells
+    log det(I + C / s) / 2 nats about its token. The noise s makes that log K, which the choice of one of K codes can
+    tell. Along directions weaker than the noise, codes hardly differ. If all directions are equally strong, this is
+    Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -250,8 +237,7 @@ class MatchedSimVQ(SimVQ):
             self.update(x.flatten(0, 1))
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
-        error = F.mse_loss(x, codes) / self.variance()
-        loss = error.detach() + self.commitment_cost * error  # the first term moves SimVQ's codes, and here none
+        loss = self.commitment_cost * F.mse_loss(x, codes) / self.variance()  # no loss moves the codes
         return straight_through(x, codes), loss, indices
 
     def variance(self) -> Tensor:
@@ -294,7 +280,7 @@ class EMAVQ(Quantizer):
     A code without tokens stays where it is. The loss is the commitment loss.
 
     Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
-    0.2 times the mean. A step restarts at most as many codes as it has tokens: more codes would have to share tokens.
+    0.2 times the mean. A step restarts at most as many codes as it has tokens. Some of these draw the same token.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -420,16 +406,18 @@ class Library(Quantizer):
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
+        arguments = arguments or {}
         build = partial(getattr(library, kind), dim=code_dim or dim)
-        # A copy is tried on two tokens. It must not wait for other processes, as k-means and shared statistics do.
-        alone = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
+        # A copy is tried on two tokens, which shows its indices' shape, and whether they decode to its output. This
+        # copy must not wait for other processes, as k-means and shared statistics do.
+        unshared = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
         with errors_as(InputError, f"{kind} does not work with {options!r:.300}"):
             with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
                 module = build(**options)
                 with torch.random.fork_rng(devices=[]):
-                    copy = build(**options | alone).eval()
+                    copy = build(**options | unshared).eval()
                 z = torch.linspace(-1, 1, 2 * (code_dim or dim)).view(1, 2, -1)
-                z_q, indices, *_ = copy(z, **arguments or {})
+                z_q, indices, *_ = copy(z, **arguments)
                 codes = read_codes(copy, indices)
             same = codes.shape == z_q.shape == z.shape and torch.allclose(codes, z_q, atol=1e-5)
             require(same, "the codes of its indices are not its output")
@@ -439,8 +427,9 @@ class Library(Quantizer):
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
         codebooks = indices.numel() // 2  # as there are two tokens
         super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
-        self.kind, self.module, self.arguments = kind, module, arguments or {}
-        self.axes, self.groups = indices.ndim, len(indices)  # indices of grouped codebooks have four axes
+        self.kind, self.module, self.arguments = kind, module, arguments
+        # only indices of grouped codebooks have four axes, of which the first is the group
+        self.axes, self.groups = indices.ndim, len(indices)
 
     def quantize(self, x: Tensor) -> Quantized:
         exporting = torch.compiler.is_exporting()  # which fails for all classes but LFQ
@@ -571,6 +560,27 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     return best * size + columns.argmax(1)
 
 
+def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) -> the indices (B, N) of the nearest z_q. Blocks of codes bound the memory."""
+    size = quantizer.codebook_size
+    check_range(tokens, -1e12, 1e12, "z_q")
+    check(0 < size <= 2**24, "codebook_size", size, "1 to 2**24 here")
+    least, indices = torch.inf, 0
+    with torch.autocast(tokens.device.type, enabled=False):
+        for block in torch.arange(size, device=tokens.device).split(2**13):
+            codes = quantizer.project_out(quantizer.lookup(block[None]))[0]
+            nearest = nearest_code(tokens, codes)
+            distances = (tokens - codes[nearest]).square().sum(-1)
+            indices = torch.where(distances < least, block[nearest], indices)
+            least = distances.clamp(max=least)
+    return indices
+
+
+def keep_type(x: Tensor, moved: Tensor) -> Tensor:
+    """x on the device of `moved`, in its own type."""
+    return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+
 def count_processes() -> int:
     """The number of torchrun's processes, or 1."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -613,12 +623,13 @@ def check_registered(name: str):
           f"build or load it: QUANTIZERS[{name!r}] = YourClass")
 
 
-def describe(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
+def config_of(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     """The name and all options, also defaults, with which build_quantizer builds kind(*arguments, **options)."""
     parameters = inspect.signature(kind.__init__).parameters
     names = list(parameters)[1:]  # dim and the options, without self
     chosen = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
     chosen |= dict(zip(names, arguments)) | options
-    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items() if name not in names[:1]}
+    chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
+    chosen.pop(names[0], None)  # the model that builds the quantizer knows dim
     known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]
     return {"quantizer": known[0] if known else kind.__name__, "quantizer_options": chosen}

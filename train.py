@@ -23,7 +23,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-# With this variable, which is read once, when torch is imported, OpenMP's waiting threads soon sleep. Beside one busy
+# GOMP_SPINCOUNT, which is read once, when torch is imported, lets OpenMP's waiting threads soon sleep. Beside one busy
 # program on two cores, a step then takes 2.3 s instead of 4.1 s. On a quiet machine it takes 0.9 s as before.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -101,6 +101,7 @@ kinds = {  # what each constant may be, in this file and on the command line
     tuple[int, ...]: "FSQ_LEVELS STAGES",
     dict: "LIBRARY",
 }
+constants = {}  # main() keeps here what the constants above are in this run
 bf16 = False  # until start_process looks whether it is fast here; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
@@ -108,7 +109,7 @@ rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torc
 def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
               discriminator: nn.Module | None, perceptual_weight: float, distill_weight: float,
               gan_weight: float) -> dict[str, Tensor]:
-    """All losses, scalars before their weights. The model minimises "loss", a weighted sum of them.
+    """Each loss, a scalar, not yet weighted, and as "loss" the weighted sum that the model minimises.
 
     images (B, 3, H, W) in [0, 1]
     teacher: the frozen encoder, or None if the encoder learns from scratch
@@ -131,9 +132,10 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
+        # one pass serves both losses: the caller takes the gradient of each for one network's parameters alone
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
-        discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge loss: above 1, below -1
+        discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
         # The GAN's gradient at the decoder's last layer gets the norm of the L2 loss's (VQGAN, 2012.09841, eq. 7).
         last_layer = model.decoder.head.weight
         l2_gradient = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)[0]
@@ -288,7 +290,7 @@ def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimize
 # The model and the networks of its losses
 
 def quantizer_options() -> dict:
-    """The options of QUANTIZER's class: the constants below, if the class has arguments of these names."""
+    """The options of QUANTIZER's class: those of the constants whose names in `options` are the class's arguments."""
     batch_tokens = micro_batch_size() * (GRID * sizes()[-1] // sizes()[0]) ** 2  # of the largest images
     if QUANTIZER == "library":
         return LIBRARY
@@ -413,10 +415,11 @@ def start_process():
     """Prepare this process's GPU or CPU, and connect the processes of torchrun. InputError without the device."""
     global device, bf16
     with errors_as(InputError, f"DEVICE = {DEVICE!r}, allowed: a device that torch finds here, one for each process"):
+        chosen = torch.device(device)
+        device = chosen.type  # from now on without the GPU's number
         if gpu:
-            torch.cuda.set_device(torch.device(device).index or int(os.getenv("LOCAL_RANK", 0)))
+            torch.cuda.set_device(int(os.getenv("LOCAL_RANK", chosen.index or 0)))
         torch.zeros(1, device=device)
-    device = torch.device(device).type
     bf16 = fast_bf16(device)
     if device == "cpu":
         utils.prepare_cpu()
