@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, features
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
@@ -31,8 +31,7 @@ from utils import digest, progress, replace_file, to_float
 
 DATASETS = ("auto", "cifar10", "shapes")
 DECODE_GB = 30  # above this, training images are read from their files
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # Pillow has others: EPS is code to run
-FORMATS += ("AVIF",) if features.check("avif") else ()
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # Pillow has others: EPS is code to run
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG; all others are metadata
 
 
@@ -67,9 +66,9 @@ class ImageFiles:
     device = "cpu"  # a tensor of images has this attribute, too
 
     def __init__(self, files: list[Path], size: int, labels: Tensor | None = None):
-        self.files = np.array(files, str)  # each worker would copy a list
+        self.files = np.array(files, str)  # a list that is read changes its counts of references: workers would copy it
         self.size = size
-        self.labels = torch.zeros(len(files)) if labels is None else labels
+        self.labels = torch.zeros(len(files)) if labels is None else labels  # without labels, all are of one class
         self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # all workers see it
         self.reported = 0
 
@@ -166,7 +165,9 @@ def load_cifar10() -> list[CIFAR10]:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)  # a server may not answer
     try:
-        with errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
+        Path("data").mkdir(exist_ok=True)
+        # another process may download it
+        with FileLock("data/lock"), errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
             return [CIFAR10("data", train, download=True) for train in (True, False)]
     finally:
         socket.setdefaulttimeout(timeout)
@@ -183,7 +184,8 @@ def find_images(folder: str | Path) -> list[Path]:
         seen.update(found)
         files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
     formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
-    images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS]
+    # a link may lead nowhere
+    images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS and file.exists()]
     others = Counter(file.suffix for file in {*files} - {*images})
     for reason in (*errors, *(f"files {kind or 'without suffix'}: {count}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
@@ -193,10 +195,9 @@ def find_images(folder: str | Path) -> list[Path]:
 @functools.cache
 def list_split(folder: str, split: str) -> Split:
     """Split "train" or "test", in random order. InputError without images, or if only some lie in class folders."""
-    validation = Path(folder, "val")
     root = Path(folder, split)
-    if split == "test" and validation.is_dir() and not root.exists():
-        root = validation
+    if split == "test" and not root.exists() and Path(folder, "val").is_dir():
+        root = Path(folder, "val")
     require(root.is_dir(), f"The folder {folder} has no folder {split}/.")
     files = [*np.random.default_rng(0).permutation(find_images(root))]
     require(files, f"{root} has no images. Wanted are {', '.join(FORMATS)}, in class folders or without.")
@@ -241,8 +242,8 @@ def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, 
                 draft.unlink()
         if not path.exists():
             write_decoded(path, images)
-    content = torch.from_numpy(np.memmap(path, mode="c"))
-    images.broken = content[-len(files) :].bool()
+    content = torch.from_numpy(np.memmap(path, mode="c"))  # "c" leaves the file as it is, whatever is written
+    images.broken = content[-len(files) :].bool()  # the pixels of all images precede them
     images.report()
     return content[: -len(files)].view(-1, 3, size, size), labels[~images.broken]
 
@@ -257,9 +258,11 @@ def write_decoded(path: Path, images: ImageFiles):
     require(needed < free, f"{path} needs {needed:,} bytes, but its disk has {free:,} left.")
     # a plain file, mapped once it has its name: Windows renames no file that is open or mapped
     with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
-        for image in progress(pool.imap(fit_image, range(len(images))), "decoding", len(images)):
-            if image is not None:
-                file.write(image.numpy().tobytes())
+        # in parts, as threads would read far ahead of a slow disk
+        for part in progress(torch.arange(len(images)).split(1000), "decoding"):
+            for image in pool.map(fit_image, part.tolist()):
+                if image is not None:
+                    file.write(image.numpy().tobytes())
         file.write(images.broken.numpy().tobytes())
 
 
@@ -282,11 +285,10 @@ def read_image(path: str | Path) -> Tensor:
         with contextlib.suppress(Exception):  # Pillow rotates the image, then may fail to rewrite a broken EXIF
             ImageOps.exif_transpose(image, in_place=True)
         require(image.mode[0] not in "IF", "it has more than 8 bits a channel")  # modes I, I;16 and F
+        profile = image.info.get("icc_profile")
         if image.has_transparency_data:
-            profile = image.info.get("icc_profile")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image.info["icc_profile"] = profile
-        return PILToTensor()(to_srgb(image, path)).contiguous()
+        return PILToTensor()(to_srgb(image, profile, path)).contiguous()
 
 
 def load_pixels(path: str | Path) -> Image.Image:
@@ -296,7 +298,8 @@ def load_pixels(path: str | Path) -> Image.Image:
     except Exception:  # Pillow's errors are of many kinds; this one is raised again if nothing below helps
         with open(path, "rb") as file:
             content = file.read(2**30)  # no photograph is larger
-        for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):  # with as much metadata as Pillow reads
+        # all metadata go but these; then the colour profile goes, too, then the orientation
+        for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):
             with contextlib.suppress(Exception):
                 return open_image(io.BytesIO(leave_out_metadata(content, chunks)))
         raise
@@ -324,21 +327,16 @@ def leave_out_metadata(content: bytes, chunks: list[bytes]) -> bytes:
     return bytes(kept)
 
 
-def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
+def to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Image.Image:
     """The image in RGB, converted from its colour profile, a phone's Display P3 for instance, if it is not sRGB."""
-    plain = image if image.mode == "RGB" else image.convert("RGB")
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return plain
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return plain
-        image = image if image.mode in ("RGB", "L", "CMYK") else plain
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
+        if source and "sRGB" not in ImageCms.getProfileDescription(source):
+            image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception as error:
         tqdm.write(f"{path}: its colour profile cannot be read and is ignored: {error}")
-        return plain
+    return image.convert("RGB")
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -368,14 +366,14 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
 
 
 def load_crops(images: ImageFiles, batches: list[tuple[Tensor, int]]) -> Iterator[Tensor]:
-    """For each (index (B,), size), uint8 crops (B, 3, size, size). Each core has a worker that reads them."""
+    """For each (index (B,), size), uint8 crops (B, 3, size, size). A worker on each core, up to 16, reads them."""
     samples = [[(i, size) for i in index.tolist()] for index, size in batches]
-    workers = cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+    workers = min(16, cores() // int(os.getenv("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
     # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
     start = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start)
     for number, batch in enumerate(loader, 1):
-        if number == len(samples):  # not everyone asks for more than the last batch
+        if number == len(samples):  # train_epoch does not ask for more, so that nothing would run after the loop
             images.report()
         yield batch
 

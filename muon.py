@@ -54,8 +54,9 @@ class Muon(torch.optim.Optimizer):
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's momentum
-            # kernels are channels_last, so that these matrices are views
+            # a kernel that is channels_last is not copied here, as its matrix is a view
             updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])
+            # so they get AdamW's root mean square, which is about 0.2
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             updates = [x.view_as(p.movedim(1, -1)).movedim(-1, 1) for x, p in zip(updates, matrices)]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from quantizers import InputError, check, check_range, count_processes, errors_as, require
 
-device = "cuda" if torch.cuda.is_available() else "cpu"  # for the scripts of extras/; train.py has its own
+device = "cuda" if torch.cuda.is_available() else "cpu"  # train.py's DEVICE may choose another for its run
 
 
 # Errors
@@ -46,11 +46,11 @@ def one_line_errors(stopped: str = "stopped"):
     except KeyboardInterrupt:
         message = stopped
     except BrokenPipeError:  # as in `train.py --help | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there once more when it ends
         sys.exit(1)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).partition(". Tried to")[0]  # torch lists how its memory is used
-        if "Original Traceback" in message:  # a DataLoader's worker sends its error with the traceback
+        if "Original Traceback" in message:  # a DataLoader's worker sends it, "InputError: ..." at its end
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
     else:
         return
@@ -84,12 +84,16 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
               f"NAME=value, without spaces or dashes, with a NAME such as {', '.join(similar)}")
         constants[name] = text
         if kind_of[name] is not str:
-            with contextlib.suppress(SyntaxError, ValueError):  # then the text itself is refused below
+            # text that is no value stays, and is refused below
+            with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
                 constants[name] = ast.literal_eval(text)
     for name, value in constants.items():
-        constants[name] = value = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
         kind = tuple if kind_of[name] in (list, set) else kind_of[name]  # a set has no order, which the run's key needs
         check(fits(value, kind), name, value, describe(kind))
+        if kind is float or float in getattr(kind, "__args__", ()):  # 3 and 3.0 are one run
+            value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+        constants[name] = value
     namespace.update(constants)
     return constants
 
@@ -107,12 +111,12 @@ def fits(value: object, kind: object) -> bool:
     if isinstance(kind, types.UnionType):
         return any(fits(value, option) for option in kind.__args__)
     if isinstance(kind, types.GenericAlias):  # tuple[int, int] has two numbers, tuple[int, ...] one or more
-        numbers = kind.__args__
+        kinds = kind.__args__
         if not isinstance(value, tuple):
             return False
-        if numbers[-1] is ...:
-            numbers = numbers[:1] * len(value)
-        return 0 < len(value) == len(numbers) and all(map(fits, value, numbers))
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        return 0 < len(value) == len(kinds) and all(map(fits, value, kinds))
     if kind in (int, float):
         return type(value) in {int, kind} and 0 <= value < math.inf
     return type(value) is kind
@@ -169,13 +173,15 @@ def prepare_cpu():
 
 @contextlib.contextmanager
 def first_process_first():
-    """Run the body in the first process, then in the others. If the first fails, the others do not wait."""
+    """Run the body in the first process, then in the others. If it fails in the first, they try it all the same."""
     several = count_processes() > 1
     if several and dist.get_rank() > 0:
         dist.barrier()
-    yield
-    if several and dist.get_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if several and dist.get_rank() == 0:
+            dist.barrier()
 
 
 def average(tensors: list[Tensor]):
@@ -198,7 +204,7 @@ def check_agreement(name: str, value: object):
 def progress(iterable: Iterable, text: str, total: int | None = None) -> tqdm:
     """Show a progress bar, but not in a log file, in the other processes of torchrun, or with TQDM_DISABLE=1."""
     hidden = os.getenv("TQDM_DISABLE") or int(os.getenv("RANK", 0)) > 0
-    return tqdm(iterable, text, total, leave=False, disable=True if hidden else None)
+    return tqdm(iterable, text, total, leave=False, disable=hidden or None)
 
 
 # Images and metrics
@@ -214,21 +220,28 @@ def check_images(images: Tensor, values: bool = True) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """Images (B, 3, H, W), uint8 or in [0, 1] already -> in [0, 1]. InputError for others."""
-    return images.float() / 255 if images.dtype == torch.uint8 else check_images(images)
+    whole = images.dtype == torch.uint8
+    return check_images(images.float() / 255 if whole else images, values=not whole)
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratios (B,) in dB, at most 100, of images (B, 3, H, W), uint8 or in [0, 1]."""
+    require(images.shape == targets.shape, f"PSNR compares equal shapes, not {images.shape} and {targets.shape}.")
     return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
                                    reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], from 11 x 11 pixels on."""
-    require(min(images.shape[2:]) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
-    _, similarity = structural_similarity_index_measure(to_float(images), to_float(targets), data_range=1.0,
-                                                        reduction="none", return_full_image=True)
-    return similarity[..., 5:-5, 5:-5].mean((1, 2, 3))  # torchmetrics padded the border
+    (count, _, height, width), total = images.shape, 0
+    require(min(height, width) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
+    rows = max(1, 2**20 // (count * width))  # strips bound the memory
+    for top in range(0, height - 10, rows):
+        strips = [to_float(x[:, :, top : top + rows + 10]) for x in (images, targets)]
+        _, similarity = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none",
+                                                            return_full_image=True)
+        total = total + similarity[..., 5:-5, 5:-5].sum((1, 2, 3))  # without the border, which torchmetrics pads
+    return total / (3 * (height - 10) * (width - 10))
 
 
 @torch.no_grad()
@@ -242,7 +255,7 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
     """
     require(images.dtype == torch.uint8 and len(images), f"{len(images)} images of {images.dtype} cannot be measured.")
     training, device = model.training, next(model.parameters()).device
-    tokens, figures, reconstructions = [], [], []
+    tokens, figures, reconstructions = [], [], torch.empty_like(images)
     try:
         model.eval()
         for start in progress(range(0, len(images), batch_size), "measuring"):
@@ -255,14 +268,14 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
                 output = model(targets)[0]
             mse = (output - targets).square().mean((1, 2, 3))
             figures.append(torch.stack([psnr(output, targets), mse, ssim(output, targets)]))
-            reconstructions.append((output * 255).round().byte().to(images.device))
+            reconstructions[batch] = (output * 255).round().byte()
     finally:
         model.train(training)
     mean_psnr, mse, mean_ssim = map(statistics.fmean, torch.cat(figures, 1).tolist())
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
                    perplexity=perplexity)
-    return metrics, counts, torch.cat(reconstructions)
+    return metrics, counts, reconstructions
 
 
 # Pictures
@@ -277,11 +290,9 @@ def save_grid(path: Path, images: Tensor, columns: int):
 def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
     """Write a grid with each row of images above the row of their reconstructions. Both are uint8 (N, 3, H, W)."""
     columns = min(columns, len(images))
-    whole = len(images) // columns * columns  # an incomplete last row is left out
-    rows = []
-    for pair in zip(images[:whole].split(columns), reconstructions[:whole].split(columns)):
-        rows += pair
-    save_grid(path, torch.cat(rows), columns)
+    rows = len(images) // columns  # an incomplete last row is left out
+    pairs = torch.stack([x[: rows * columns].unflatten(0, (rows, columns)) for x in (images, reconstructions)], 1)
+    save_grid(path, pairs.flatten(0, 2), columns)
 
 
 def save_figure(path: Path, figure: Figure):
@@ -343,14 +354,12 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     try:
         yield draft
         for wait in (0.1, 0.3, 0.6, 1.0):  # on Windows, a virus scanner may hold a file for a moment
-            try:
+            with contextlib.suppress(PermissionError):
                 os.replace(draft, path)
-                break
-            except PermissionError:
-                time.sleep(wait)
-        else:
-            os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError on a full disk
+                return
+            time.sleep(wait)
+        os.replace(draft, path)
+    except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
@@ -358,7 +367,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 def save_torch(path: str | Path, content: dict):
     """Write what load_torch reads. OSError as in replace_file."""
-    with replace_file(path) as draft:
+    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):  # on a full disk with a RuntimeError
         torch.save(content, draft)
 
 
@@ -397,8 +406,8 @@ class Run:
             for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
                 draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
-        if self.last.exists():
-            self.saved = load_torch(self.last, *self.saved)
+        if self.last.exists() and not self.finished:
+            self.saved = load_torch(self.last, *self.saved.keys())
             require(self.saved["run"] == name, f"{self.last} belongs to the run {self.saved['run']}. Delete it.")
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
@@ -408,7 +417,7 @@ class Run:
             return 1
         with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):
             for name, module in state.items():
-                module.load_state_dict(self.saved.pop(name))
+                module.load_state_dict(self.saved.pop(name))  # its memory is free then
         return self.epoch + 1
 
     def check_folder(self):

@@ -184,10 +184,11 @@ def test_a_folder_that_is_no_dataset_is_refused(files, message):
 
 
 def test_each_folder_is_read_once():
-    """Links may lead to the same folder, in circles, or above."""
+    """Links may lead to the same folder, in circles, above, or nowhere."""
     write_images("pets", ["train/ant/a", "train/cat/b"])
     for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("cat/self", "train/cat")):
         Path("pets/train", link).symlink_to(Path("pets", target).absolute())
+    Path("pets/train/ant/b.png").symlink_to("nowhere.png")
     assert module.find_images("pets/train") == [Path("pets/train/ant/a.png"), Path("pets/train/cat/b.png")]
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, refused
+from conftest import ROOT, SMALL, TINY, refused, run_script
 from torch import nn
 
 import train
@@ -161,6 +161,16 @@ def test_processes_that_do_not_share_a_disk_end_at_once(trained, folder, tmp_pat
     assert not [*tmp_path.glob("second/outputs/*")]
 
 
-def test_both_processes_end_where_the_first_finds_a_mistake(folder, tmp_path):
-    assert run([tmp_path] * 2, [f"DATASET={folder}", *TINY, "BATCH_SIZE=100", "EPOCH_IMAGES=0"]) == [1, 1]
-    assert "train.py: BATCH_SIZE = 100, allowed: at most the 90 images" in (tmp_path / "log").read_text()
+@pytest.mark.parametrize("mistake, message", [
+    ("BATCH_SIZE=100", "BATCH_SIZE = 100, allowed: at most the 90 images"), ("DATASET=missing", "DATASET = 'missing'")])
+def test_both_processes_end_where_the_first_finds_a_mistake(mistake, message, folder, tmp_path):
+    assert run([tmp_path] * 2, [f"DATASET={folder}", *TINY, "EPOCH_IMAGES=0", mistake]) == [1, 1]
+    log = (tmp_path / "log").read_text()
+    assert log.count(f"train.py: {message}") == 2 and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_torchrun(folder):
+    command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py", f"DATASET={folder}"]
+    done = run_script(".", *command, *STEPS)
+    assert done.returncode == 0 and done.stdout.count("2 x cpu") == 1, done.stderr

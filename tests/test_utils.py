@@ -24,7 +24,7 @@ KINDS = {int | tuple[int, int]: "EPOCHS", tuple[int, ...]: "LEVELS", float: "RAT
 # Constants
 
 @pytest.mark.parametrize("argument, expected", [
-    ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("SIZE=64", 64), ("RATE=2", 2), ("RATE=1e-4", 1e-4), ("EPOCHS=5", 5),
+    ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("SIZE=64", 64), ("RATE=2", 2.0), ("RATE=1e-4", 1e-4), ("EPOCHS=5", 5),
     ("EPOCHS=[2, 1]", (2, 1)), ("LEVELS=(4,)", (4,)), ("FLIP=False", False), ("OPTIONS={'b': [2]}", {"b": [2]})])
 def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expected):
     namespace, name = dict(CONSTANTS), argument.partition("=")[0]
@@ -95,7 +95,7 @@ def test_a_progress_bar_is_for_terminals(terminal, disabled, shown, monkeypatch)
 # Files
 
 @pytest.mark.parametrize("error, raised", [
-    (OSError(28, "No space left"), OSError), (RuntimeError("torch: no space left"), OSError),
+    (OSError(28, "No space left"), OSError), (RuntimeError("a mistake"), RuntimeError),
     (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_nobody_reads_half_a_file(error, raised):
     save_torch("new/a", {"old": 1})
@@ -105,6 +105,15 @@ def test_nobody_reads_half_a_file(error, raised):
             assert load_torch("new/a") == {"old": 1}
             raise error
     assert os.listdir("new") == ["a"] and load_torch("new/a") == {"old": 1}
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(monkeypatch):
+    def save(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="^a could not be written: .*failed writing"):
+        save_torch("a", {})
 
 
 def test_a_file_that_a_virus_scanner_holds_is_written_a_moment_later(monkeypatch):
@@ -177,6 +186,11 @@ def test_a_small_checkpoint_has_a_quarter_of_the_size_and_nearly_the_same_weight
     for name, weight in saved[0].state_dict().items():
         steps = 127 if weight.ndim > 1 else 2**10  # 8 bits and a scale for each row, or 16 bits
         assert (found[name] - weight).abs().max() <= 0.51 * weight.abs().max() / steps, name
+
+
+def test_numbers_that_do_not_fit_16_bits_stay_as_they_are():
+    for weight in (torch.tensor([131_072, 1]), torch.tensor([70_000.0, 1]), torch.tensor(70_001.0)):
+        assert torch.equal(models.shorten(weight), weight)
 
 
 def test_a_compiled_or_wrapped_model_is_saved_as_it_is(saved):
