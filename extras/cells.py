@@ -64,7 +64,7 @@ def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
     """Draw vectors (N, 2) in grey, their codes in black, and each code's cell in a colour."""
     side = torch.linspace(-1.3, 1.3, 300)
     plane = torch.cartesian_prod(side, side).flip(1)  # (x, y), row by row
-    cells = model(plane)[2].view(300, 300) * 7 % 20  # neighbours in other colours
+    cells = model(plane)[2].view(300, 300) * 7 % 20  # of tab20's colours; neighbours in FSQ's grid differ, too
     output, _, indices = model(vectors)
     used = indices.unique()
     codes = model.decoder(model.quantizer.get_codebook_entry(used))
@@ -78,6 +78,7 @@ def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
 
 def main():
     read_constants(globals(), sys.argv[1:])
+    torch.manual_seed(0)
     vectors = draw_vectors(5000)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, (quantizer, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):

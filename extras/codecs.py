@@ -3,8 +3,9 @@
     python -m extras.codecs                                    the shipped checkpoints, on CIFAR-10's test images
     python -m extras.codecs <checkpoint> PHOTOS=my_photos      a checkpoint on photographs, each encoded whole
 
-Codecs encode small images as one picture, so that headers do not count. They minimise the error "of MSE".
-"to AVIF" is the mean difference from AVIF's PSNR at nearly equal bits, "+-" its standard error.
+Codecs encode small images as one picture, so that headers do not count. They minimise the error "of MSE". A codec's
+figures at a checkpoint's bits are interpolated between its files of two neighbouring qualities.
+"to AVIF" is the mean difference from AVIF's PSNR at equal bits, "+-" its standard error.
 """
 import bisect
 import functools
@@ -22,7 +23,7 @@ from torchvision.utils import make_grid
 from data import ImageFiles, find_images, load_dataset
 from extras import measure
 from models import VQRAE
-from quantizers import check, require
+from quantizers import InputError, check, errors_as, require
 from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 
 DATASET = "cifar10"  # or another of train.py's
@@ -49,8 +50,8 @@ def main():
     figures = defaultdict(list)
     for images in pictures:
         for name, model in models.items():
-            for row, (decoded, bits) in code(name, model.to(device), images).items():
-                figures[row].append((bits, images[:, 0].numel(), psnr(decoded, images), ssim(decoded, images)))
+            for row, (bits, psnrs, ssims) in compress(name, model.to(device), images).items():
+                figures[row].append((bits, images[:, 0].numel(), psnrs, ssims))
     rows = {}
     for name in models:
         for row in (name, *(f"{codec}, as {name}" for codec in CODECS)):
@@ -62,48 +63,63 @@ def photographs() -> Iterator[Tensor]:
     """uint8 images (1, 3, H, W) in PHOTOS. All files are tried before the work: a few may be broken."""
     files = ImageFiles(find_images(PHOTOS)[:COUNT], size=0)
     require(len(files), f"PHOTOS={PHOTOS} has no images.")
-    readable = [i for i in range(len(files)) if files.read(i) is not None]
+    readable = []
+    for i in range(len(files)):
+        image = files.read(i)
+        if image is not None:
+            sides = sorted(image.shape[1:])
+            require(sides[0] > 10 and sides[1] < 2**14, f"{files.files[i]} has sides of {sides} pixels, but SSIM needs "
+                    "11, and WebP takes 16,383.")
+            readable.append(i)
     files.report()
     for i in progress(readable, "photographs"):
         yield files.read(i)[None]
 
 
-def code(name: str, model: VQRAE, images: Tensor) -> dict[str, tuple[Tensor, float]]:
-    """Code images as a model's tokens, and with each codec in nearly as many bits.
+def compress(name: str, model: VQRAE, images: Tensor) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """Compress images, uint8 (n * n, 3, H, W), to a model's tokens, and with each codec to as many bits.
 
-    Returns decoded images, uint8 (n * n, 3, H, W) as `images`, and their bits, by rows of TABLE.
+    Returns bits, PSNR (n * n,) and SSIM (n * n,), by rows of the table.
     """
     _, counts, decoded = evaluate(model, images, measure.batch_size(images))
     bits = int(counts.sum()) * math.log2(model.quantizer.codebook_size)
-    coded = {name: (decoded, bits)}
+    rows = {name: (bits, psnr(decoded, images), ssim(decoded, images))}
     for codec in CODECS:
-        file = encode(images, codec, find_quality(images, codec, bits))
-        coded[f"{codec}, as {name}"] = decode(file, len(images)), 8 * len(file)
-    return coded
+        rows[f"{codec}, as {name}"] = interpolate(images, codec, bits)
+    return rows
+
+
+def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor, Tensor]:
+    """A codec's bits, PSNR (n * n,) and SSIM (n * n,), between the file just below so many bits and the one above.
+
+    Files nearly always grow with their quality. If all are larger or smaller than `bits`, the nearest file counts.
+    """
+    def size(quality: int) -> int:
+        return 8 * len(encode(images, codec, quality))
+
+    above = bisect.bisect_left(range(2, 100), bits, key=size) + 2  # the first from 2 to 100 whose file is as large
+    low, high, figures = size(above - 1), size(above), []
+    for quality in (above - 1, above):
+        decoded = decode(encode(images, codec, quality), len(images))
+        figures.append(torch.stack([psnr(decoded, images), ssim(decoded, images)]))
+    share = min(1.0, max(0.0, (bits - low) / max(1, high - low)))
+    return low + share * (high - low), *torch.lerp(*figures, share)
 
 
 @functools.lru_cache(100)  # several checkpoints ask for the same files
 def encode(images: Tensor, codec: str, quality: int) -> bytes:
     """The file of images, uint8 (n * n, 3, H, W), as one picture."""
     picture, file = make_grid(images, math.isqrt(len(images)), padding=0), io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, codec, quality=quality, **CODECS[codec])
+    with errors_as(InputError, f"{codec} cannot encode {picture.shape[2]} x {picture.shape[1]} pixels"):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, codec, quality=quality, **CODECS[codec])
     return file.getvalue()
 
 
 def decode(file: bytes, count: int) -> Tensor:
-    """A picture's `count` = n * n images, uint8 (n * n, 3, H, W)."""
+    """A file of encode -> its `count` = n * n images, uint8 (n * n, 3, H, W)."""
     n, picture = math.isqrt(count), np.array(Image.open(io.BytesIO(file)).convert("RGB"))
     images = torch.from_numpy(picture).unflatten(1, (n, -1)).unflatten(0, (n, -1))  # (n, H, n, W, 3)
     return images.permute(0, 2, 4, 1, 3).flatten(0, 1)
-
-
-def find_quality(images: Tensor, codec: str, bits: float) -> int:
-    """The quality from 1 to 100 whose file comes nearest to so many bits. Files grow with their quality."""
-    def size(quality: int) -> int:
-        return 8 * len(encode(images, codec, quality))
-
-    above = bisect.bisect_left(range(2, 100), bits, key=size) + 2
-    return min((above - 1, above), key=lambda quality: abs(size(quality) - bits))
 
 
 def average(pictures: list[tuple], avif: list[tuple]) -> dict[str, float]:

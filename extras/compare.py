@@ -5,7 +5,8 @@
     python -m extras.compare "SEEDS=(0, 1, 2)" DATASET=...             rows near the best are means of three runs
     python -m extras.compare "WIDTHS=(8,16,64,256,1536)" DATASET=...   all of WIDTH_LINES
 
-outputs/quantizers.md grows with each run, and the same command resumes. "max - min" is the range of the seeds' PSNR.
+outputs/quantizers.md gets a row after each training. The same command resumes, another one begins the table anew.
+"max - min" is the range of the seeds' PSNR.
 """
 import json
 import math
@@ -43,35 +44,36 @@ LINES = {  # constants of train.py, and what stands for * at about so many bits 
     "rotation-trick VQ": ("QUANTIZER=rotation_vq EMA_DECAY=0.8 CODEBOOK_SIZE=*", SIZES),
     "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS=*",
                      {10: "(4,4,2)", 13: "(3,3,3,3)", 16: "(4,4,4,4)"}),
-    "the library's EMA-VQ": (  # its decay is 0.8; dead are codes below 0.1 of the mean usage, as in ours
+    "the library's EMA-VQ": (  # its decay is 0.8; with 2,048 tokens a step, codes are dead as in ours
         'QUANTIZER=library LIBRARY={"kind":"VectorQuantize","code_dim":16,"rotation_trick":False,"codebook_size":*}',
         {10: '1024,"threshold_ema_dead_code":0.2', 13: '8192,"threshold_ema_dead_code":0.025',
          16: '65536,"threshold_ema_dead_code":0.003'}),
     "the library's SimVQ": ('QUANTIZER=library LIBRARY={"kind":"SimVQ","code_dim":16,"codebook_size":*}', SIZES),
 }
-WIDTH_LINES = {"SimVQ, matched": "QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM=*",
-               "SimVQ, learned": "QUANTIZER=simvq_learned CODEBOOK_SIZE=16384 CODE_DIM=*",
-               "EMA-VQ": "QUANTIZER=ema_vq CODEBOOK_SIZE=16384 CODE_DIM=*"}
+WIDTH_LINES = {"SimVQ, matched": ("QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM=*", {}),
+               "SimVQ, learned": ("QUANTIZER=simvq_learned CODEBOOK_SIZE=16384 CODE_DIM=*", {}),
+               "EMA-VQ": ("QUANTIZER=ema_vq CODEBOOK_SIZE=16384 CODE_DIM=*", {})}
 
 
 def main():
     own = [word for word in sys.argv[1:] if word.partition("=")[0] in {"-h", "--help", *globals()}]
-    others = [word for word in sys.argv[1:] if word not in own]
+    others = [word for word in sys.argv[1:] if word not in own]  # train.py checks them
     read_constants(globals(), own, {tuple[int, ...]: "BITS SEEDS"})
     check({*BITS} <= {*SIZES}, "BITS", BITS, "10, 13 and 16")
-    lines, points, rows = LINES, BITS, {}
-    if WIDTHS:
-        widths = {width: width for width in WIDTHS}
-        lines, points = {line: (words, widths) for line, words in WIDTH_LINES.items()}, WIDTHS
+    check(PROBE_IMAGES >= 2, "PROBE_IMAGES", PROBE_IMAGES, "2 or more")
+    lines, points, rows = (WIDTH_LINES, WIDTHS, {}) if WIDTHS else (LINES, BITS, {})
+    varied = {"SEED", *re.findall(r"\b([A-Z_]+)=", str(lines))}
+    for word in others:
+        check(word.partition("=")[0] not in varied, "argument", word, "a constant that the lines and SEEDS leave alone")
     for point in points:
         runs = defaultdict(list)
         for seed in SEEDS:
             best = max((results[0]["psnr"] for results in runs.values()), default=0)
             for line, (words, values) in lines.items():
-                name = f"{line} {values[point]}"
+                name, value = f"{line}, {point} {'numbers' if WIDTHS else 'bits'}", str(values.get(point, point))
                 if runs[name] and runs[name][0]["psnr"] < best - 0.5:
                     continue
-                arguments = [f"DATASET={DATASET}", *others, *words.replace("*", str(values[point])).split()]
+                arguments = [f"DATASET={DATASET}", *others, *words.replace("*", value).split()]
                 runs[name].append(run_and_measure([*arguments, f"SEED={seed}"]))
                 rows[name] = average(runs[name])
                 table = format_table(rows, TABLE, "quantizer")
@@ -106,14 +108,15 @@ def measure_run(run: str) -> dict:
     image_size = model.config["image_size"]
     parts = load_dataset(DATASET, image_size)
     data = Dataset(*(part if part is None else part[:PROBE_IMAGES] for part in parts))  # a folder may have no labels
-    figures = measure(model, data, load_judges(model.token_size, image_size))
+    figures = measure(model, data, load_judges(image_size))
     return figures | results | {"token_bits": math.log2(model.quantizer.codebook_size),
                                 "entropy": math.log2(results["perplexity"])}
 
 
 def average(runs: list[dict]) -> dict:
     """The means of several runs' figures, and the range of their PSNR."""
-    names = [name for name, value in runs[0].items() if isinstance(value, (int, float))]
+    common = set.intersection(*({*run} for run in runs))  # a judge may have been installed meanwhile
+    names = [name for name in runs[0] if name in common and isinstance(runs[0][name], (int, float))]
     figures = {name: statistics.fmean(run[name] for run in runs) for name in names}
     if len(runs) > 1:
         psnrs = [run["psnr"] for run in runs]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from data import DECODE_GB, Dataset, find_dataset, load_dataset
+from data import Dataset, find_dataset, load_dataset
 from extras.measure import frechet_distance, linear_probe, load_judges, pooled_features
 from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock, load_checkpoint, load_model, shorten
 from muon import adamw_and_muon, take_step
@@ -79,15 +79,14 @@ class Prior(nn.Module):
 
     def logits(self, k: int, features: Tensor, digits: Tensor) -> Tensor:
         """features (M, dim), digits (M, K) -> logits (M, sizes[k]) of digit k, given the digits before it."""
-        for j in range(k):
-            features = features + self.embed_earlier[j](digits[:, j])
-        return self.heads[k](features).float()
+        earlier = sum(embed(digit) for embed, digit in zip(self.embed_earlier[:k], digits.unbind(1)))
+        return self.heads[k](features + earlier).float()
 
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> bits (B,).
 
-        They are N times the mean of an image's masked tokens. Their mean over draw_masks is at least -log2 p(tokens |
-        label): a mean over all orders in which tokens can follow each other (2110.02037), or MD4's bound.
+        The result is N times the mean bits of a masked token. Its mean over draw_masks is at least -log2 p(tokens |
+        label): it is the mean over all orders in which tokens can follow each other (2110.02037), which is MD4's bound.
         """
         digits = split_indices(indices.flatten(1), self.sizes).to(self.mask.device)
         masked, labels = masked.to(digits.device), labels.to(digits.device)
@@ -116,11 +115,13 @@ class Prior(nn.Module):
         none = torch.full((len(indices),), self.classes, device=self.mask.device)
         labels = none if labels is None else torch.as_tensor(labels, device=none.device).long()
         shapes, grid = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices) or 1, *self.grid)
-        require(mask.dtype == torch.bool and shapes == [grid, grid, grid[:1]],
-                f"indices, mask (bool) and labels must be {grid}, {grid} and {grid[:1]}, not {shapes}, {mask.dtype}.")
+        kinds_fit = mask.dtype == torch.bool and not indices.is_floating_point()
+        require(kinds_fit and shapes == [grid, grid, grid[:1]], f"indices (integers), mask (bool) and labels must be "
+                f"{grid}, {grid} and {grid[:1]}, not {shapes}, {indices.dtype}, {mask.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
-        check(steps >= 1 and guidance >= 1, "steps, guidance", (steps, guidance), "1 or more")
+        valid = isinstance(steps, int) and steps >= 1 and guidance >= 1
+        check(valid, "steps, guidance", (steps, guidance), "1 or more; steps are whole")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.mask.device)
         masked = mask.flatten(1).to(digits.device)
         count = masked.sum(1, keepdim=True)  # (B, 1)
@@ -129,7 +130,8 @@ class Prior(nn.Module):
         steps = count.clamp(max=steps)  # (B, 1): few tokens take fewer steps
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, int(steps.max()) + 1):
-            chosen = masked & (places < (count * (step / steps) ** 2).clamp(min=step))  # at least one a step
+            # so many are filled after this step; the square is at least `step`, so that each step fills one
+            chosen = masked & (places < (count * (step / steps) ** 2).clamp(min=step))
             features = [self.features(digits, masked, given)[chosen[masked]] for given in conditions]
             scale = (1 + (guidance - 1) * (2 * step - 1) / steps).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
@@ -148,16 +150,23 @@ def load_prior(path: str | Path) -> Prior:
 
 
 def draw_masks(count: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often, for less variance."""
+    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often."""
+    # ratios are spread evenly over [0, 1), for less variance, and each cuts a random order of the tokens
     ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
     return torch.rand(count, tokens, generator=generator).argsort(1) <= (ratio * tokens).long()[:, None]
+
+
+def batch_size(prior: Prior) -> int:
+    """How many images are measured or drawn together: 250 of 64 tokens, fewer if they have more."""
+    return max(1, 250 * 64 // prior.tokens)
 
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (N, h, w), labels (N,), and 1 to 8 masks for each."""
     bits, generator, masks = [], torch.Generator().manual_seed(0), min(8, math.ceil(10_000 / len(indices)))
-    for batch, given in progress([*zip(indices.split(250), labels.split(250))] * masks, "measuring"):
+    size = batch_size(prior)
+    for batch, given in progress([*zip(indices.split(size), labels.split(size))] * masks, "measuring"):
         bits.append(prior(batch, draw_masks(len(batch), prior.tokens, generator), given))
     return torch.cat(bits).mean().item()
 
@@ -167,7 +176,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     state, batches = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)
     judges = {}
-    for name, judge in load_judges(vqrae.token_size, data.test_images.shape[3]).items():
+    for name, judge in load_judges(data.test_images.shape[3]).items():
         judges[name] = judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
     for epoch in range(run.resume(state), EPOCHS + 1):
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
@@ -181,15 +190,17 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
             with autocast:
                 bits = prior(tokens["train"][mirrored, index], masked, labels)
             ratio = masked.float().mean(1).to(device)
-            (bits / prior.tokens * ratio).mean().backward()  # all masked tokens count alike, as in MaskGIT
+            # the sum over masked tokens, so that all count alike, as in MaskGIT; `bits` is the bound
+            (bits / prior.tokens * ratio).mean().backward()
             take_step(optimizers, step, EPOCHS * batches)
             prior.zero_grad()
             log.append(bits.detach())
         bits = torch.cat(log).mean().item()
         require(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
         row = {"epoch": epoch, "training_bits": bits,
-               "bits": measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes)),
                "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels)}
+        if prior.classes:
+            row["bits"] = measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes))
         if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:  # after each third of the training
             row |= judge_samples(prior, vqrae, data, judges)
         print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} in test", flush=True)
@@ -220,7 +231,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
 def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) of classes (B,)."""
     images = []
-    for batch in progress(labels.split(250), "sampling"):
+    for batch in progress(labels.split(batch_size(prior)), "sampling"):
         with autocast:
             indices = prior.generate(batch, steps=STEPS, guidance=GUIDANCE)
         images.append((vqrae.decode_from_indices(indices) * 255).round().byte().cpu())
@@ -238,7 +249,8 @@ def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, t
     for name, (judge, train_x, test_x) in judges.items():
         x = pooled_features(judge, samples)
         figures[f"frechet_{name}"] = frechet_distance(test_x, x)
-        figures[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
+        if len(train_x) >= SAMPLES:
+            figures[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
         if prior.classes > 1:
             figures[f"class_{name}"] = linear_probe(train_x, data.train_labels.to(device), x, classes.to(device))
     return figures
@@ -251,19 +263,20 @@ def main():
     for name, least in dict(DEPTH=1, EPOCHS=1, BATCH_SIZE=1, STEPS=1, GUIDANCE=1, SAMPLES=2).items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
-    vqrae = load_checkpoint(CHECKPOINT)
+    checkpoint = Path(CHECKPOINT).expanduser()
+    vqrae = load_checkpoint(checkpoint)
     sizes = list(getattr(vqrae.quantizer, "levels", vqrae.quantizer.codebook_sizes))  # FSQ's levels are digits
     require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
-    constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}
-    key = utils.digest((constants, files, os.path.getmtime(CHECKPOINT)))
+    constants |= {"CHECKPOINT": checkpoint.name, "DATASET": Path(dataset).resolve().name}
+    key = utils.digest((constants, files, os.path.getmtime(checkpoint)))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")
         return
     data = load_dataset(dataset, vqrae.config["image_size"])
-    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, f"{DECODE_GB} GB of images at most")
+    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, "at most data.py's DECODE_GB of images")
     count, tested = len(data.train_images), len(data.test_images)
     require(count > 1 and tested > 1, f"{DATASET} has {count} training and {tested} test images, not two of each.")
     if data.train_labels is None:  # without classes, label 0 stands for none

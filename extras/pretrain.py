@@ -6,6 +6,7 @@ Most of it comes from airbench (2404.00498): the network, whitened input, convol
 label smoothing, alternating flips, and Muon with weights of a fixed norm. docs/NOTES.md says how the shipped encoder
 differs.
 """
+import math
 import sys
 import time
 
@@ -57,7 +58,7 @@ def initialize(encoder: ConvEncoder, images: Tensor):
             module.norm.weight.requires_grad = False
             if module is not encoder.shallow:
                 nn.init.dirac_(module.conv.weight[: module.conv.in_channels])
-    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # shallow channels then have 0.16 of the features' variance
+    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # 64 shallow channels of variance 1 then have 0.16 of all
 
 
 def main():
@@ -78,7 +79,7 @@ def main():
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
     others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in {*filters}]
-    # our Muon's updates are 0.2 sqrt(max(m, n)) times as large as Jordan et al.'s for matrices (m, n)
+    # our Muon's updates of matrices (m, n), n >= m, are 0.2 sqrt(n) times as large as Jordan et al.'s
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
@@ -103,6 +104,7 @@ def main():
             for p in filters:  # BatchNorm cancels the weights' norm; a fixed norm keeps relative steps equal
                 p.data.mul_(len(p) ** 0.5 / p.data.norm())
             total += class_loss.detach()
+        require(math.isfinite(total), f"The loss of epoch {epoch} is {total}: try a lower LEARNING_RATE.")
         print(f"epoch {epoch:3}  class loss {total / steps:.4f}  {time.time() - start:6.0f} s", flush=True)
     save_encoder(encoder.eval())
     train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)

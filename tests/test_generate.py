@@ -142,7 +142,8 @@ def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(steps):
 
 @pytest.mark.parametrize("options, name", [
     ({"indices": torch.zeros(2, 1, 3).long()}, "indices"), ({"indices": torch.full((2, 2, 3), 24)}, "0 to 23"),
-    ({"labels": [0, 3]}, "labels.*0 to 2"), ({"guidance": 0.5}, "guidance")], ids=str)
+    ({"indices": torch.full((2, 2, 3), 0.7)}, "integers"), ({"labels": [0, 3]}, "labels.*0 to 2"),
+    ({"guidance": 0.5}, "guidance"), ({"steps": 6.4}, "whole")], ids=str)
 def test_fill_refuses_other_shapes_and_ranges(options, name):
     given = {"indices": torch.zeros(2, 2, 3).long(), "mask": torch.ones(2, 2, 3, dtype=torch.bool)}
     with refused(name):
@@ -213,7 +214,7 @@ def test_bits_are_the_mean_over_images_and_masks():
 
 def test_samples_are_decoded_images_of_their_classes():
     """Here an index is the label plus steps plus guidance, and an image is an index."""
-    prior = SimpleNamespace(generate=lambda labels, steps, guidance: labels + steps + guidance)
+    prior = SimpleNamespace(tokens=80, generate=lambda labels, steps, guidance: labels + steps + guidance)
     vqrae = SimpleNamespace(decode_from_indices=lambda indices: indices / 255)
     labels = torch.arange(600) % 200
     expected = labels + module.STEPS + module.GUIDANCE

@@ -9,6 +9,7 @@ import torch
 from conftest import SEED, refused
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
 import extras.measure as module
@@ -39,6 +40,12 @@ def test_psnr_and_ssim_of_uint8_or_floats():
         torch.testing.assert_close(psnr(images, targets), -10 * mse.log10())
         torch.testing.assert_close(ssim(images, targets), torch.tensor(similarities), atol=1e-4, rtol=0)
     assert psnr(a, a).tolist() == [100] * 3
+
+
+def test_ssim_of_a_large_image_is_the_mean_of_its_strips():
+    a, b = torch.rand(2, 1, 3, 1100, 1000)  # a strip has 1,048 rows of windows
+    _, whole = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
+    torch.testing.assert_close(ssim(a, b), whole[..., 5:-5, 5:-5].mean((1, 2, 3)))
 
 
 def test_a_frechet_distance_is_its_formula():
@@ -95,7 +102,7 @@ def test_measured_figures(monkeypatch):
     expected |= {"bits": bits, "ratio": 24 * 256 / bits, "entropy": math.log2(expected["perplexity"])}
     z, last_layer = model.encoder(images / 255, with_last=True)
     features = {"z": z, "last_layer": last_layer, "z_q": model.quantize(z)[0]}
-    judges, reconstructions = load_judges(4, 16), evaluate(model, images)[2] / 255
+    judges, reconstructions = load_judges(16), evaluate(model, images)[2] / 255
     for name, judge in judges.items():
         real, found = judge(images / 255), judge(reconstructions)
         features |= {f"image_{name}": real, f"reconstruction_{name}": found}
@@ -113,7 +120,7 @@ def test_what_cannot_be_measured_is_left_out(quantizer, options, bits, monkeypat
     """One code has no ratio, one image no covariance, one class no probe."""
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     data = Dataset(noise(3), torch.zeros(3).long(), noise(1), torch.zeros(1).long(), ["a"])
-    figures = measure(small("cnn", quantizer, options), data, load_judges(4, 16))
+    figures = measure(small("cnn", quantizer, options), data, load_judges(16))
     assert figures.keys() == {"psnr", "psnr_of_mse", "ssim", "usage", "perplexity", "distance_cifar"} | bits
     assert all(map(math.isfinite, figures.values()))
 
@@ -140,7 +147,7 @@ def test_rfid_resizes_as_torch_fidelity_does(monkeypatch):
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
     monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", draw_weights)
     images = noise(2)
-    found = load_judges(4, 16, "rfid")["rfid"](images / 255)[..., 0, 0]
+    found = load_judges(16, "rfid")["rfid"](images / 255)[..., 0, 0]
     expected, = fidelity.FeatureExtractorInceptionV3("inception", ["2048"])(images)
     assert (found - expected).norm() < 1e-3 * (expected[0] - expected[1]).norm()
 
@@ -153,7 +160,7 @@ def test_a_metric_without_its_network_is_an_error_of_one_line(metrics, message, 
     Path("hub/checkpoints").mkdir(parents=True)
     torch.save(Path(), f"hub/checkpoints/{Path(VGG16_Weights.DEFAULT.url).name}")
     with pytest.raises(OSError, match=rf"^[^\n]*{message}"):
-        load_judges(4, 16, metrics)
+        load_judges(16, metrics)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
@@ -173,3 +180,5 @@ def test_a_word_that_names_a_file_is_a_path(word, monkeypatch):
 def test_images_that_cannot_be_measured_are_refused(metric, images, message):
     with refused(message):
         metric(images, images)
+    with refused("equal shapes"):
+        psnr(noise(4), noise(1))
