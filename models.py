@@ -47,7 +47,7 @@ ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hu
 def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar" ships with the repository, "cnn" is untrained, other names are timm's.
 
-    layers: how many last layers of a ViT are summed, or last strides of a convolutional network joined; 0 is all
+    layers: how many last layers of a ViT are summed, or last feature maps of a convolutional network joined; 0: all
     pretrained: False leaves the weights random
     InputError for an unknown name, OSError if weights do not load.
     """
@@ -167,7 +167,7 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - 0.5) / 0.25
         shallow = self.shallow(x)
-        deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # each 2 x 2 times
+        deep = F.interpolate(self.deep(self.whiten(x)), shallow.shape[2:])  # repeats each 2 x 2 times
         return layer_norm(torch.cat([deep, shallow], 1))
 
 
@@ -213,10 +213,10 @@ class ViTEncoder(nn.Module):
 
 
 class PyramidEncoder(nn.Module):
-    """A convolutional network of several strides, whose features stand side by side (as in 2606.11096).
+    """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    Features on a coarser grid than the tokens' are repeated, features on a finer grid are averaged. Each stride is
-    normalised. The finest features are averaged in up to 4 x 4 parts of a token, which stand side by side.
+    A map on a coarser grid than the tokens' is repeated, a map on a finer grid is averaged. Each map is normalised. The
+    finest is averaged in up to 4 x 4 parts of a token, which stand side by side.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -226,7 +226,7 @@ class PyramidEncoder(nn.Module):
             strides = [64 // z.shape[2] for z in maps]
             require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
-        self.layers, self.token_size, self.deepest = layers or len(maps), token_size, strides[-1]
+        self.layers, self.token_size, self.largest_stride = layers or len(maps), token_size, strides[-1]
         self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
         network.prune_intermediate_layers(self.layers, prune_head=True)
         self.network = network.to(memory_format=torch.channels_last)
@@ -240,7 +240,7 @@ class PyramidEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = pad(x, self.deepest, "replicate")
+        x = pad(x, self.largest_stride, "replicate")
         grid = [side // self.patch for side in x.shape[2:]]
         finest, *others = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
@@ -358,7 +358,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
         layers = 0 if encoder in ("cifar", "cnn") else self.encoder.layers
-        # a number instead of each 0, so that the models of two files can be compared
+        # a default of 0 is replaced by the number it stands for, so that the models of two files can be compared
         self.arguments = dict(encoder=encoder, encoder_layers=layers, image_size=image_size, grid=grid,
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
@@ -432,7 +432,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def features_from_indices(self, indices: Tensor, depth: int | None = None) -> Tensor:
-        """indices (B, h, w) -> features (B, C, h, w), the encoder's, of the image that the indices decode to."""
+        """indices (B, h, w) -> the encoder's features (B, C, h, w) of the image to which they decode."""
         images = self._cast(self.decode_from_indices(indices, depth))
         return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius).float()
 
@@ -546,7 +546,7 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
 
 
 def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in 16 bits. Counts stay as they are."""
+    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in 16 bits. Scalars and integers stay."""
     if weight.ndim == 0 or not weight.is_floating_point():
         return weight
     if weight.ndim == 1:  # 65,504 is the largest number of 16 bits
@@ -565,7 +565,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
 
 
 def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
-    """A model of this kind, in eval mode, with the config, the weights, and these entries of a file as arguments.
+    """The model in a file, in eval mode: kind(**config, **entries, **options) with the file's weights.
 
     InputError unless the weights fit and are finite. A weight may be a pair of scales and 8-bit numbers.
     """
@@ -573,9 +573,7 @@ def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options
     options |= {name: content[name] for name in entries}
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
         model = kind(**content["config"], **options)
-        weights = {}
-        for name, weight in content["model"].items():
-            weights[name] = weight[0] * weight[1].float() if isinstance(weight, tuple) else weight
+        weights = {name: w[0] * w[1].float() if isinstance(w, tuple) else w for name, w in content["model"].items()}
         model.load_state_dict(weights)
         require(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
     return model.eval()

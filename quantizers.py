@@ -105,13 +105,12 @@ class Quantizer(nn.Module, ABC):
         dims: how many dimensions they may have; none given: any number
         InputError for another number of dimensions, for floats and bools, and for indices outside [0, codebook_size).
         """
-        weights = [*self.parameters(), *self.buffers()]
         indices = torch.as_tensor(indices)
         integers = not indices.is_floating_point() and indices.dtype != torch.bool
         check(integers, "dtype of indices", indices.dtype, "integers")
         require(not dims or indices.ndim in dims, f"indices have the shape {tuple(indices.shape)}, but "
                 f"{' or '.join(map(str, dims))} dimensions are needed.")
-        indices = indices.to(weights[0].device if weights else indices.device).long()
+        indices = indices.to([*self.parameters(), *self.buffers(), indices][0].device).long()
         check_range(indices, 0, self.codebook_size - 1, "indices")
         return indices
 
@@ -150,7 +149,7 @@ class FSQ(Quantizer):
 
     def nearest(self, x: Tensor) -> Tensor:
         """x (B, N, code_dim) -> indices (B, N) of the nearest codes."""
-        digits = ((x.clamp(-1, 1) + 1) / 2 * self.top_levels).round().long()
+        digits = ((x.clamp(-1, 1) + 1) / 2 * self.top_levels).round().long()  # DDCL's noise may lead outside [-1, 1]
         return join_indices(digits, self.levels)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -214,11 +213,10 @@ class MatchedSimVQ(SimVQ):
 
     build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
     A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
-    covariance C, and add noise of variance s. The best estimate of a token from its noisy copy has the covariance
-    C (C + s I)^-1 C (Cover and Thomas, chapter 9). A gives codes the same covariance. A noisy copy tells
-    log det(I + C / s) / 2 nats about its token. The noise s makes that log K, which the choice of one of K codes can
-    tell. Along directions weaker than the noise, codes hardly differ. If all directions are equally strong, this is
-    Shannon's random code (section 10.3).
+    covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
+    log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
+    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes the same. Along directions weaker
+    than the noise, codes hardly differ. If all are equally strong, this is Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -237,7 +235,8 @@ class MatchedSimVQ(SimVQ):
             self.update(x.flatten(0, 1))
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
-        loss = self.commitment_cost * F.mse_loss(x, codes) / self.variance()  # no loss moves the codes
+        # relative to the tokens' variance, as codes follow the tokens; no loss moves the codes
+        loss = self.commitment_cost * F.mse_loss(x, codes) / self.variance()
         return straight_through(x, codes), loss, indices
 
     def variance(self) -> Tensor:
@@ -264,7 +263,8 @@ class MatchedSimVQ(SimVQ):
         root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
         self.code_transform.weight.copy_(n**0.5 * root.T)
         self.code_transform.bias.copy_(self.mean)
-        # Newton's method for log det(I + C / s) / 2 = log K: a step of log s for the next step of training
+        # A step of Newton's method moves log s towards log det(I + C / s) / 2 = log K. The slope, which is minus the
+        # derivative by log s, is half the trace of (C + s I)^-1 C.
         excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
         self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
@@ -335,12 +335,10 @@ class MultiCodebook(Quantizer):
         n = self.code_dim
         check(self.residual or n % codebooks == 0, "code_dim", n, f"a multiple of {codebooks}")
         width = n if self.residual else n // codebooks
-        self.stages = nn.ModuleList()
-        self.parts = []  # which of a code's numbers each codebook quantizes
-        for i in range(codebooks):
-            self.stages.append(EMAVQ(width, codebook_size, 0, decay, commitment_cost, project=False))
-            start = 0 if self.residual else i * width
-            self.parts.append(slice(start, start + width))
+        self.stages = nn.ModuleList(
+            EMAVQ(width, codebook_size, 0, decay, commitment_cost, project=False) for _ in range(codebooks))
+        # which of a code's numbers each codebook quantizes
+        self.parts = [slice(None) if self.residual else slice(i * width, (i + 1) * width) for i in range(codebooks)]
 
     def quantize(self, x: Tensor) -> Quantized:
         codes, loss, digits = torch.zeros_like(x), 0, []
@@ -423,9 +421,9 @@ class Library(Quantizer):
             require(same, "the codes of its indices are not its output")
         size = getattr(module, "codebook_size", options.get("codebook_size"))
         sizes = getattr(module, "codebook_sizes", size)
-        # one size, which all codebooks have, or a size for each codebook of a group
+        # a number is the size of each codebook; several are the sizes in one group, and all groups are alike
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
-        codebooks = indices.numel() // 2  # as there are two tokens
+        codebooks = indices.numel() // 2  # each of the two tokens has an index in each codebook
         super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
         self.kind, self.module, self.arguments = kind, module, arguments
         # only indices of grouped codebooks have four axes, of which the first is the group
@@ -511,7 +509,7 @@ def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
     """
     if not (isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()):
         kind = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C) are needed.")
+        raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C), at least one, are needed.")
     tokens = (z.movedim(1, 3) if z.ndim == 4 else z).float()
     require(tokens.shape[-1] == dim, f"{name} has {tokens.shape[-1]} channels, but this quantizer was built for {dim}.")
     return tokens.flatten(1, -2), tokens.shape[:-1]
@@ -549,7 +547,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def grouped_argmax(scores: Tensor) -> Tensor:
-    """scores.argmax(1) for scores (N, K): the best group of 256 columns first, then the best column in this group.
+    """scores.argmax(1) for scores (N, K). It finds the best group of 256 columns, then the best column in this group.
 
     A CPU finds a maximum faster than its place: for 65,536 codes, nearest_code takes a third of the time.
     """
@@ -598,7 +596,7 @@ def sum_of_processes(x: Tensor) -> Tensor:
 QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,
     "residual_vq": ResidualVQ, "product_vq": ProductVQ, "none": NoQuantizer, "library": Library,
-    # LFQ's weights come from a short search (RESULTS.md), BSQ's inverse temperature from its authors, not the library
+    # LFQ's loss weights come from a short search (RESULTS.md). BSQ's inverse temperature is its authors'.
     "lfq": partial(Library, kind="LFQ", codebook_size=65536, entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
     "bsq": partial(Library, kind="LFQ", codebook_size=65536, spherical=True, arguments={"inv_temperature": 1.0}),
     "rotation_vq": partial(Library, kind="VectorQuantize", codebook_size=65536, code_dim=16, rotation_trick=True,

@@ -49,12 +49,12 @@ ENCODER = "cifar"  # ships with the repository; "dinov3_s" and others are downlo
 ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last strides of others joined; 0: all
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" a token should cover 4 x 4 pixels
 # quantizer
-QUANTIZER = "ema_vq"  # or "fsq", "simvq", "simvq_learned", "ddcl", "residual_vq", "product_vq", "residual_fsq", "lfq",
-#                       "bsq", "rotation_vq", "library"; "none" shows the best PSNR that is possible
+QUANTIZER = "ema_vq"  # or "fsq", "simvq" (with a computed map; the paper's is "simvq_learned"), "ddcl", "residual_vq",
+#               "product_vq", "residual_fsq", "lfq", "bsq", "rotation_vq", "library"; "none": the best possible PSNR
 CODEBOOK_SIZE = 65536  # codes in a codebook; "fsq", "ddcl", "residual_fsq" and "library" have their own constants
 CODE_DIM = 16  # how many numbers a learned code has; 0: as many as the encoder's features
 EMA_DECAY = 0.99  # for the moving averages of "ema_vq", "simvq", "residual_vq", "product_vq" and "rotation_vq"
-COMMITMENT = 0.25  # weight of the commitment loss of quantizers with learned codes
+COMMITMENT = 0.25  # weight of the commitment loss of quantizers with codebooks
 CODEBOOKS = 2  # how many "residual_vq", "product_vq" and "residual_fsq" have; CODEBOOK_SIZE = 256 suits two
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
@@ -132,7 +132,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
-        # one pass serves both losses: the caller takes the gradient of each for one network's parameters alone
+        # Both losses share this pass. Nothing is detached: each is differentiated by one network's parameters alone.
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
@@ -150,8 +150,8 @@ def losses_and_gradients(model: VQRAE, teacher: nn.Module | None, lpips: nn.Modu
                          discriminator: nn.Module | None) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
     """A micro-batch's losses, and the gradients of the model's and then the discriminator's parameters.
 
-    A gradient is None where the loss does not depend on a parameter. Gradients are returned, where loss.backward()
-    would store them: so torch.compile makes one graph of the forward and the backward pass.
+    A gradient is None where the loss does not depend on a parameter. Unlike loss.backward(), this stores no gradients:
+    so torch.compile makes one graph of the forward and the backward pass.
     """
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         losses = objective(model, images, teacher, lpips, discriminator, stage_value(PERCEPTUAL_WEIGHT, model.stage),
@@ -290,7 +290,7 @@ def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimize
 # The model and the networks of its losses
 
 def quantizer_options() -> dict:
-    """The options of QUANTIZER's class: those of the constants whose names in `options` are the class's arguments."""
+    """The constants that QUANTIZER's class takes, under the names of its arguments."""
     batch_tokens = micro_batch_size() * (GRID * sizes()[-1] // sizes()[0]) ** 2  # of the largest images
     if QUANTIZER == "library":
         return LIBRARY
@@ -316,8 +316,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
                   grid=GRID, encoder_layers=ENCODER_LAYERS, post_quant_kernel=POST_QUANT_KERNEL,
                   post_quant_norm=POST_QUANT_NORM, decoder_width=DECODER_WIDTH, decoder_depth=DECODER_DEPTH,
                   decoder_heads=DECODER_HEADS, pretrained=pretrained and not START_CHECKPOINT)
-    check(all(size >= 16 and size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
-          f"16 or more, for the discriminator, and a multiple of a token's {model.token_size} pixels")
+    check(all(size % model.token_size == 0 for size in sizes()), "IMAGE_SIZE", IMAGE_SIZE,
+          f"multiples of a token's {model.token_size} pixels")
     if START_CHECKPOINT:
         with torch.device("cpu"):  # main() builds a first model on the meta device
             start = load_checkpoint(START_CHECKPOINT)
@@ -467,6 +467,7 @@ def check_constants():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name, least in {"GRID": 1, "BATCH_SIZE": 1, "ACCUMULATE": 1, "CODEBOOKS": 1, "CODEBOOK_SIZE": 2}.items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
+    check(sizes()[0] >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more, for the discriminator")
     check(QUANTIZER != "library" or "kind" in LIBRARY and "dim" not in LIBRARY, "LIBRARY", LIBRARY,
           'a "kind", and options of this class except "dim"')
     check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")

@@ -366,7 +366,7 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     ("COMPILE", "on"), ("OPTIMIZER", "sgd"), ("PERCEPTUAL", "vgg"), ("START_CHECKPOINT", "a.pt"), ("SEED", 10**18),
     ("BATCH_SIZE", 99999), ("ACCUMULATE", 0), ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0),
     ("POST_QUANT_KERNEL", 2), ("ENCODER", "cifra"), ("GRID", 5), ("IMAGE_SIZE", [32, 50]), ("DATASET", "none"),
-    ("DEVICE", "tpu"), ("ENCODER_LAYERS", 3)])
+    ("DEVICE", "tpu"), ("ENCODER_LAYERS", 3), ("IMAGE_SIZE", [0, 32])])
 def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
     """This takes one line, before a run begins."""
     text = repr(tuple(value) if isinstance(value, list) else value)
