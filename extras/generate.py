@@ -40,8 +40,7 @@ STEPS = 32  # to fill an image's tokens
 GUIDANCE = 3.0  # 1: none; with more, samples are more like their class
 SAMPLES = 2_000  # judged after each third of the training
 
-kinds = {str: "CHECKPOINT DATASET", float: "LEARNING_RATE GUIDANCE",
-         int: "DIM DEPTH EPOCHS BATCH_SIZE SEED STEPS SAMPLES"}
+kinds = {float: "LEARNING_RATE GUIDANCE", int: "DIM DEPTH EPOCHS BATCH_SIZE SEED STEPS SAMPLES"}
 autocast = torch.autocast(device, torch.bfloat16, enabled=utils.fast_bf16(device))
 
 
@@ -57,6 +56,7 @@ class Prior(nn.Module):
         super().__init__()
         self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth)
         self.sizes, self.grid, self.classes, self.tokens = tuple(sizes), tuple(grid), classes, math.prod(grid)
+        self.most_images = max(1, 250 * 64 // self.tokens)  # that are measured or drawn together, to bound the memory
         self.embed = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.embed_earlier = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
         for table in (*self.embed, *self.embed_earlier):
@@ -115,13 +115,11 @@ class Prior(nn.Module):
         none = torch.full((len(indices),), self.classes, device=self.mask.device)
         labels = none if labels is None else torch.as_tensor(labels, device=none.device).long()
         shapes, grid = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices) or 1, *self.grid)
-        kinds_fit = mask.dtype == torch.bool and not indices.is_floating_point()
-        require(kinds_fit and shapes == [grid, grid, grid[:1]], f"indices (integers), mask (bool) and labels must be "
-                f"{grid}, {grid} and {grid[:1]}, not {shapes}, {indices.dtype}, {mask.dtype}.")
+        require(mask.dtype == torch.bool and not indices.is_floating_point() and shapes == [grid, grid, grid[:1]],
+                f"Take indices {grid}, bools {grid}, labels {grid[:1]}, not {shapes}, {indices.dtype}, {mask.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
-        valid = isinstance(steps, int) and steps >= 1 and guidance >= 1
-        check(valid, "steps, guidance", (steps, guidance), "1 or more; steps are whole")
+        check(steps in range(1, 10**9) and guidance >= 1, "steps, guidance", (steps, guidance), "whole, and 1 or more")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.mask.device)
         masked = mask.flatten(1).to(digits.device)
         count = masked.sum(1, keepdim=True)  # (B, 1)
@@ -130,8 +128,7 @@ class Prior(nn.Module):
         steps = count.clamp(max=steps)  # (B, 1): few tokens take fewer steps
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, int(steps.max()) + 1):
-            # so many are filled after this step; the square is at least `step`, so that each step fills one
-            chosen = masked & (places < (count * (step / steps) ** 2).clamp(min=step))
+            chosen = masked & (places < (count * (step / steps) ** 2).clamp(min=step))  # in all, at least one a step
             features = [self.features(digits, masked, given)[chosen[masked]] for given in conditions]
             scale = (1 + (guidance - 1) * (2 * step - 1) / steps).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
@@ -150,23 +147,17 @@ def load_prior(path: str | Path) -> Prior:
 
 
 def draw_masks(count: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often."""
-    # ratios are spread evenly over [0, 1), for less variance, and each cuts a random order of the tokens
+    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often, for less variance."""
     ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
     return torch.rand(count, tokens, generator=generator).argsort(1) <= (ratio * tokens).long()[:, None]
-
-
-def batch_size(prior: Prior) -> int:
-    """How many images are measured or drawn together: 250 of 64 tokens, fewer if they have more."""
-    return max(1, 250 * 64 // prior.tokens)
 
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
     """The bound in bits an image, in fp32: the mean over indices (N, h, w), labels (N,), and 1 to 8 masks for each."""
     bits, generator, masks = [], torch.Generator().manual_seed(0), min(8, math.ceil(10_000 / len(indices)))
-    size = batch_size(prior)
-    for batch, given in progress([*zip(indices.split(size), labels.split(size))] * masks, "measuring"):
+    batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
+    for batch, given in progress(batches * masks, "measuring"):
         bits.append(prior(batch, draw_masks(len(batch), prior.tokens, generator), given))
     return torch.cat(bits).mean().item()
 
@@ -189,18 +180,15 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
             mirrored = torch.randint(2, (len(index),))
             with autocast:
                 bits = prior(tokens["train"][mirrored, index], masked, labels)
-            ratio = masked.float().mean(1).to(device)
-            # the sum over masked tokens, so that all count alike, as in MaskGIT; `bits` is the bound
-            (bits / prior.tokens * ratio).mean().backward()
+            (bits / prior.tokens * masked.float().mean(1).to(device)).mean().backward()  # masked tokens count alike
             take_step(optimizers, step, EPOCHS * batches)
             prior.zero_grad()
             log.append(bits.detach())
         bits = torch.cat(log).mean().item()
         require(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
         row = {"epoch": epoch, "training_bits": bits,
+               "bits": measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes)),
                "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels)}
-        if prior.classes:
-            row["bits"] = measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes))
         if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:  # after each third of the training
             row |= judge_samples(prior, vqrae, data, judges)
         print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} in test", flush=True)
@@ -231,7 +219,7 @@ def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
 def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) of classes (B,)."""
     images = []
-    for batch in progress(labels.split(batch_size(prior)), "sampling"):
+    for batch in progress(labels.split(prior.most_images), "sampling"):
         with autocast:
             indices = prior.generate(batch, steps=STEPS, guidance=GUIDANCE)
         images.append((vqrae.decode_from_indices(indices) * 255).round().byte().cpu())
@@ -263,14 +251,13 @@ def main():
     for name, least in dict(DEPTH=1, EPOCHS=1, BATCH_SIZE=1, STEPS=1, GUIDANCE=1, SAMPLES=2).items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
-    checkpoint = Path(CHECKPOINT).expanduser()
-    vqrae = load_checkpoint(checkpoint)
+    vqrae = load_checkpoint(os.path.expanduser(CHECKPOINT))
     sizes = list(getattr(vqrae.quantizer, "levels", vqrae.quantizer.codebook_sizes))  # FSQ's levels are digits
     require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
-    constants |= {"CHECKPOINT": checkpoint.name, "DATASET": Path(dataset).resolve().name}
-    key = utils.digest((constants, files, os.path.getmtime(checkpoint)))
+    constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}
+    key = utils.digest((constants, files, os.path.getmtime(os.path.expanduser(CHECKPOINT))))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")

@@ -142,7 +142,7 @@ def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(steps):
 
 @pytest.mark.parametrize("options, name", [
     ({"indices": torch.zeros(2, 1, 3).long()}, "indices"), ({"indices": torch.full((2, 2, 3), 24)}, "0 to 23"),
-    ({"indices": torch.full((2, 2, 3), 0.7)}, "integers"), ({"labels": [0, 3]}, "labels.*0 to 2"),
+    ({"indices": torch.full((2, 2, 3), 0.7)}, "float32"), ({"labels": [0, 3]}, "labels.*0 to 2"),
     ({"guidance": 0.5}, "guidance"), ({"steps": 6.4}, "whole")], ids=str)
 def test_fill_refuses_other_shapes_and_ranges(options, name):
     given = {"indices": torch.zeros(2, 2, 3).long(), "mask": torch.ones(2, 2, 3, dtype=torch.bool)}
@@ -206,7 +206,7 @@ def test_bits_are_the_mean_over_images_and_masks():
     def prior(indices, masked, labels):
         return indices[:, 0, 0] + labels.float() + masked.sum(1)  # 3.5 of 6 tokens in the mean
 
-    prior.tokens = 6
+    prior.tokens, prior.most_images = 6, 200
     indices, labels = torch.randint(24, (600, 2, 3)), torch.arange(600) % 2
     expected = indices[:, 0, 0].float().mean() + 0.5 + 3.5
     assert measure_bits(prior, indices, labels) == pytest.approx(expected.item(), rel=1e-3)
@@ -214,7 +214,7 @@ def test_bits_are_the_mean_over_images_and_masks():
 
 def test_samples_are_decoded_images_of_their_classes():
     """Here an index is the label plus steps plus guidance, and an image is an index."""
-    prior = SimpleNamespace(tokens=80, generate=lambda labels, steps, guidance: labels + steps + guidance)
+    prior = SimpleNamespace(most_images=200, generate=lambda labels, steps, guidance: labels + steps + guidance)
     vqrae = SimpleNamespace(decode_from_indices=lambda indices: indices / 255)
     labels = torch.arange(600) % 200
     expected = labels + module.STEPS + module.GUIDANCE
