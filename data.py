@@ -97,7 +97,9 @@ class ImageFiles:
         try:
             return read_image(str(self.files[i]))
         except InputError as error:
-            require(os.path.exists(self.files[i]), f"{self.files[i]} is gone. Files must stay until the run ends.")
+            # an error of the system, which has a number, says nothing about the image: the file may be gone
+            passing = isinstance(error.__cause__, MemoryError) or getattr(error.__cause__, "errno", None)
+            require(not passing, f"{error}. Files must stay readable until the run ends.")
             self.broken[i] = True
             if self.broken.sum() > len(self) / 100:
                 self.report(f" The last error: {error}")

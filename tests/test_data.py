@@ -250,6 +250,19 @@ def test_an_image_of_its_class_takes_a_broken_files_place(pets, monkeypatch, cap
     assert capsys.readouterr().out.count("1 of 200 images cannot be read") == 2
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), OSError(24, "Too many files"), MemoryError()])
+def test_an_error_of_the_system_does_not_make_an_image_broken(error, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    Path("a.png").touch()
+    images = ImageFiles(["a.png"], 8)
+    with refused("'a.png' cannot be read: .*Files must stay readable"):
+        images.read(0)
+    assert not images.broken.any()
+
+
 def test_a_disk_without_room_is_named_before_the_work(pets, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     with refused("its disk has 1 left"):
