@@ -164,6 +164,8 @@ def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
 
 def load_cifar10() -> list[CIFAR10]:
     """CIFAR-10's training and test images, downloaded to data/ unless they are there. OSError if that fails."""
+    with contextlib.suppress(RuntimeError):  # they are not there, or not whole
+        return [CIFAR10("data", train) for train in (True, False)]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)  # a server may not answer
     try:

@@ -365,11 +365,12 @@ def test_cifar_10_is_taken_from_torchvision(name, monkeypatch):
     pixels = random_pixels(5, 32, 32, 3)
     train = SimpleNamespace(data=pixels[:3], targets=[2, 0, 1], classes=["a", "b", "c"])
     test = SimpleNamespace(data=pixels[3:], targets=[1, 1])
-    monkeypatch.setattr(module, "CIFAR10", lambda folder, is_train, download: train if is_train else test)
+    monkeypatch.setattr(module, "CIFAR10", lambda folder, is_train, download=False: train if is_train else test)
     data = load_dataset(name, 24)
     assert torch.equal(data.train_images[2], fit(to_tensor(pixels[2]), 24))
     assert torch.equal(data.test_images[0], fit(to_tensor(pixels[3]), 24))
     assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([2, 0, 1], [1, 1])
+    assert not Path("data").exists()  # a folder that is there may be read-only
 
 
 def test_without_a_network_auto_alone_takes_drawn_images(monkeypatch, capsys):
