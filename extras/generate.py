@@ -119,7 +119,7 @@ class Prior(nn.Module):
                 f"Take indices {grid}, bools {grid}, labels {grid[:1]}, not {shapes}, {indices.dtype}, {mask.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
-        check(steps in range(1, 10**9) and guidance >= 1, "steps, guidance", (steps, guidance), "whole, and 1 or more")
+        check(steps in range(1, 9999) and guidance >= 1, "steps, guidance", (steps, guidance), "1 or more, steps whole")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.mask.device)
         masked = mask.flatten(1).to(digits.device)
         count = masked.sum(1, keepdim=True)  # (B, 1)
