@@ -26,7 +26,7 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
 
 
 def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):
-    """Step each optimizer. The learning rate rises over the first twentieth of `steps`, then falls as a cosine."""
+    """Take step 0 to `steps` - 1. The learning rate rises for a twentieth of all steps, then falls as a cosine."""
     scale = min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's momentum
-            # a kernel that is channels_last is not copied here, as its matrix is a view
+            # Columns may stand in any order. In this one the matrix of a channels_last kernel is a view, not a copy.
             updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])
-            # so they get AdamW's root mean square, which is about 0.2
+            # Singular values of 1 mean a root mean square of max(m, n)**-0.5. AdamW's updates have about 0.2.
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             updates = [x.view_as(p.movedim(1, -1)).movedim(-1, 1) for x, p in zip(updates, matrices)]
@@ -64,9 +64,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Take all singular values of each matrix towards 1, in place: five Newton-Schulz steps with Muon's coefficients.
+    """Take all singular values of each matrix towards 1, in place.
 
-    Matrices of one shape are stacked, for speed.
+    Each of five Newton-Schulz steps takes y to a y + b (y y') y + c (y y')^2 y with Muon's a, b and c. Singular vectors
+    stay, and a singular value s becomes a s + b s^3 + c s^5. Matrices of one shape are stacked, for speed.
     """
     stacks = {}
     for x in matrices:
@@ -75,7 +76,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     dtype = torch.bfloat16 if fast_bf16(matrices[0].device.type) else torch.float32
     for stack in stacks.values():
         y = torch.stack(stack).to(dtype)
-        y /= y.norm(dim=(1, 2), keepdim=True) + 1e-7
+        y /= y.norm(dim=(1, 2), keepdim=True) + 1e-7  # now no singular value is above 1
         for _ in range(5):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)

@@ -5,11 +5,11 @@
     quantizer.indices_to_codes(indices)     # z_q again, in eval mode exactly the same numbers
     quantizer.codes_to_indices(z_q)         # the indices again
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
-    quantizer.codebook_size                 # the number of codes
+    quantizer.codebook_size                 # the number of codes, of all codebooks together
 
-A token is one position of the grid and has C numbers. project_in maps them to code_dim numbers, the nearest code
-replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens. project=False leaves out
-both maps, and code_dim with them.
+Here a token is the vector of C numbers at one position of the grid. project_in maps it to code_dim numbers, the
+nearest code replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens.
+project=False leaves out both maps, and code_dim with them.
 This file needs torch alone: copy it into your project, and add the loss to yours.
 """
 import contextlib
@@ -30,11 +30,11 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    A token has one index, also with several codebooks: in mixed radix its digit k is the k-th codebook's own index.
+    A token has one index. With several codebooks it is i_0 + size_0 (i_1 + size_1 (...)): each adds its own, a digit.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
-    residual = False  # whether the first few codebooks can be decoded alone
+    residual = False  # whether the codebooks' codes add up, so that the first few can be decoded alone
 
     def __new__(cls, *arguments, **options):  # records the options, so that no subclass has to write its config
         quantizer = super().__new__(cls)
@@ -64,7 +64,7 @@ class Quantizer(nn.Module, ABC):
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar), indices (B, H, W) or (B, N), int64.
 
         z_q's gradient reaches z. InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12.
-        Train mode does not look at values, as it would wait for the GPU: a NaN reaches your loss.
+        Train mode does not look at values, as it would wait for the GPU: a NaN reaches your loss and the codebook.
         """
         tokens, shape = to_tokens(z, self.dim, "z")
         if not self.training:
@@ -103,10 +103,10 @@ class Quantizer(nn.Module, ABC):
         """Indices, as a tensor, a list or an array -> an int64 tensor on the quantizer's device.
 
         dims: how many dimensions they may have; none given: any number
-        InputError for another number of dimensions, for floats and bools, and for indices outside [0, codebook_size).
+        InputError for another number of dimensions, for other types, and for indices outside [0, codebook_size).
         """
         indices = torch.as_tensor(indices)
-        integers = not indices.is_floating_point() and indices.dtype != torch.bool
+        integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
         check(integers, "dtype of indices", indices.dtype, "integers")
         require(not dims or indices.ndim in dims, f"indices have the shape {tuple(indices.shape)}, but "
                 f"{' or '.join(map(str, dims))} dimensions are needed.")
@@ -115,7 +115,7 @@ class Quantizer(nn.Module, ABC):
         return indices
 
     def _apply(self, function, recurse: bool = True):
-        """half(), bfloat16() and double() leave a quantizer in fp32: rounded tokens would get other indices."""
+        """half(), to() and others call this. Numbers keep their type: rounded tokens would get other indices."""
         return super()._apply(lambda x: keep_type(x, function(x)), recurse)
 
 
@@ -159,11 +159,12 @@ class FSQ(Quantizer):
 class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
-    A token becomes four numbers x in [-1, 1]. Training draws u ~ U(-delta/2, delta/2), sends m = round((x + u) / delta)
-    and receives m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In
-    eval mode u is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times
-    log2(2 |x| / delta + 1) bits, summed over the four numbers. The message has E|m| = |x| / delta, so by Jensen its
-    expected length E log2(2 |m| + 1) is at most so many bits.
+    project_in makes four numbers x in [-1, 1] of a token. Encoder and decoder share noise u ~ U(-delta/2, delta/2). The
+    encoder sends a whole number m = round((x + u) / delta), and the decoder receives m delta - u. The error,
+    m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u is 0, and codes are FSQ's
+    with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed over the four numbers
+    and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected length E log2(2 |m| + 1) is
+    at most so many bits.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -202,7 +203,8 @@ class SimVQ(Quantizer):
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
         loss = F.mse_loss(codes, x.detach()) + self.commitment_cost * F.mse_loss(x, codes.detach())
-        return straight_through(x, codes), self.code_dim * loss, indices  # the paper sums over a code's numbers
+        # the paper's loss is a sum over a code's numbers, mse_loss their mean
+        return straight_through(x, codes), self.code_dim * loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
         return self.code_transform(self.frozen_codebook[indices])
@@ -215,7 +217,7 @@ class MatchedSimVQ(SimVQ):
     A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
     covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
     log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
-    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes the same. Along directions weaker
+    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes this one. Along directions weaker
     than the noise, codes hardly differ. If all are equally strong, this is Shannon's random code (section 10.3).
     """
 
@@ -227,7 +229,7 @@ class MatchedSimVQ(SimVQ):
         self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
         self.register_buffer("mean", torch.zeros(n))  # m
         self.register_buffer("covariance", torch.eye(n))  # C
-        self.register_buffer("total_weight", torch.zeros(()))  # the weights of all steps so far: 1 - decay^steps
+        self.register_buffer("total_weight", torch.zeros(()))  # the sum of all steps' weights so far, 1 - decay**steps
         self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the tokens' variance
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -235,7 +237,7 @@ class MatchedSimVQ(SimVQ):
             self.update(x.flatten(0, 1))
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
-        # relative to the tokens' variance, as codes follow the tokens; no loss moves the codes
+        # The codes follow the tokens' scale. Divided by the variance, the loss does not fall when all tokens shrink.
         loss = self.commitment_cost * F.mse_loss(x, codes) / self.variance()
         return straight_through(x, codes), loss, indices
 
@@ -252,12 +254,12 @@ class MatchedSimVQ(SimVQ):
         shift = sum_of_processes(x.mean(0)) / count_processes()
         x = x - shift
         covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
-        # old and new tokens together have the covariances of both, and the covariance of their two means
+        # law of total covariance: the mean of the old and new covariance, and the covariance of their two means
         self.covariance.lerp_(covariance + (1 - rate) * shift.outer(shift), rate)
         self.mean += rate * shift
 
-        # A g has the covariance A A' / n, as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes it R' R, which
-        # is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
+        # A g has the covariance A A' / n (' transposes), as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes
+        # it R' R, which is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
         n, s = self.code_dim, self.noise_ratio * self.variance()
         factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L
         root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
@@ -268,7 +270,7 @@ class MatchedSimVQ(SimVQ):
         excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
         self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
-        self.noise_ratio.clamp_(1e-6 * n, 1e6)  # at least the rounding errors of C
+        self.noise_ratio.clamp_(1e-6 * n, 1e6)  # so that C + s I stays positive definite in fp32
 
 
 class EMAVQ(Quantizer):
@@ -279,8 +281,9 @@ class EMAVQ(Quantizer):
     with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
     A code without tokens stays where it is. The loss is the commitment loss.
 
-    Codes with N_i below 0.1 times the mean are dead, at first nearly all. They restart at random tokens, with N_i at
-    0.2 times the mean. A step restarts at most as many codes as it has tokens. Some of these draw the same token.
+    mean_count is such a moving average, too: of the tokens per code. Codes with N_i below 0.1 mean_count are dead, at
+    first nearly all. They restart at random tokens, with N_i = 0.2 mean_count. A step restarts at most as many codes as
+    it has tokens. Some of these draw the same token.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -290,7 +293,7 @@ class EMAVQ(Quantizer):
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i's mean over i
+        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i, averaged over all codes
         self.register_buffer("steps", torch.zeros(()))  # t
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -316,7 +319,7 @@ class EMAVQ(Quantizer):
         self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)  # not 0 / 0 without any token so far
 
         dead = self.token_counts < 0.1 * self.mean_count
-        dead &= dead.cumsum(0) <= len(x)
+        dead &= dead.cumsum(0) <= counts.sum() / count_processes()  # cumsum numbers the dead codes from 1
         # each code draws a token, dead or not: compiled code needs shapes that do not depend on values
         tokens = x[torch.randint(len(x), dead.shape, device=x.device)]
         if count_processes() > 1:  # all take process 0's tokens: torch.compile knows no broadcast, but sums
@@ -406,8 +409,8 @@ class Library(Quantizer):
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples
         arguments = arguments or {}
         build = partial(getattr(library, kind), dim=code_dim or dim)
-        # A copy is tried on two tokens, which shows its indices' shape, and whether they decode to its output. This
-        # copy must not wait for other processes, as k-means and shared statistics do.
+        # A copy is tried on two tokens, which shows its indices' shape, and whether they decode to its output. It must
+        # not wait for other processes, as k-means and shared statistics do, nor change the random numbers of training.
         unshared = {name: False for name in ("kmeans_init", "sync_affine_param") if name in options}
         with errors_as(InputError, f"{kind} does not work with {options!r:.300}"):
             with torch.device("cpu"), torch.no_grad():  # some classes cannot be built on the meta device
@@ -421,16 +424,17 @@ class Library(Quantizer):
             require(same, "the codes of its indices are not its output")
         size = getattr(module, "codebook_size", options.get("codebook_size"))
         sizes = getattr(module, "codebook_sizes", size)
-        # a number is the size of each codebook; several are the sizes in one group, and all groups are alike
+        # the class names one size for all codebooks, or the sizes of one group's codebooks, and all groups are alike
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
         codebooks = indices.numel() // 2  # each of the two tokens has an index in each codebook
         super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
         self.kind, self.module, self.arguments = kind, module, arguments
-        # only indices of grouped codebooks have four axes, of which the first is the group
+        # only indices of grouped codebooks have four axes, the first for the group; the others' first is the batch, 1
         self.axes, self.groups = indices.ndim, len(indices)
 
     def quantize(self, x: Tensor) -> Quantized:
-        exporting = torch.compiler.is_exporting()  # which fails for all classes but LFQ
+        # torch.export fails for all classes but LFQ
+        exporting = torch.compiler.is_exporting()
         check(self.kind == "LFQ" or not exporting, "quantizer", self.kind, "LFQ in an export")
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
@@ -493,8 +497,9 @@ def errors_as(kind: type[Exception], message: str):
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """Raise InputError unless all of x lies in [low, high]. Compiled and exported code has no values to check."""
-    if not torch.compiler.is_compiling() and x.numel():
+    """Raise InputError unless x has values, all in [low, high]. Compiled and exported code has none to check."""
+    if not torch.compiler.is_compiling():
+        require(x.numel(), f"There are no {name}.")
         least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
         require(low <= least <= most <= high,
                 f"The values of {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
@@ -517,7 +522,7 @@ def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
 
 def to_grid(tokens: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of to_tokens: tokens (B, N, C) -> z (B, C, H, W) or (B, N, C), whose indices have this shape."""
-    z = tokens.view(*shape, -1)
+    z = tokens.unflatten(1, shape[1:])
     return z.movedim(3, 1) if len(shape) == 3 else z
 
 
@@ -547,9 +552,10 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def grouped_argmax(scores: Tensor) -> Tensor:
-    """scores.argmax(1) for scores (N, K). It finds the best group of 256 columns, then the best column in this group.
+    """scores.argmax(1) for scores (N, K). It finds the best group of columns, then the best column in this group.
 
-    A CPU finds a maximum faster than its place: for 65,536 codes, nearest_code takes a third of the time.
+    A CPU finds a maximum faster than its place: for 65,536 codes, nearest_code takes a third of the time. Groups have
+    256 columns, or for another K than a multiple the greatest common divisor.
     """
     size = math.gcd(scores.shape[1], 256)
     groups = scores.unflatten(1, (-1, size))
@@ -562,8 +568,8 @@ def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
     """Tokens (B, N, C) -> the indices (B, N) of the nearest z_q. Blocks of codes bound the memory."""
     size = quantizer.codebook_size
     check_range(tokens, -1e12, 1e12, "z_q")
-    check(0 < size <= 2**24, "codebook_size", size, "1 to 2**24 here")
-    least, indices = torch.inf, 0
+    check(size <= 2**24, "codebook_size", size, "up to 2**24 here")
+    least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
     with torch.autocast(tokens.device.type, enabled=False):
         for block in torch.arange(size, device=tokens.device).split(2**13):
             codes = quantizer.project_out(quantizer.lookup(block[None]))[0]
@@ -575,7 +581,7 @@ def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
 
 
 def keep_type(x: Tensor, moved: Tensor) -> Tensor:
-    """x on the device of `moved`, in its own type."""
+    """`moved`, unless its type is another than x's: then x on the device of `moved`."""
     return moved if moved.dtype == x.dtype else x.to(moved.device)
 
 
@@ -591,7 +597,7 @@ def sum_of_processes(x: Tensor) -> Tensor:
     return x
 
 
-# By name. "simvq" is our variant with a matched map, "simvq_learned" is the paper's.
+# build_quantizer's names. "simvq" is our variant with a matched map, "simvq_learned" is the paper's.
 
 QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": MatchedSimVQ, "simvq_learned": SimVQ, "ema_vq": EMAVQ,

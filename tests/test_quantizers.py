@@ -302,6 +302,8 @@ def test_without_a_quantizer_tokens_pass():
     assert torch.equal(z_q, z) and z_q.requires_grad and loss == 0 and indices.shape == (2, 3, 4)
     with refused("Without a quantizer"):
         nothing.indices_to_codes(indices)
+    with refused("Without a quantizer"):
+        nothing.codes_to_indices(z)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -321,7 +323,7 @@ def test_refused_options(name, options):
     ("forward", torch.full((1, 1, DIM), 2e12)), ("codes_to_indices", torch.full((1, 1, DIM), math.nan)),
     ("codes_to_indices", torch.zeros(1, 1, DIM)), ("indices_to_codes", [[2**25]]), ("indices_to_codes", [[-1, 0]]),
     ("indices_to_codes", [[True]]), ("indices_to_codes", [0]), ("indices_to_codes", [[0.5]]),
-    ("get_codebook_entry", [[0]])])
+    ("indices_to_codes", [[1j]]), ("indices_to_codes", torch.zeros(0, 9).long()), ("get_codebook_entry", [[0]])])
 def test_refused_inputs(method, argument):
     """2**25 codes are more than codes_to_indices compares."""
     with refused(""):
