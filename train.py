@@ -23,8 +23,8 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-# GOMP_SPINCOUNT, which is read once, when torch is imported, lets OpenMP's waiting threads soon sleep. Beside one busy
-# program on two cores, a step then takes 2.3 s instead of 4.1 s. On a quiet machine it takes 0.9 s as before.
+# OpenMP's waiting threads spin, which slows a busy machine. With this variable, which torch's import reads, they soon
+# sleep. Beside one busy program, on two cores, a step takes 2.3 s instead of 4.1 s. Alone it takes 0.9 s, either way.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -54,7 +54,7 @@ QUANTIZER = "ema_vq"  # or "fsq", "simvq" (with a computed map; the paper's is "
 CODEBOOK_SIZE = 65536  # codes in a codebook; "fsq", "ddcl", "residual_fsq" and "library" have their own constants
 CODE_DIM = 16  # how many numbers a learned code has; 0: as many as the encoder's features
 EMA_DECAY = 0.99  # for the moving averages of "ema_vq", "simvq", "residual_vq", "product_vq" and "rotation_vq"
-COMMITMENT = 0.25  # weight of the commitment loss of quantizers with codebooks
+COMMITMENT = 0.25  # weight of the commitment loss; "lfq", "bsq" and "library" have their own
 CODEBOOKS = 2  # how many "residual_vq", "product_vq" and "residual_fsq" have; CODEBOOK_SIZE = 256 suits two
 FSQ_LEVELS = (8, 8, 8, 5, 5, 5)  # 64,000 codes; try (8, 6, 5) = 240 or (8, 8, 8) = 512
 DDCL_DELTA = 1 / 15  # quantization step of numbers in [-1, 1]
@@ -63,14 +63,14 @@ LIBRARY = {"kind": "ResidualLFQ", "codebook_size": 256, "num_quantizers": 2}  # 
 # decoder
 POST_QUANT_KERNEL = 1  # size of the convolution after the quantizer, as in Cosmos-Tokenizer; 0: none
 POST_QUANT_NORM = False  # a norm after it
-DECODER_WIDTH = 0  # 0: as a ViT encoder, else 192; ViT-XL: 1152
-DECODER_DEPTH = 0  # 0: as a ViT encoder, else 2; ViT-XL: 28
-DECODER_HEADS = 0  # 0: as a ViT encoder; ViT-XL: 16
+DECODER_WIDTH = 0  # 0: a ViT encoder's own, and 192 behind other encoders; ViT-XL has 1152
+DECODER_DEPTH = 0  # 0: a ViT encoder's own, and 2 behind other encoders; ViT-XL has 28
+DECODER_HEADS = 0  # 0: a ViT encoder's own; other encoders have a decoder without heads; ViT-XL has 16
 # losses
 PERCEPTUAL = "encoder"  # distance in the frozen encoder's features ("cnn" has none), or "lpips", which downloads VGG16
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # in stages 1 and 2; a higher weight lowers PSNR, and brings features closer
 DISTILL_WEIGHT = 0.1  # stage 2: the encoder's features against the frozen encoder's; a lower weight raises PSNR
-GAN_WEIGHT = 0.0  # try 0.5; here it costs 0.03 to 0.09 dB, and grids look alike
+GAN_WEIGHT = 0.0  # in stage 1's second half; try 0.5: on CIFAR-10 it costs 0.03 to 0.09 dB, and pictures look alike
 # training
 STAGES = (1, 2)  # or (1,), or (2,)
 START_CHECKPOINT = ""  # training begins with this file's model, which these constants have to describe
@@ -89,7 +89,7 @@ LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twic
 FLIP = gpu  # mirror half of the training images, which helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; 0: all, as at the end
 
-kinds = {  # what each constant may be, in this file and on the command line
+kinds = {  # types, which are checked in this file and on the command line
     str: "DATASET ENCODER QUANTIZER PERCEPTUAL START_CHECKPOINT OPTIMIZER COMPILE DEVICE",
     bool: "POST_QUANT_NORM FLIP",
     int: "ENCODER_LAYERS GRID CODEBOOK_SIZE CODE_DIM CODEBOOKS POST_QUANT_KERNEL DECODER_WIDTH DECODER_DEPTH "
@@ -101,18 +101,18 @@ kinds = {  # what each constant may be, in this file and on the command line
     tuple[int, ...]: "FSQ_LEVELS STAGES",
     dict: "LIBRARY",
 }
-constants = {}  # main() keeps here what the constants above are in this run
-bf16 = False  # until start_process looks whether it is fast here; metrics are in fp32
+constants = {}  # their names and values in this run, which main() fills in for its files
+bf16 = False  # whether training uses bf16; start_process() looks whether it is fast here, metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
 
 def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn.Module | None,
               discriminator: nn.Module | None, perceptual_weight: float, distill_weight: float,
               gan_weight: float) -> dict[str, Tensor]:
-    """Each loss, a scalar, not yet weighted, and as "loss" the weighted sum that the model minimises.
+    """Returns {name: scalar}: each loss before its weight, and as "loss" the weighted sum that the model minimises.
 
     images (B, 3, H, W) in [0, 1]
-    teacher: the frozen encoder, or None if the encoder learns from scratch
+    teacher: another encoder, frozen, with the pretrained weights; None if the encoder learns from scratch
     lpips: LPIPS's network, or None if the perceptual loss compares the teacher's features
     discriminator: None without a GAN; it minimises "discriminator_loss"
     """
@@ -124,7 +124,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher:
-        distill_loss = model.compute_distillation_loss(z, teacher_z)
+        distill_loss = F.mse_loss(z, teacher_z)
     if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and teacher:  # every second image is enough, and saves time
@@ -136,7 +136,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
-        # The GAN's gradient at the decoder's last layer gets the norm of the L2 loss's (VQGAN, 2012.09841, eq. 7).
+        # balance gives the GAN's gradient at the decoder's last layer the L2 loss's norm (VQGAN, 2012.09841, eq. 7)
         last_layer = model.decoder.head.weight
         l2_gradient = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)[0]
         gan_gradient = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
@@ -163,22 +163,22 @@ def losses_and_gradients(model: VQRAE, teacher: nn.Module | None, lpips: nn.Modu
     return {name: loss.detach() for name, loss in losses.items()}, gradients
 
 
-def train_epoch(model: VQRAE, batches: Iterator[Tensor], first_step: int, steps: int, total: int, backward: Callable,
+def train_epoch(model: VQRAE, batches: Iterator[Tensor], epoch: int, epochs: int, steps: int, compute: Callable,
                 discriminator: nn.Module, optimizers: dict, gan_optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Train for `steps` steps, of `total` in a stage. Returns the mean of each loss, over all processes.
+    """Train for an epoch of `steps` steps, 1 to `epochs`. Returns the mean of each loss, over all processes.
 
     batches: images (B, 3, size, size) in [0, 1]
-    backward: losses_and_gradients with its first arguments, backward(images, discriminator or None)
+    compute: (images, discriminator or None) -> what losses_and_gradients returns
     """
-    log = []
-    for step in progress(range(first_step, first_step + steps), f"stage {model.stage} epoch {first_step // steps + 1}"):
+    log, total = [], epochs * steps
+    for step in progress(range((epoch - 1) * steps, epoch * steps), f"stage {model.stage} epoch {epoch}/{epochs}"):
         gan_on = model.stage == 1 and GAN_WEIGHT > 0 and step >= total / 2
         learning = parameters(model) + (parameters(discriminator) if gan_on else [])
         for images in islice(batches, ACCUMULATE):
-            losses, gradients = backward(images, discriminator if gan_on else None)
+            losses, gradients = compute(images, discriminator if gan_on else None)
             add_gradients(learning, gradients)
             log.append(torch.stack([*losses.values()]))
-        average([p.grad for p in learning if p.grad is not None])
+        average([p.grad for p in learning if p.grad is not None])  # over all processes
         nn.utils.clip_grad_norm_(parameters(model), 1.0)
         take_step(optimizers, step, total)
         if gan_on:
@@ -195,20 +195,20 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     """Train one stage, from its start or where the run was stopped. Each epoch is measured and saved."""
     model.set_stage(stage).train()
     utils.seed_everything(SEED, stage)
-    discriminator = PatchDiscriminator(sizes()[0]).to(device)
+    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # also without a GAN, so that last.pt has the same parts
     optimizers = build_optimizers(model, stage)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
     function = compiled(losses_and_gradients) if COMPILE else losses_and_gradients
-    backward = partial(function, model, teacher, lpips)
+    compute = partial(function, model, teacher, lpips)
     epochs = stage_value(EPOCHS, stage)
     steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    for epoch in range(run.resume(state, stage), epochs + 1):
+    first_epoch = run.resume(state, stage)  # loads the state, if the run was stopped in this stage
+    for epoch in range(first_epoch, epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start = time.time()
         batches = epoch_batches(data.train_images, stage, epoch, steps)
-        losses = train_epoch(model, batches, (epoch - 1) * steps, steps, epochs * steps, backward, discriminator,
-                             optimizers, gan_optimizer)
+        losses = train_epoch(model, batches, epoch, epochs, steps, compute, discriminator, optimizers, gan_optimizer)
         seconds = time.time() - start
         finite = math.isfinite(losses["loss"]) and all(x.isfinite().all() for x in model.state_dict().values())
         require(finite, f"The loss of stage {stage}, epoch {epoch}, is {losses['loss']}, and weights may be infinite: "
@@ -221,19 +221,19 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
             save_epoch(run, row, model, state, tested[:8], output[:8])
             print("{stage:6} {epoch:6} {loss:9.4f} {psnr:6.2f} {ssim:7.4f} {usage:11.1%} {perplexity:11,.0f} "
                   "{images_per_second:9,.0f} {seconds:8.0f}".format(**row), flush=True)
-            if len(run.history) == 1:  # an epoch of stage 2 takes about 1.4 times as long
+            if len(run.history) == 1:  # after the first epoch; one of stage 2 takes about 1.4 times as long
                 times = sum(stage_value(EPOCHS, each) * (1.4 if each > stage else 1) for each in STAGES)
                 print(f"the whole run takes about {(time.time() - start) / 60 * times:.1f} minutes", flush=True)
 
 
-# Parts of a step
+# Gradients, batches, optimizers
 
 def parameters(network: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn."""
     return [p for p in network.parameters() if p.requires_grad]
 
 
-def add_gradients(learning: list[nn.Parameter], gradients: list[Tensor | None]):
+def add_gradients(learning: list[nn.Parameter], gradients: tuple[Tensor | None, ...]):
     """Add a micro-batch's gradients to p.grad.
 
     The first micro-batch's are copied if others follow: a CUDA graph's next run would overwrite them.
@@ -256,13 +256,11 @@ def compiled(function: Callable) -> Callable:
 
 def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: int) -> Iterator[Tensor]:
     """This process's micro-batches (B, 3, size, size) of an epoch. A small dataset repeats."""
-    generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # the same in all processes
+    generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # equal in all processes
     passes = math.ceil(steps * BATCH_SIZE / len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
     order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]  # indices (steps, ACCUMULATE, B)
-    batches = []
-    for micro_batches, size in zip(order, cycle(sizes())):
-        batches += [(index, size) for index in micro_batches]
+    batches = [(index, size) for micro_batches, size in zip(order, cycle(sizes())) for index in micro_batches]
     return load_batches(images, batches, FLIP, device)
 
 
@@ -296,11 +294,12 @@ def quantizer_options() -> dict:
         return LIBRARY
     if QUANTIZER == "residual_fsq":
         return dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS)
-    if QUANTIZER in ("lfq", "bsq"):  # their entropies compare tokens with all codes: a part of the tokens saves memory
-        return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, 2**24 / batch_tokens / CODEBOOK_SIZE))
+    if QUANTIZER in ("lfq", "bsq"):  # their entropies compare some of the tokens with all codes, at most 2**24 pairs
+        some = max(2**24 / CODEBOOK_SIZE / batch_tokens, 2 / (micro_batch_size() * GRID**2))
+        return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, some))
     if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
         return dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
-                    threshold_ema_dead_code=0.1 * batch_tokens / CODEBOOK_SIZE)
+                    threshold_ema_dead_code=0.1 * ranks * batch_tokens / CODEBOOK_SIZE)
     options = dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_cost=COMMITMENT,
                    codebooks=CODEBOOKS, levels=FSQ_LEVELS, delta=DDCL_DELTA, comm_weight=DDCL_COMM_WEIGHT)
     names = inspect.signature(QUANTIZERS[QUANTIZER]).parameters
@@ -308,9 +307,9 @@ def quantizer_options() -> dict:
 
 
 def build_model(pretrained: bool = True) -> VQRAE:
-    """The constants' model, with START_CHECKPOINT's weights if there is one. pretrained: as in VQRAE.
+    """The constants' model, with START_CHECKPOINT's weights if there is one. pretrained: False leaves them random.
 
-    InputError for a constant that does not fit the others, or START_CHECKPOINT's model.
+    InputError if the constants contradict each other, or START_CHECKPOINT's model.
     """
     model = VQRAE(encoder=ENCODER, quantizer=QUANTIZER, quantizer_options=quantizer_options(), image_size=sizes()[0],
                   grid=GRID, encoder_layers=ENCODER_LAYERS, post_quant_kernel=POST_QUANT_KERNEL,
@@ -342,15 +341,15 @@ def without_batch_options(options: dict) -> dict:
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
-    """The teacher, a frozen copy of the encoder, and LPIPS's network.
+    """The teacher, a frozen encoder with the pretrained weights, and LPIPS's network.
 
-    The teacher is None if the encoder learns from scratch, LPIPS unless PERCEPTUAL is "lpips".
+    The teacher is None if the encoder learns from scratch. LPIPS is None unless PERCEPTUAL is "lpips".
     """
     teacher = lpips = None
     if not model.from_scratch:
         teacher = build_encoder(ENCODER, model.token_size, ENCODER_LAYERS, pretrained)
-        teacher = teacher.to(device).eval().requires_grad_(False)
-        if START_CHECKPOINT and STAGES[0] == 1:  # stage 1 takes the teacher's features for the encoder's
+        teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        if START_CHECKPOINT and STAGES[0] == 1:  # stage 1 uses the teacher's features instead of the encoder's
             own = model.encoder.state_dict()
             equal = all(torch.equal(weight, own[name].to(device)) for name, weight in teacher.state_dict().items())
             require(equal, f"The encoder in {START_CHECKPOINT} is not the pretrained {ENCODER}, whose features stage 1 "
@@ -377,8 +376,8 @@ def main():
         config = build_model(pretrained=False).config
     with first_process_first():  # it downloads the images, the others find them
         dataset, files = find_dataset(DATASET)
-    constants["DATASET"] = Path(dataset).resolve().name
-    key = utils.digest((constants, files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
+    constants["DATASET"] = Path(dataset).resolve().name  # a folder may move: `files` says what is in it
+    key = utils.digest((sorted(constants.items()), files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
     name = f"{constants['DATASET']}_{Path(config['encoder']).name.replace(':', '_')}_{config['quantizer']}_{key}"
     run = utils.Run(name, rank == 0)
     utils.check_agreement("the run", (name, run.finished, run.stage, run.epoch))
@@ -430,7 +429,7 @@ def start_process():
 
 
 def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Tensor, output: Tensor):
-    """Write an epoch's grid, curves and checkpoints."""
+    """Write an epoch's grid of images and output, uint8 (N, 3, H, W), its curves and checkpoints."""
     run.check_folder()
     stage, epoch = row["stage"], row["epoch"]
     utils.save_pairs(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, output, columns=4)
@@ -444,7 +443,7 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
 
 
 def finish(run: utils.Run, model: VQRAE, data: Dataset):
-    """Measure the last stage's best epoch on all test images. results.json ends a run."""
+    """Measure the last stage's best epoch on all test images. A run with results.json is finished."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     require(utils.load_torch(path, "run")["run"] == run.name, f"The checkpoint {path} is not from this run. Delete it.")
     best = load_checkpoint(path).to(device)
@@ -467,15 +466,15 @@ def check_constants():
         check(constants[name] in allowed, name, constants[name], ", ".join(map(repr, allowed)))
     for name, least in {"GRID": 1, "BATCH_SIZE": 1, "ACCUMULATE": 1, "CODEBOOKS": 1, "CODEBOOK_SIZE": 2}.items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
-    check(sizes()[0] >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more, for the discriminator")
+    check(sizes()[0] >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more, for the losses and SSIM")
     check(QUANTIZER != "library" or "kind" in LIBRARY and "dim" not in LIBRARY, "LIBRARY", LIBRARY,
           'a "kind", and options of this class except "dim"')
     check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
-    check(SEED < 10**12, "SEED", SEED, "below 10**12")
+    check(SEED < 10**12, "SEED", SEED, "below 10**12")  # epoch_batches multiplies it, and a seed has 64 bits
     check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
-          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}, at most "
-                      f"EPOCH_IMAGES = {EPOCH_IMAGES}")
+          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}"
+                      f"{f', at most EPOCH_IMAGES = {EPOCH_IMAGES}' if EPOCH_IMAGES else ''}")
     check(not START_CHECKPOINT or os.path.isfile(START_CHECKPOINT), "START_CHECKPOINT", START_CHECKPOINT,
           "a file that exists")
     check(START_CHECKPOINT or 1 in STAGES, "STAGES", STAGES, "(1,) or (1, 2) without a START_CHECKPOINT")

