@@ -1,5 +1,6 @@
 """Datasets: CIFAR-10, folders of images, drawn shapes. Image files and batches."""
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -30,8 +31,8 @@ from quantizers import InputError, check, errors_as, require
 from utils import digest, progress, replace_file, to_float
 
 DATASETS = ("auto", "cifar10", "shapes")
-DECODE_GB = 30  # above this, training images are read from their files
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # Pillow has others: EPS is code to run
+DECODE_GB = 30  # larger training sets, at the training size, stay in their files and give random crops
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # others of Pillow are refused: EPS contains code
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG; all others are metadata
 
 
@@ -48,7 +49,8 @@ class Dataset(NamedTuple):
 class Split(NamedTuple):
     """A folder's training or test images.
 
-    The key is a digest of names and sizes, so it stays if the folder moves. The state also depends on paths and times.
+    key: a digest of names and sizes for the run's name, which stays if the folder moves
+    state: a digest also of paths and times for the name of the decoded file
     """
 
     files: list[Path]
@@ -63,10 +65,11 @@ class ImageFiles:
     The next image of the same class takes a broken image's place. InputError if more than 1 % are broken.
     """
 
-    device = "cpu"  # a tensor of images has this attribute, too
+    device = "cpu"  # as of a tensor of images
 
     def __init__(self, files: list[Path], size: int, labels: Tensor | None = None):
-        self.files = np.array(files, str)  # a list that is read changes its counts of references: workers would copy it
+        # workers share this array's memory; a list would be copied, as reading changes its items' reference counts
+        self.files = np.array(files, str)
         self.size = size
         self.labels = torch.zeros(len(files)) if labels is None else labels  # without labels, all are of one class
         self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # all workers see it
@@ -87,7 +90,7 @@ class ImageFiles:
         for i, size in samples:
             image = self.read_or_next(i)
             least = min(1, size**2 / image[0].numel())  # a crop with this share of the area needs no enlarging
-            crops.append(RandomResizedCrop(size, (least, 1))(image))
+            crops.append(RandomResizedCrop(size, (least, 1), interpolation=InterpolationMode.BICUBIC)(image))
         return crops
 
     def read(self, i: int) -> Tensor | None:
@@ -97,12 +100,14 @@ class ImageFiles:
         try:
             return read_image(str(self.files[i]))
         except InputError as error:
-            # an error of the system, which has a number, says nothing about the image: the file may be gone
-            passing = isinstance(error.__cause__, MemoryError) or getattr(error.__cause__, "errno", None)
-            require(not passing, f"{error}. Files must stay readable until the run ends.")
+            # The system's errors, which have a number, say nothing about the image: the file may be gone. Only EINVAL
+            # is the image's: it names a place in the file that cannot be.
+            of_system = getattr(error.__cause__, "errno", None) not in (None, errno.EINVAL)
+            require(not of_system, f"{error}. Files must stay readable until the run ends.")
+            require(not isinstance(error.__cause__, MemoryError), f"{error}. The memory is full.")
             self.broken[i] = True
             if self.broken.sum() > len(self) / 100:
-                self.report(f" The last error: {error}")
+                self.report(f" The last error: {error}")  # raises
             return None
 
     def read_or_next(self, i: int) -> Tensor:
@@ -126,7 +131,7 @@ class ImageFiles:
 
 
 def find_dataset(name: str) -> tuple[str, str]:
-    """The name of a dataset that exists, and for a folder a digest of its file names and sizes.
+    """The name of a dataset that exists, and a digest of a folder's file names and sizes, "" for others.
 
     "auto" becomes "cifar10" or "shapes". The digest stays as it is if the folder moves. InputError for another name.
     """
@@ -134,7 +139,7 @@ def find_dataset(name: str) -> tuple[str, str]:
     check(name in DATASETS or Path(name).is_dir(), "DATASET", name, f"{', '.join(DATASETS)}, or a folder with train/")
     if name == "auto":
         try:
-            load_cifar10()
+            load_cifar10()  # to see whether it works
             name = "cifar10"
         except OSError as error:
             print(f"{error}; taking DATASET=shapes instead")
@@ -147,7 +152,8 @@ def find_dataset(name: str) -> tuple[str, str]:
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
-    With several sizes, a folder's training images give random crops, and test images have the largest size.
+    With several sizes, or above DECODE_GB, a folder's training images give random crops. Test images have the largest
+    size.
     InputError for an unknown name or a folder without images, OSError without CIFAR-10.
     """
     name, _ = find_dataset(name)
@@ -183,29 +189,35 @@ def find_images(folder: str | Path) -> list[Path]:
     files, errors = [], []
     seen = {folder.resolve(), *folder.resolve().parents}  # no link leads into a folder again
     for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        found = {Path(root, name).resolve(): name for name in sorted(folders)}
-        folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
+        # names with a dot are hidden: Jupyter and macOS keep copies there
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders.sort(key=lambda name: not os.path.islink(Path(root, name)))  # links first: the folder's own name counts
+        found = {Path(root, name).resolve(): name for name in folders}
+        folders[:] = [name for path, name in found.items() if path not in seen]
         seen.update(found)
-        files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
+        files += [Path(root, name) for name in names if name[0] != "."]
     formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
     # a link may lead nowhere
     images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS and file.exists()]
     others = Counter(file.suffix for file in {*files} - {*images})
     for reason in (*errors, *(f"files {kind or 'without suffix'}: {count}" for kind, count in sorted(others.items()))):
         print(f"ignored in {folder}: {reason}")
+    # Unicode writes é as one character or two, and systems differ
     return sorted(images, key=lambda file: unicodedata.normalize("NFC", str(file)).split(os.sep))
 
 
 @functools.cache
 def list_split(folder: str, split: str) -> Split:
-    """Split "train" or "test", in random order. InputError without images, or if only some lie in class folders."""
+    """Split "train" or "test", in random order, as it is at the first call.
+
+    InputError without images, or if only some lie in class folders.
+    """
     root = Path(folder, split)
     if split == "test" and not root.exists() and Path(folder, "val").is_dir():
         root = Path(folder, "val")
     require(root.is_dir(), f"The folder {folder} has no folder {split}/.")
     files = [*np.random.default_rng(0).permutation(find_images(root))]
     require(files, f"{root} has no images. Wanted are {', '.join(FORMATS)}, in class folders or without.")
-    # Unicode writes é as one character or two, and systems differ
     names = [unicodedata.normalize("NFC", file.relative_to(root).as_posix()) for file in files]
     classes = [name.split("/")[0] if "/" in name else "" for name in names]
     require(all(classes) or not any(classes), f"{root} has images in class folders and beside them. Move the latter.")
@@ -260,9 +272,9 @@ def write_decoded(path: Path, images: ImageFiles):
 
     needed, free = len(images) * 3 * images.size**2, shutil.disk_usage(path.parent).free
     require(needed < free, f"{path} needs {needed:,} bytes, but its disk has {free:,} left.")
-    # a plain file, mapped once it has its name: Windows renames no file that is open or mapped
+    # A plain file, which decode maps after it is renamed: Windows renames no file that is mapped.
     with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
-        # in parts, as threads would read far ahead of a slow disk
+        # in parts of 1,000, so that few images wait in memory while a slow disk writes
         for part in progress(torch.arange(len(images)).split(1000), "decoding"):
             for image in pool.map(fit_image, part.tolist()):
                 if image is not None:
@@ -282,13 +294,15 @@ def cores() -> int:
 def read_image(path: str | Path) -> Tensor:
     """An image file -> (3, H, W), uint8, in sRGB, rotated by its EXIF, on white where transparent.
 
-    Metadata that cannot be read are ignored. InputError for a broken file, and above Pillow's limit of pixels.
+    Metadata that cannot be read are ignored. InputError for a broken file, for grey values of more than 8 bits, and
+    above Pillow's limit of pixels.
     """
     with errors_as(InputError, f"image {str(path)!r} cannot be read"):
         image = load_pixels(path)
         with contextlib.suppress(Exception):  # Pillow rotates the image, then may fail to rewrite a broken EXIF
             ImageOps.exif_transpose(image, in_place=True)
-        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")  # modes I, I;16 and F
+        # modes I, I;16 and F
+        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
         profile = image.info.get("icc_profile")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -302,7 +316,7 @@ def load_pixels(path: str | Path) -> Image.Image:
     except Exception:  # Pillow's errors are of many kinds; this one is raised again if nothing below helps
         with open(path, "rb") as file:
             content = file.read(2**30)  # no photograph is larger
-        # all metadata go but these; then the colour profile goes, too, then the orientation
+        # keep only the orientation (eXIf) and the colour profile (iCCP), then the orientation alone, then nothing
         for chunks in ([b"eXIf", b"iCCP"], [b"eXIf"], []):
             with contextlib.suppress(Exception):
                 return open_image(io.BytesIO(leave_out_metadata(content, chunks)))
@@ -332,10 +346,11 @@ def leave_out_metadata(content: bytes, chunks: list[bytes]) -> bytes:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Image.Image:
-    """The image in RGB, converted from its colour profile, a phone's Display P3 for instance, if it is not sRGB."""
+    """The image in sRGB. Another colour profile, such as a phone's Display P3, is converted."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
-        if source and "sRGB" not in ImageCms.getProfileDescription(source):
+        description = ImageCms.getProfileDescription(source) if source else "sRGB"
+        if "sRGB" not in description or "linear" in description.lower():
             image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception as error:
@@ -365,7 +380,7 @@ def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]],
         source = (images[index] for index, _ in batches)
     for batch in source:
         batch = to_float(batch.to(device))
-        mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)
+        mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)  # (B, 1, 1, 1)
         yield torch.where(mirrored, batch.flip(3), batch)
 
 
@@ -377,7 +392,7 @@ def load_crops(images: ImageFiles, batches: list[tuple[Tensor, int]]) -> Iterato
     start = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start)
     for number, batch in enumerate(loader, 1):
-        if number == len(samples):  # train_epoch does not ask for more, so that nothing would run after the loop
+        if number == len(samples):  # now, since train_epoch asks for no more, and nothing would run after the loop
             images.report()
         yield batch
 
@@ -392,7 +407,7 @@ def draw_shapes(count: int, size: int) -> tuple[Tensor, Tensor]:
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 2 * size)
     masks = []
     for shape in SHAPES:
-        image = Image.new("L", (2 * size, 2 * size))
+        image = Image.new("L", (2 * size, 2 * size))  # draw_batch averages 2 x 2 pixels
         ImageDraw.Draw(image).text((size, size), shape, 255, font, anchor="mm")
         masks.append(PILToTensor()(image) / 255)
     generator = torch.Generator().manual_seed(0)
@@ -405,17 +420,20 @@ def draw_batch(masks: Tensor, generator: torch.Generator) -> Tensor:
     size = masks.shape[-1] // 2
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
+        """Random numbers (B, *shape)."""
         return low + (high - low) * torch.rand(len(masks), *shape, generator=generator)
 
     def texture() -> Tensor:
-        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks, or in one mixture."""
+        """(B, 3, size, size) in [0, 1]: two colours mixed by a gradient, stripes or checks, or evenly."""
         x, angle = torch.linspace(-1, 1, size), uniform(0, 2 * np.pi, 1, 1)
-        axes = torch.stack([angle.cos() * x - angle.sin() * x[:, None], angle.sin() * x + angle.cos() * x[:, None]], 1)
-        waves = (uniform(-6, 12, 2, 1, 1).clamp(min=0) * axes + uniform(0, 2 * np.pi, 2, 1, 1)).sin()
+        y = x[:, None]
+        rotated = torch.stack([angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y], 1)
+        frequencies = uniform(-6, 12, 2, 1, 1).clamp(min=0)  # a third are 0: one 0 makes stripes, two one colour
+        waves = (frequencies * rotated + uniform(0, 2 * np.pi, 2, 1, 1)).sin()
         return torch.lerp(uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), (waves.prod(1, keepdim=True) + 1) / 2)
 
     x, y = uniform(-0.3, 0.3, 2).T
-    turn = torch.polar(uniform(1, 1.6), uniform(0, 2 * np.pi))  # from the image to the shape: above 1 it shrinks
+    turn = torch.polar(uniform(1, 1.6), uniform(0, 2 * np.pi))  # maps the image to the shape, so above 1 it shrinks
     affine = torch.stack([turn.real, -turn.imag, x, turn.imag, turn.real, y], 1).view(-1, 2, 3)
     moved = F.grid_sample(masks, F.affine_grid(affine, masks.shape, align_corners=False), align_corners=False)
     coverage = F.avg_pool2d(moved, 2)  # anti-aliased

@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import re
-import statistics
 import sys
 import time
 import types
@@ -37,6 +36,7 @@ def one_line_errors(stopped: str = "stopped"):
     """End a script in one line where its user can do something: wrong input, a failing file, a full GPU, Ctrl-C.
 
     Any other error is a mistake in the code, perhaps in the user's own. Its traceback shows the file and the line.
+    stopped: the message after Ctrl-C
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -62,18 +62,19 @@ def one_line_errors(stopped: str = "stopped"):
 def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = None) -> dict:
     """Replace a script's constants by NAME=value arguments. Returns all constants; -h and --help print them.
 
-    namespace: the script's globals(). Each name in capitals with a plain value is a constant.
-    kinds: {type: "NAMES"}. A constant that is not named there has the type of its value in the file.
+    namespace: the script's globals(). Each name in capitals with a plain value but a dict is a constant.
+    kinds: {type: "NAME NAME ..."}. A constant that it does not name has the type of its value in the file.
     Values in the file and on the command line pass the same checks. InputError for an unknown name, for another type,
-    and for a negative or infinite number.
+    and for a negative or infinite number, unless it stands in a dict.
     """
     named = {name: kind for kind, names in (kinds or {}).items() for name in names.split()}
     constants = {name: value for name, value in namespace.items()
-                 if name in named or name.isupper() and is_plain(value)}
+                 if name in named or name.isupper() and is_plain(value) and not isinstance(value, dict)}
     kind_of = {name: type(value) for name, value in constants.items()} | named
-    for name in named.keys() - constants.keys():
+    for name in named:
         similar = difflib.get_close_matches(name, [other for other in constants if other not in named])
-        require(False, f"The constant {name} is missing in the file. Perhaps {similar or 'its line'} is misspelt.")
+        require(name in constants, f"The constant {name} is missing in the file. Perhaps "
+                f"{' or '.join(similar) or 'its line'} is misspelt.")
     if "-h" in arguments or "--help" in arguments:
         print_help(namespace, constants)
         sys.exit()
@@ -89,7 +90,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
                 constants[name] = ast.literal_eval(text)
     for name, value in constants.items():
         value = tuple(value) if isinstance(value, list) else value
-        kind = tuple if kind_of[name] in (list, set) else kind_of[name]  # a set has no order, which the run's key needs
+        kind = tuple if kind_of[name] in (list, set) else kind_of[name]  # a set is refused, as it has no order
         check(fits(value, kind), name, value, describe(kind))
         if kind is float or float in getattr(kind, "__args__", ()):  # 3 and 3.0 are one run
             value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
@@ -118,7 +119,7 @@ def fits(value: object, kind: object) -> bool:
             kinds = kinds[:1] * len(value)
         return 0 < len(value) == len(kinds) and all(map(fits, value, kinds))
     if kind in (int, float):
-        return type(value) in {int, kind} and 0 <= value < math.inf
+        return type(value) in {int, kind} and 0 <= value <= sys.float_info.max  # True's type is bool, not int
     return type(value) is kind
 
 
@@ -137,9 +138,11 @@ def print_help(namespace: dict, constants: dict):
     """Print a script's docstring, and its constants with their headings and comments."""
     print(namespace["__doc__"])
     source = Path(namespace["__file__"]).read_text("utf-8")
+    # a line with a comment perhaps, then the constant with a comment perhaps
     for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_]*) = .*?(  # .*)?$", source):
         if name in constants:
             print(f"{heading}{name} = {constants[name]!r}{comment}")
+    sys.stdout.flush()  # here a closed pipe is still caught
 
 
 # Devices and processes
@@ -153,7 +156,7 @@ def choose_device(name: str) -> str:
 
 
 def fast_bf16(device: str) -> bool:
-    """Whether bf16 is faster than fp32. Emulated, it takes up to ten times as long; in Intel's AVX-512, twice."""
+    """Whether bf16 is faster than fp32. Emulated bf16 takes up to ten times as long, Intel's AVX-512 bf16 twice."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
@@ -161,12 +164,12 @@ def fast_bf16(device: str) -> bool:
 
 
 def prepare_cpu():
-    """Make arithmetic deterministic, and numbers below 1e-38, which are slow, zero. Call this before threads start.
+    """Make arithmetic deterministic, and round numbers below 1e-38, which are slow, to 0. Call it before threads start.
 
     Attention in models built from now on is not fused: on a CPU its backward pass is slow in bf16.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill each new tensor with NaN
     torch.set_flush_denormal(True)
     set_fused_attn(False)
 
@@ -201,10 +204,10 @@ def check_agreement(name: str, value: object):
         require(len({*values}) == 1, f"Processes do not agree on {name}: {values}. They need a common disk.")
 
 
-def progress(iterable: Iterable, text: str, total: int | None = None) -> tqdm:
+def progress(iterable: Iterable, text: str) -> tqdm:
     """Show a progress bar, but not in a log file, in the other processes of torchrun, or with TQDM_DISABLE=1."""
     hidden = os.getenv("TQDM_DISABLE") or int(os.getenv("RANK", 0)) > 0
-    return tqdm(iterable, text, total, leave=False, disable=hidden or None)
+    return tqdm(iterable, text, leave=False, disable=hidden or None)  # None hides it unless a terminal shows it
 
 
 # Images and metrics
@@ -233,9 +236,10 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], from 11 x 11 pixels on."""
+    require(images.shape == targets.shape, f"SSIM compares equal shapes, not {images.shape} and {targets.shape}.")
     (count, _, height, width), total = images.shape, 0
     require(min(height, width) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
-    rows = max(1, 2**20 // (count * width))  # strips bound the memory
+    rows = max(1, 2**20 // (count * width))  # of windows, 11 x 11 pixels each; strips bound the memory
     for top in range(0, height - 10, rows):
         strips = [to_float(x[:, :, top : top + rows + 10]) for x in (images, targets)]
         _, similarity = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none",
@@ -247,11 +251,12 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
              indices: Tensor | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, from their indices (N, h, w), and measure the result.
+    """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, and measure the result.
 
-    indices: None computes them
+    indices: the images' tokens (N, h, w), if they are known already
     Returns metrics, how often each code was used, and the reconstructions, uint8 (N, 3, H, W). psnr and ssim are means
-    over images, psnr_of_mse is the PSNR of the mean squared error of all images. InputError for other images.
+    over images, psnr_of_mse is the PSNR of the mean squared error of all images. They are measured before rounding to
+    uint8. usage and perplexity are get_codebook_usage's. InputError for other images.
     """
     require(images.dtype == torch.uint8 and len(images), f"{len(images)} images of {images.dtype} cannot be measured.")
     training, device = model.training, next(model.parameters()).device
@@ -261,7 +266,7 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
         for start in progress(range(0, len(images), batch_size), "measuring"):
             batch = slice(start, start + batch_size)
             targets = to_float(images[batch].to(device))
-            if model.quantizer.codebook_size:
+            if model.quantizer.codebook_size:  # not with QUANTIZER=none
                 tokens.append(model.encode_to_indices(targets) if indices is None else indices[batch])
                 output = model.decode_from_indices(tokens[-1], size=targets.shape[2:])
             else:
@@ -271,7 +276,7 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
             reconstructions[batch] = (output * 255).round().byte()
     finally:
         model.train(training)
-    mean_psnr, mse, mean_ssim = map(statistics.fmean, torch.cat(figures, 1).tolist())
+    mean_psnr, mse, mean_ssim = torch.cat(figures, 1).cpu().double().mean(1).tolist()
     counts, usage, perplexity = model.get_codebook_usage(torch.cat(tokens)) if tokens else (torch.zeros(0), 0.0, 0.0)
     metrics = dict(psnr=mean_psnr, psnr_of_mse=-10 * math.log10(max(mse, 1e-10)), ssim=mean_ssim, usage=usage,
                    perplexity=perplexity)
@@ -292,6 +297,7 @@ def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int
     columns = min(columns, len(images))
     rows = len(images) // columns  # an incomplete last row is left out
     pairs = torch.stack([x[: rows * columns].unflatten(0, (rows, columns)) for x in (images, reconstructions)], 1)
+    # now (rows, 2, columns, 3, H, W)
     save_grid(path, pairs.flatten(0, 2), columns)
 
 
@@ -307,7 +313,7 @@ def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.loglog(range(1, len(used) + 1), used)
-    axes.axvline(round(len(used) / metrics["usage"]), c="grey", ls=":")
+    axes.axvline(round(len(used) / metrics["usage"]), c="grey", ls=":")  # a huge codebook's counts lack unused codes
     axes.set(xlabel="code, by rank (dotted: the codebook's size)", ylabel="times used")
     axes.set_title(f"{title}\n{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}", size=9,
                    parse_math=False)
@@ -324,7 +330,9 @@ def plot_curves(path: Path, history: list[dict], title: str):
     for axes, (name, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
             axes.plot(range(1, len(history) + 1), [row[column] for row in history], ".-", label=column)
-        axes.set(title=name, xlabel="epoch", yscale="symlog" if columns == losses else "linear")
+        axes.set(title=name, xlabel="epoch")
+        if columns == losses:
+            axes.set_yscale("symlog", linthresh=1e-3)  # a loss may be 0, a GAN's or LFQ's negative
         axes.legend(fontsize=7)
         axes.axvline(sum(row["stage"] == 1 for row in history) + 0.5, c="grey", ls=":")
     save_figure(path, figure)
@@ -367,7 +375,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 def save_torch(path: str | Path, content: dict):
     """Write what load_torch reads. OSError as in replace_file."""
-    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):  # on a full disk with a RuntimeError
+    # torch.save's error for a full disk is a RuntimeError
+    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):
         torch.save(content, draft)
 
 
@@ -389,8 +398,8 @@ def load_torch(path: str | Path, *keys: str) -> dict:
 class Run:
     """A run's folders outputs/<name>/ and checkpoints/<name>/, locked for one process, and its progress.
 
-    stage, epoch: the last ones that were finished, 0 at first. history: a row of figures for each finished epoch.
-    InputError if another process holds the lock, or last.pt is damaged.
+    stage, epoch: the last that an earlier process finished, 0 without one. history: a row for each finished epoch.
+    InputError if another process holds the lock, or last.pt is damaged or of another run.
     """
 
     def __init__(self, name: str, first_process: bool = True):
@@ -402,7 +411,8 @@ class Run:
         if first_process and not self.finished:
             with errors_as(InputError, f"{self.checkpoints} cannot be locked: perhaps another process trains this run"):
                 self.lock.acquire(blocking=False)
-            self.inode = os.stat(self.lock.lock_file).st_ino
+            self.inode = os.stat(self.lock.lock_file).st_ino  # check_folder compares it
+            # a killed process leaves drafts
             for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
                 draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
@@ -412,12 +422,12 @@ class Run:
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch with which this stage begins. Fills `state` if the run was stopped in this stage."""
+        """The epoch with which this stage begins. Later than 1, it loads `state`, {name: module or optimizer}."""
         if self.stage != stage:
             return 1
         with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):
             for name, module in state.items():
-                module.load_state_dict(self.saved.pop(name))  # its memory is free then
+                module.load_state_dict(self.saved.pop(name))  # pop frees the memory
         return self.epoch + 1
 
     def check_folder(self):

@@ -1,4 +1,5 @@
 """data.py: how an image is read, folders, broken files, batches, CIFAR-10 and drawn shapes."""
+import errno
 import io
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -83,7 +85,9 @@ def test_a_colour_profile_is_converted_to_srgb(capsys):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = srgb.replace(b"rXYZ", b"tmp_").replace(b"gXYZ", b"rXYZ").replace(b"tmp_", b"gXYZ")
     swapped = swapped.replace("sRGB".encode("utf-16-be"), "abcd".encode("utf-16-be"))  # its description
-    for profile, expected in ((srgb, [200, 30, 60]), (swapped, [30, 200, 60]), (b"broken", [200, 30, 60])):
+    linear = swapped.replace("abcd built-in".encode("utf-16-be"), "sRGB   linear".encode("utf-16-be"))
+    for profile, expected in ((srgb, [200, 30, 60]), (swapped, [30, 200, 60]), (linear, [30, 200, 60]),
+                              (b"broken", [200, 30, 60])):
         for mode in ("RGB", "RGBA"):
             Image.new(mode, (4, 4), (200, 30, 60)).save("a.png", icc_profile=profile)
             assert read_image("a.png")[:, 0, 0].tolist() == pytest.approx(expected, abs=2)
@@ -184,9 +188,9 @@ def test_a_folder_that_is_no_dataset_is_refused(files, message):
 
 
 def test_each_folder_is_read_once():
-    """Links may lead to the same folder, in circles, above, or nowhere."""
+    """Links may lead to the same folder, in circles, above, or nowhere. A folder's own name counts."""
     write_images("pets", ["train/ant/a", "train/cat/b"])
-    for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("cat/self", "train/cat")):
+    for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("zebra", "train/cat")):
         Path("pets/train", link).symlink_to(Path("pets", target).absolute())
     Path("pets/train/ant/b.png").symlink_to("nowhere.png")
     assert module.find_images("pets/train") == [Path("pets/train/ant/a.png"), Path("pets/train/cat/b.png")]
@@ -258,9 +262,17 @@ def test_an_error_of_the_system_does_not_make_an_image_broken(error, monkeypatch
     monkeypatch.setattr(Image, "open", fail)
     Path("a.png").touch()
     images = ImageFiles(["a.png"], 8)
-    with refused("'a.png' cannot be read: .*Files must stay readable"):
+    with refused("'a.png' cannot be read: .*(Files must stay readable|memory is full)"):
         images.read(0)
     assert not images.broken.any()
+
+
+def test_a_file_that_names_an_impossible_place_is_broken(monkeypatch):
+    """A TIFF file may say that its pixels lie before its beginning."""
+    monkeypatch.setattr(module, "open_image", Mock(side_effect=OSError(errno.EINVAL, "Invalid argument")))
+    Path("a.tif").touch()
+    images = ImageFiles(["a.tif"] * 100, 8)
+    assert images.read(0) is None and images.broken.tolist() == [True] + [False] * 99
 
 
 def test_a_disk_without_room_is_named_before_the_work(pets, monkeypatch):
