@@ -2,7 +2,7 @@
 
     python -m extras.cells    writes outputs/cells.png, in under a minute
 
-Each quantizer has about 64 codes (6 bits). It learns for STEPS steps, between two linear maps that start as identity.
+Each quantizer has 64 codes (6 bits). It learns for STEPS steps, between two linear maps that start as identity.
 """
 import sys
 
@@ -64,7 +64,7 @@ def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
     """Draw vectors (N, 2) in grey, their codes in black, and each code's cell in a colour."""
     side = torch.linspace(-1.3, 1.3, 300)
     plane = torch.cartesian_prod(side, side).flip(1)  # (x, y), row by row
-    cells = model(plane)[2].view(300, 300) * 7 % 20  # of tab20's colours; neighbours in FSQ's grid differ, too
+    cells = model(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours; FSQ's neighbours differ by 1 or 8
     output, _, indices = model(vectors)
     used = indices.unique()
     codes = model.decoder(model.quantizer.get_codebook_entry(used))

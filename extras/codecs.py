@@ -1,10 +1,10 @@
 """Compare checkpoints with JPEG, WebP and AVIF at equal bits.
 
-    python -m extras.codecs                                    the shipped checkpoints, on CIFAR-10's test images
+    python -m extras.codecs                                    the shipped checkpoints, on 961 of CIFAR-10's test images
     python -m extras.codecs <checkpoint> PHOTOS=my_photos      a checkpoint on photographs, each encoded whole
 
-Codecs encode small images as one picture, so that headers do not count. They minimise the error "of MSE". A codec's
-figures at a checkpoint's bits are interpolated between its files of two neighbouring qualities.
+Codecs encode small images as one picture, so that headers do not count. AVIF is tuned for the PSNR "of MSE",
+JPEG and WebP for the eye. Figures are interpolated between a codec's files of two neighbouring qualities.
 "to AVIF" is the mean difference from AVIF's PSNR at equal bits, "+-" its standard error.
 """
 import bisect
@@ -28,10 +28,10 @@ from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 
 DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
-COUNT = 961  # at most so many photographs, or 31 x 31 images in one picture
+COUNT = 961  # at most so many photographs or images; of images, a square number makes one picture
 CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
           "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
-TABLE = {**measure.COLUMNS, "a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),
+TABLE = {**measure.COLUMNS, "bits a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),
          "+-": ("error", ".2f")}
 
 
@@ -43,7 +43,7 @@ def main():
     sizes = {model.config["image_size"] for model in models.values()}
     require(PHOTOS or len(sizes) == 1, f"Compare checkpoints of one image size, not of {sizes}.")
     if PHOTOS:
-        pictures = photographs()
+        pictures = photographs(max(11, *(model.token_size for model in models.values())))
     else:
         images = load_dataset(DATASET, sizes.pop()).test_images
         pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
@@ -59,8 +59,8 @@ def main():
     print(measure.format_table(rows, TABLE, "images from"))
 
 
-def photographs() -> Iterator[Tensor]:
-    """uint8 images (1, 3, H, W) in PHOTOS. All files are tried before the work: a few may be broken."""
+def photographs(least: int) -> Iterator[Tensor]:
+    """uint8 images (1, 3, H, W) in PHOTOS, of `least` pixels a side or more. All files are tried first."""
     files = ImageFiles(find_images(PHOTOS)[:COUNT], size=0)
     require(len(files), f"PHOTOS={PHOTOS} has no images.")
     readable = []
@@ -68,8 +68,8 @@ def photographs() -> Iterator[Tensor]:
         image = files.read(i)
         if image is not None:
             sides = sorted(image.shape[1:])
-            require(sides[0] > 10 and sides[1] < 2**14, f"{files.files[i]} has sides of {sides} pixels, but SSIM needs "
-                    "11, and WebP takes 16,383.")
+            require(sides[0] >= least and sides[1] < 2**14, f"{files.files[i]} has sides of {sides} pixels. Tokens and "
+                    f"SSIM need {least}, and WebP takes 16,383.")
             readable.append(i)
     files.report()
     for i in progress(readable, "photographs"):
@@ -97,7 +97,7 @@ def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor,
     def size(quality: int) -> int:
         return 8 * len(encode(images, codec, quality))
 
-    above = bisect.bisect_left(range(2, 100), bits, key=size) + 2  # the first from 2 to 100 whose file is as large
+    above = bisect.bisect_left(range(2, 100), bits, key=size) + 2  # the first quality whose file is as large, or 100
     low, high, figures = size(above - 1), size(above), []
     for quality in (above - 1, above):
         decoded = decode(encode(images, codec, quality), len(images))

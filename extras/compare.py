@@ -1,7 +1,7 @@
 """Train quantizers at equal bits a token, or with 16,384 codes of several widths, and write a table.
 
     python -m extras.compare                                           all of LINES, with train.py's constants
-    python -m extras.compare "BITS=(16,)" DATASET=...                  some sizes; other arguments go to train.py
+    python -m extras.compare "BITS=(16,)" DATASET=...                  these bits alone; other arguments go to train.py
     python -m extras.compare "SEEDS=(0, 1, 2)" DATASET=...             rows near the best are means of three runs
     python -m extras.compare "WIDTHS=(8,16,64,256,1536)" DATASET=...   all of WIDTH_LINES
 
@@ -24,11 +24,11 @@ from quantizers import check, require
 from utils import one_line_errors, read_constants, replace_file
 
 DATASET = "cifar10"  # or another of train.py's
-PROBE_IMAGES = 2_000  # for training the probes, and for testing them and the judges
+PROBE_IMAGES = 2_000  # so many training images for probes, and test images for probes and Fréchet distances
 BITS = (10, 13, 16)
 WIDTHS = ()  # numbers of a code, to be compared instead of BITS
 SEEDS = (0,)  # after the first, only lines within 0.5 dB of the best at their size are run again
-TABLE = {"a token": ("token_bits", ".1f"), "PSNR": ("psnr", ".2f"), "max - min": ("psnr_range", ".2f"), **COLUMNS,
+TABLE = {"bits a token": ("token_bits", ".1f"), "PSNR": ("psnr", ".2f"), "max - min": ("psnr_range", ".2f"), **COLUMNS,
          "perplexity": ("perplexity", ",.0f")}
 SIZES = {10: 1024, 13: 8192, 16: 65536}
 PAIRS = {10: 32, 13: 90, 16: 256}
@@ -44,7 +44,8 @@ LINES = {  # constants of train.py, and what stands for * at about so many bits 
     "rotation-trick VQ": ("QUANTIZER=rotation_vq EMA_DECAY=0.8 CODEBOOK_SIZE=*", SIZES),
     "residual FSQ": ("QUANTIZER=residual_fsq CODEBOOKS=2 FSQ_LEVELS=*",
                      {10: "(4,4,2)", 13: "(3,3,3,3)", 16: "(4,4,4,4)"}),
-    "the library's EMA-VQ": (  # its decay is 0.8; with 2,048 tokens a step, codes are dead as in ours
+    # its decay is 0.8; with a CPU's 2,048 tokens a step, codes are dead as in ours: on a GPU take BATCH_SIZE=32
+    "the library's EMA-VQ": (
         'QUANTIZER=library LIBRARY={"kind":"VectorQuantize","code_dim":16,"rotation_trick":False,"codebook_size":*}',
         {10: '1024,"threshold_ema_dead_code":0.2', 13: '8192,"threshold_ema_dead_code":0.025',
          16: '65536,"threshold_ema_dead_code":0.003'}),
@@ -61,14 +62,14 @@ def main():
     read_constants(globals(), own, {tuple[int, ...]: "BITS SEEDS"})
     check({*BITS} <= {*SIZES}, "BITS", BITS, "10, 13 and 16")
     check(PROBE_IMAGES >= 2, "PROBE_IMAGES", PROBE_IMAGES, "2 or more")
-    lines, points, rows = (WIDTH_LINES, WIDTHS, {}) if WIDTHS else (LINES, BITS, {})
-    varied = {"SEED", *re.findall(r"\b([A-Z_]+)=", str(lines))}
+    rows, (lines, points) = {}, (WIDTH_LINES, WIDTHS) if WIDTHS else (LINES, BITS)
+    varied = {"SEED", *re.findall(r"\b([A-Z_]+)=", str(lines))}  # the constants that lines set
     for word in others:
         check(word.partition("=")[0] not in varied, "argument", word, "a constant that the lines and SEEDS leave alone")
     for point in points:
         runs = defaultdict(list)
         for seed in SEEDS:
-            best = max((results[0]["psnr"] for results in runs.values()), default=0)
+            best = max((results[0]["psnr"] for results in runs.values()), default=0)  # of the first seed
             for line, (words, values) in lines.items():
                 name, value = f"{line}, {point} {'numbers' if WIDTHS else 'bits'}", str(values.get(point, point))
                 if runs[name] and runs[name][0]["psnr"] < best - 0.5:
@@ -102,9 +103,9 @@ def train_run(arguments: list[str]) -> str:
 
 
 def measure_run(run: str) -> dict:
-    """A finished run's results, its bits a token, their entropy, and its probes."""
+    """A finished run's results, of all test images, its bits a token, and figures of PROBE_IMAGES images."""
     results = json.loads(Path("outputs", run, "results.json").read_text("utf-8"))
-    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))
+    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))  # the last stage's
     image_size = model.config["image_size"]
     parts = load_dataset(DATASET, image_size)
     data = Dataset(*(part if part is None else part[:PROBE_IMAGES] for part in parts))  # a folder may have no labels
@@ -115,7 +116,7 @@ def measure_run(run: str) -> dict:
 
 def average(runs: list[dict]) -> dict:
     """The means of several runs' figures, and the range of their PSNR."""
-    common = set.intersection(*({*run} for run in runs))  # a judge may have been installed meanwhile
+    common = set.intersection(*({*run} for run in runs))  # a judge that was installed meanwhile has measured some alone
     names = [name for name in runs[0] if name in common and isinstance(runs[0][name], (int, float))]
     figures = {name: statistics.fmean(run[name] for run in runs) for name in names}
     if len(runs) > 1:

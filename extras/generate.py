@@ -1,4 +1,4 @@
-"""Make images: train a prior, a model of a checkpoint's tokens, and measure its bits and its samples.
+"""Make images: train a prior, which is a model of a checkpoint's tokens. Measure the prior's bits and samples.
 
     python -m extras.generate                                     tokens of vqrae_fsq.pt
     python -m extras.generate CHECKPOINT=<path> DATASET=shapes    tokens of another checkpoint
@@ -55,14 +55,14 @@ class Prior(nn.Module):
         """sizes: the number of values of each digit; grid: (h, w); classes: 0 without labels."""
         super().__init__()
         self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth)
-        self.sizes, self.grid, self.classes, self.tokens = tuple(sizes), tuple(grid), classes, math.prod(grid)
-        self.most_images = max(1, 250 * 64 // self.tokens)  # that are measured or drawn together, to bound the memory
+        self.sizes, self.grid, self.classes, self.token_count = tuple(sizes), tuple(grid), classes, math.prod(grid)
+        self.most_images = max(1, 250 * 64 // self.token_count)  # in one forward pass, to bound the memory
         self.embed = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.embed_earlier = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
         for table in (*self.embed, *self.embed_earlier):
             nn.init.normal_(table.weight, std=0.1)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
-        self.position = nn.Parameter(torch.randn(self.tokens, dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         blocks = []
         for _ in range(depth):
@@ -85,8 +85,8 @@ class Prior(nn.Module):
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> bits (B,).
 
-        The result is N times the mean bits of a masked token. Its mean over draw_masks is at least -log2 p(tokens |
-        label): it is the mean over all orders in which tokens can follow each other (2110.02037), which is MD4's bound.
+        The result is N times the mean bits of a masked token. Its mean over draw_masks is MD4's bound on -log2 p(tokens
+        | label): the mean bits of predicting the tokens one after the other, over all orders (2110.02037).
         """
         digits = split_indices(indices.flatten(1), self.sizes).to(self.mask.device)
         masked, labels = masked.to(digits.device), labels.to(digits.device)
@@ -94,12 +94,12 @@ class Prior(nn.Module):
         nats = sum(F.cross_entropy(self.logits(k, features, targets), targets[:, k], reduction="none")
                    for k in range(len(self.sizes)))
         nats = nats.new_zeros(masked.shape).masked_scatter(masked, nats)
-        return nats.sum(1) / masked.sum(1) * (self.tokens / math.log(2))
+        return nats.sum(1) / masked.sum(1) * (self.token_count / math.log(2))
 
     def generate(self, labels: Tensor, **options) -> Tensor:
         """labels (B,) -> indices (B, h, w) of new images. The options are those of `fill`."""
-        mask = torch.ones(len(labels), *self.grid, dtype=torch.bool)
-        return self.fill((~mask).long(), mask, labels, **options)
+        indices = torch.zeros(len(labels), *self.grid, dtype=torch.int64)
+        return self.fill(indices, torch.ones_like(indices, dtype=torch.bool), labels, **options)
 
     @torch.no_grad()
     def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 32,
@@ -113,24 +113,26 @@ class Prior(nn.Module):
         """
         indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
         none = torch.full((len(indices),), self.classes, device=self.mask.device)
-        labels = none if labels is None else torch.as_tensor(labels, device=none.device).long()
-        shapes, grid = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices) or 1, *self.grid)
-        require(mask.dtype == torch.bool and not indices.is_floating_point() and shapes == [grid, grid, grid[:1]],
-                f"Take indices {grid}, bools {grid}, labels {grid[:1]}, not {shapes}, {indices.dtype}, {mask.dtype}.")
+        labels = none if labels is None else torch.as_tensor(labels, device=none.device)
+        shapes, wanted = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices) or 1, *self.grid)
+        types = mask.dtype == torch.bool and not (indices.is_floating_point() or labels.is_floating_point())
+        require(types and shapes == [wanted, wanted, wanted[:1]], f"Take indices {wanted}, bools {wanted} and labels "
+                f"{wanted[:1]}, not {shapes} of {indices.dtype}, {mask.dtype}, {labels.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
-        check(steps in range(1, 9999) and guidance >= 1, "steps, guidance", (steps, guidance), "1 or more, steps whole")
+        valid = steps >= 1 and steps % 1 == 0 and 1 <= guidance < math.inf
+        check(valid, "steps, guidance", (steps, guidance), "1 or more, steps whole")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.mask.device)
         masked = mask.flatten(1).to(digits.device)
         count = masked.sum(1, keepdim=True)  # (B, 1)
-        # each masked token's place 0, 1, ... in its image's random order
+        # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
         places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        steps = count.clamp(max=steps)  # (B, 1): few tokens take fewer steps
+        most = count.clamp(max=int(steps))  # steps (B, 1): few tokens take fewer
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
-        for step in range(1, int(steps.max()) + 1):
-            chosen = masked & (places < (count * (step / steps) ** 2).clamp(min=step))  # in all, at least one a step
+        for step in range(1, int(most.max()) + 1):
+            chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
             features = [self.features(digits, masked, given)[chosen[masked]] for given in conditions]
-            scale = (1 + (guidance - 1) * (2 * step - 1) / steps).expand_as(chosen)[chosen][:, None]
+            scale = (1 + (guidance - 1) * (2 * step - 1) / most).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
             for k in range(len(self.sizes)):
                 logits = [self.logits(k, z, drawn) for z in features]
@@ -147,41 +149,40 @@ def load_prior(path: str | Path) -> Prior:
 
 
 def draw_masks(count: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often, for less variance."""
+    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often (as in 2107.00630)."""
     ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
-    return torch.rand(count, tokens, generator=generator).argsort(1) <= (ratio * tokens).long()[:, None]
+    return torch.rand(count, tokens, generator=generator).argsort(1) < 1 + (ratio * tokens).long()[:, None]
 
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
-    """The bound in bits an image, in fp32: the mean over indices (N, h, w), labels (N,), and 1 to 8 masks for each."""
+    """The bound in bits an image, in fp32: a mean over indices (N, h, w), labels (N,), and about 10,000 masks."""
     bits, generator, masks = [], torch.Generator().manual_seed(0), min(8, math.ceil(10_000 / len(indices)))
     batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
     for batch, given in progress(batches * masks, "measuring"):
-        bits.append(prior(batch, draw_masks(len(batch), prior.tokens, generator), given))
+        bits.append(prior(batch, draw_masks(len(batch), prior.token_count, generator), given))
     return torch.cat(bits).mean().item()
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
     """Train from the first epoch or where the run was stopped. Each epoch is measured, and writes samples and files."""
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
-    state, batches = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)
+    state, steps = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)  # of an epoch
     judges = {}
     for name, judge in load_judges(data.test_images.shape[3]).items():
         judges[name] = judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
-    for epoch in range(run.resume(state), EPOCHS + 1):
+    for epoch in range(run.resume(state), EPOCHS + 1):  # resume loads the state, if the run was stopped
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
         log = []
-        order = torch.randperm(len(data.train_labels)).tensor_split(batches)  # of nearly equal sizes
-        for step, index in enumerate(progress(order, f"epoch {epoch}/{EPOCHS}"), (epoch - 1) * batches):
-            hidden = torch.rand(len(index)) < 0.1  # guidance compares with predictions without a class
-            labels = data.train_labels[index].masked_fill(hidden, prior.classes)
-            masked = draw_masks(len(index), prior.tokens)
+        order = torch.randperm(len(data.train_labels)).tensor_split(steps)  # of nearly equal sizes
+        for step, index in enumerate(progress(order, f"epoch {epoch}/{EPOCHS}"), (epoch - 1) * steps):
+            labels = data.train_labels[index].masked_fill(torch.rand(len(index)) < 0.1, prior.classes)  # for guidance
+            masked = draw_masks(len(index), prior.token_count)
             mirrored = torch.randint(2, (len(index),))
             with autocast:
                 bits = prior(tokens["train"][mirrored, index], masked, labels)
-            (bits / prior.tokens * masked.float().mean(1).to(device)).mean().backward()  # masked tokens count alike
-            take_step(optimizers, step, EPOCHS * batches)
+            (bits / prior.token_count * masked.float().mean(1).to(device)).mean().backward()  # tokens weigh alike
+            take_step(optimizers, step, EPOCHS * steps)
             prior.zero_grad()
             log.append(bits.detach())
         bits = torch.cat(log).mean().item()
@@ -205,12 +206,12 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
 
 def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
     """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), as they are and mirrored. A file keeps them."""
-    def tokenize(images: Tensor, *flipped: int) -> Tensor:
+    def tokenize(images: Tensor, mirror: tuple[int, ...] = ()) -> Tensor:
         batches = progress(images.split(250), "tokenizing")
-        return torch.cat([vqrae.encode_to_indices(to_float(x.to(device)).flip(flipped)).cpu() for x in batches])
+        return torch.cat([vqrae.encode_to_indices(to_float(x.to(device)).flip(mirror)).cpu() for x in batches])
 
     if not path.exists():
-        train = torch.stack([tokenize(data.train_images), tokenize(data.train_images, 3)])  # 3: along the width
+        train = torch.stack([tokenize(data.train_images), tokenize(data.train_images, mirror=(3,))])  # along the width
         utils.save_torch(path, {"train": train, "test": tokenize(data.test_images)})
     return utils.load_torch(path, "train", "test")
 
@@ -227,7 +228,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, tuple]) -> dict[str, float]:
-    """Fréchet distances of samples and of training images from the test images, and how often judges see the class.
+    """Fréchet distances of samples and of training images from the test images, and the samples' accuracy by a probe.
 
     judges: by name, the network and its mean features of training and of test images
     """
@@ -251,13 +252,13 @@ def main():
     for name, least in dict(DEPTH=1, EPOCHS=1, BATCH_SIZE=1, STEPS=1, GUIDANCE=1, SAMPLES=2).items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
-    vqrae = load_checkpoint(os.path.expanduser(CHECKPOINT))
+    vqrae = load_checkpoint(os.path.expanduser(CHECKPOINT)).to(device)
     sizes = list(getattr(vqrae.quantizer, "levels", vqrae.quantizer.codebook_sizes))  # FSQ's levels are digits
     require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
-    constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}
-    key = utils.digest((constants, files, os.path.getmtime(os.path.expanduser(CHECKPOINT))))
+    constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}  # folders may move
+    key = utils.digest((sorted(constants.items()), files, os.path.getmtime(os.path.expanduser(CHECKPOINT))))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")
@@ -271,8 +272,7 @@ def main():
     utils.seed_everything(SEED)
     prior = Prior(sizes, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH).to(device)
     print(f"{run.name}: {count:,} training and {tested:,} test images, {device}", flush=True)
-    tokens = load_tokens(vqrae.to(device), data, run.checkpoints / "tokens.pt")
-    train(prior, vqrae, tokens, data, run, constants)
+    train(prior, vqrae, load_tokens(vqrae, data, run.checkpoints / "tokens.pt"), data, run, constants)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ten minutes on a GPU: its tests, an epoch in each way to compile, and the default run until the time is over.
+# Ten minutes on a GPU: its tests, three short epochs in each way to compile, and the default run until the time is over.
 #
 #     bash extras/gpu.sh 2>&1 | tee gpu.txt      then post gpu.txt
 #

@@ -35,13 +35,13 @@ def augment(images: Tensor, mirror: Tensor) -> Tensor:
     count, _, height, width = images.shape
     crops = F.pad(images, (2, 2, 2, 2), "reflect").unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 5, 5, H, W)
     y, x = torch.randint(5, (2, count), device=images.device)
-    shifted = crops[torch.arange(count), :, y, x]
+    shifted = crops[torch.arange(count), :, y, x]  # (B, 3, H, W)
     return torch.where(mirror[:, None, None, None], shifted.flip(3), shifted)
 
 
 @torch.no_grad()
 def initialize(encoder: ConvEncoder, images: Tensor):
-    """Set the first filters, which stay fixed, and the start of the others.
+    """Set the first filters, which stay fixed, and initialise the others.
 
     The first filters whiten 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both signs.
     Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each.
@@ -58,7 +58,7 @@ def initialize(encoder: ConvEncoder, images: Tensor):
             module.norm.weight.requires_grad = False
             if module is not encoder.shallow:
                 nn.init.dirac_(module.conv.weight[: module.conv.in_channels])
-    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # 64 shallow channels of variance 1 then have 0.16 of all
+    nn.init.constant_(encoder.deep[-1].norm.weight, 1.34)  # shallow channels then have 0.16 of the variance
 
 
 def main():
@@ -67,9 +67,10 @@ def main():
         prepare_cpu()
     data = load_dataset(DATASET)
     require(data.train_labels is not None, f"DATASET={DATASET} has no classes to learn.")
-    steps = len(data.train_images) // max(1, BATCH_SIZE)  # in an epoch
+    count = len(data.train_images)
     check(EPOCHS >= 1, "EPOCHS", EPOCHS, "1 or more")
-    check(BATCH_SIZE >= 1 and steps >= 1, "BATCH_SIZE", BATCH_SIZE, f"1 to {len(data.train_images)}, all images")
+    check(1 <= BATCH_SIZE <= count, "BATCH_SIZE", BATCH_SIZE, f"1 to {count}, all images")
+    steps = count // BATCH_SIZE  # in an epoch
     torch.manual_seed(SEED)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     encoder = ConvEncoder()
@@ -79,7 +80,7 @@ def main():
     pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
     others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in {*filters}]
-    # our Muon's updates of matrices (m, n), n >= m, are 0.2 sqrt(n) times as large as Jordan et al.'s
+    # airbench's rate is for Jordan et al.'s Muon; our updates of matrices (m, n), n >= m, are 0.2 sqrt(n) times larger
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
@@ -115,7 +116,7 @@ def main():
 def save_encoder(encoder: ConvEncoder):
     """Fold each BatchNorm into its convolution, and write the weights in 16 bits."""
     for module in encoder.modules():
-        if isinstance(module, ConvPool):  # also across max pooling, as BatchNorm's scale is positive
+        if isinstance(module, ConvPool):  # max pooling may stand between them, as BatchNorm's scale is positive
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
     encoder.half()
     save_torch(f"{OUT}/cifar_encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
