@@ -420,6 +420,10 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         z_q, loss, indices = self.encode(images)
         return self.decode(z_q, images.shape[2:]), loss, indices
 
+    def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
+        """Mean squared error between features z (B, C, h, w) and those of the frozen encoder, which get no gradient."""
+        return F.mse_loss(z, teacher_z.detach())
+
     # Between images and indices
 
     @torch.no_grad()

@@ -124,7 +124,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher:
-        distill_loss = F.mse_loss(z, teacher_z)
+        distill_loss = model.compute_distillation_loss(z, teacher_z)
     if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and teacher:  # every second image is enough, and saves time

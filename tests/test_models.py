@@ -173,6 +173,13 @@ def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
         assert not model.eval().encoder.training and model.train().encoder.training == learns
 
 
+def test_distillation_does_not_move_the_teacher():
+    z, teacher_z = torch.randn(2, 2, 256, 4, 4).requires_grad_()
+    loss = build().compute_distillation_loss(z, teacher_z)
+    assert torch.allclose(loss, (z - teacher_z).square().mean())
+    assert torch.autograd.grad(loss, (z, teacher_z), allow_unused=True)[1] is None
+
+
 @pytest.mark.parametrize("kernel, norm", [(0, False), (3, False), (0, True), (3, True)])
 def test_decoding_is_a_conv_a_norm_the_decoder_and_in_eval_mode_a_clamp(kernel, norm):
     model, z_q = build(post_quant_kernel=kernel, post_quant_norm=norm), torch.randn(1, 256, 3, 4)
