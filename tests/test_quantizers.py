@@ -396,7 +396,8 @@ def learn(kind, *ranks):
     tokens = []
     for rank in ranks:
         torch.manual_seed(1000 * SEED + rank)
-        tokens.append(torch.randn(3, 1, 40, 6) + 20 * torch.arange(2).repeat(20)[:, None])  # around two points
+        count = 40 - 10 * rank if kind == "ema" else 40  # EMA-VQ takes unequal shares
+        tokens.append(torch.randn(3, 1, count, 6) + 20 * torch.arange(2).repeat(20)[:count, None])  # around two points
     torch.manual_seed(SEED)  # all processes start with the same weights
     name, options = SHARED[kind]
     quantizer, states = build_quantizer(name, 6, **options), []
