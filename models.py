@@ -240,7 +240,7 @@ class PyramidEncoder(nn.Module):
         self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
         network.prune_intermediate_layers(self.used_layers, prune_head=True)  # the classifier goes
         self.network = network.to(memory_format=torch.channels_last)
-        self.parts = min(4, max(1, self.patch // strides[-self.used_layers]))  # a side of a token, of the finest map
+        self.parts = min(4, max(1, self.patch // strides[-self.used_layers]))  # averages along a token's side
         finest, *others = (z.shape[1] for z in maps[-self.used_layers :])
         self.dim = self.parts**2 * finest + sum(others)
 
@@ -382,7 +382,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.constants = constants or {}
         # in_strips needs the receptive field's radius in tokens. These encoders see up to 8 tokens to each side, and
         # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 2, and
-        # the convolution before it half of its kernel. Other networks see the whole image.
+        # the convolution before it half of its kernel. Other networks get each image whole.
         self.encoder_radius = 8 + 2 * len(self.adapter) if encoder in ("cifar", "cnn") else None
         convolutional = isinstance(self.decoder, ConvDecoder)
         self.decoder_radius = 2 + 2 * depth + post_quant_kernel // 2 if convolutional else None

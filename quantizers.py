@@ -540,7 +540,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices (...) of the codes in codebook (K, D) nearest to vectors x (..., D), by Euclidean distance.
 
     |x - c|^2 is least where x.c - |c|^2 / 2 is largest. Both are first centred at the codes' mean: far from zero, fp32
-    would round the differences away. Blocks bound the memory to 8 MB on a CPU and 1 GB on a GPU.
+    would round the differences away. Blocks bound the scores to 8 MB on a CPU and 1 GB on a GPU.
     """
     center = codebook.detach().mean(0)
     tokens, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center

@@ -165,7 +165,7 @@ def losses_and_gradients(model: VQRAE, teacher: nn.Module | None, lpips: nn.Modu
 
 def train_epoch(model: VQRAE, batches: Iterator[Tensor], epoch: int, epochs: int, steps: int, compute: Callable,
                 discriminator: nn.Module, optimizers: dict, gan_optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Train for an epoch of `steps` steps, 1 to `epochs`. Returns the mean of each loss, over all processes.
+    """Train epoch `epoch` of `epochs`, which has `steps` steps. Returns the mean of each loss, over all processes.
 
     batches: images (B, 3, size, size) in [0, 1]
     compute: (images, discriminator or None) -> what losses_and_gradients returns
@@ -294,7 +294,7 @@ def quantizer_options() -> dict:
         return LIBRARY
     if QUANTIZER == "residual_fsq":
         return dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS)
-    if QUANTIZER in ("lfq", "bsq"):  # their entropies compare some of the tokens with all codes, at most 2**24 pairs
+    if QUANTIZER in ("lfq", "bsq"):  # entropies of sampled tokens x all codes: 2**24 pairs, but at least two tokens
         some = max(2**24 / CODEBOOK_SIZE / batch_tokens, 2 / (micro_batch_size() * GRID**2))
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, some))
     if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
