@@ -60,6 +60,7 @@ def test_a_frechet_distance_is_its_formula():
 def test_a_probe_learns_from_training_images_and_their_statistics():
     y = (torch.arange(200) % 40 == 0).long()  # one class is rare, and its features lie at 0 instead of -100
     x = torch.stack([100.0 * y - 100, torch.zeros(200)], 1) + torch.randn(200, 2)
+    x *= 1e-4  # unless standardised, the penalty forbids weights so large
     assert linear_probe(x, y, x[:50], y[:50]) == 1
     assert linear_probe(x, y, x[y == 1], y[y == 1]) == 1
     assert linear_probe(x, y, x[:4], torch.tensor([1, 0, 1, 0])) == 0.75
@@ -126,11 +127,12 @@ def test_what_cannot_be_measured_is_left_out(quantizer, options, bits, monkeypat
 
 
 def test_the_fields_metrics_compare_images_with_rounded_reconstructions():
-    judges = {"rfid": lambda images: images[..., :1, :1], "lpips": lambda images, others: (images - others).abs()}
+    judges = {"rfid": lambda images: images[..., :1, :1],
+              "lpips": lambda images, others: (255 * others - (255 * others).round()).abs()}  # how far from rounded
     model, images, labels = small().eval(), noise(3), torch.tensor([0, 1, 0])
     figures = measure(model, Dataset(images, labels, images, labels, [*"ab"]), judges)
     a, b = images / 255, evaluate(model, images)[2] / 255
-    assert figures["distance_lpips"] == pytest.approx((a - b).abs().mean().item(), rel=0.01)
+    assert figures["distance_lpips"] < 1e-3
     assert figures["frechet_rfid"] == pytest.approx(frechet_distance(a[..., 0, 0], b[..., 0, 0]), rel=0.05)
     assert "probe_image_rfid" not in figures
 

@@ -109,9 +109,9 @@ def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
 
 
 @pytest.mark.parametrize("images", [
-    torch.rand(1, 3, 3, 32), torch.rand(1, 1, 32, 32), torch.rand(3, 32, 32), torch.rand(1, 3, 32, 32) + 0.5,
+    torch.zeros(1, 3, 3, 32), torch.zeros(1, 1, 32, 32), torch.zeros(3, 3, 32), torch.full((1, 3, 32, 32), 1.5),
     torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
-def test_refused_images(images):
+def test_images_of_another_shape_range_or_type_are_refused(images):
     with refused("[Ii]mages "):
         build().encode_to_indices(images)
 
@@ -162,6 +162,17 @@ def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatc
         assert max(sizes) <= 6 * model.encoder_radius * w < h * w
 
 
+@pytest.mark.parametrize("name", ["cifar", "cnn"])
+def test_no_token_sees_beyond_the_radius(name):
+    model = build(name)
+    n = model.token_size
+    images = torch.rand(1, 3, 41 * n, n, requires_grad=True)
+    for row in (20, 21):  # the deepest grid is half as fine
+        z = model.adapter(model.encoder(images))[:, :, row].sum()
+        seen = torch.autograd.grad(z, images)[0].abs().sum((0, 1, 3)).view(41, n).sum(1).nonzero()
+        assert (seen - row).abs().max() <= model.encoder_radius
+
+
 # Stages and losses
 
 def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
@@ -196,7 +207,7 @@ def test_decoding_is_a_conv_a_norm_the_decoder_and_in_eval_mode_a_clamp(kernel, 
     {"grid": 0}, {"image_size": 48}, {"stage": 3}, {"encoder": "xcit_nano_12_p16_224"},
     {"encoder": "mixer_s16_224"}, {"encoder": "resnet18", "encoder_layers": 6},
     {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13},
-    {"encoder": "vit_tiny_patch16_224", "decoder_width": 100}], ids=str)
+    {"encoder": "vit_small_patch16_18x2_224"}, {"encoder": "vit_tiny_patch16_224", "decoder_width": 100}], ids=str)
 def test_refused_options(options):
     with refused("^[^\n]+ = [^\n]+, allowed: "):
         VQRAE(**options, pretrained=False)
@@ -277,7 +288,8 @@ def test_half_precision_keeps_nearly_all_indices(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_resizes_images_too(dtype):
-    model, images = build("cnn", grid=4).eval().to(dtype), torch.rand(1, 3, 32, 32)
+    """The network wants 8 pixels a token, the images have 4."""
+    model, images = build("cnn", grid=8).eval().to(dtype), torch.rand(1, 3, 32, 32)
     assert model.decode_from_indices(model.encode_to_indices(images)).shape == images.shape
 
 

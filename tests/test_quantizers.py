@@ -61,7 +61,7 @@ def test_fsq_takes_the_nearest_code_of_a_table():
 
 
 def test_ddcl_error_is_uniform_and_independent_of_the_input():
-    ddcl, z = DDCL(4), 0.5 * torch.randn(1, 20_000, 4)
+    ddcl, z = DDCL(4), 0.5 * torch.randn(1, 400_000, 4)
     x = torch.tanh(z)
     error = (ddcl(z)[0] - x) * 15  # in steps of delta
     assert error.abs().max() < 0.501
@@ -108,7 +108,7 @@ def check_update(before, after, x, indices):
 
 
 def test_ema_update_follows_the_formula():
-    ema = EMAVQ(6, 10, decay=0.6, project=False)
+    ema = EMAVQ(6, 10, decay=0.3, project=False)  # the last weights are its 0.7
     for tokens in (3, 25, 3, 30, 30, 1, 1, 200):
         before = copy.deepcopy(ema)
         x = ema.codebook[torch.arange(tokens) % 8] + 0.01 * torch.randn(tokens, 6)
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_tokens_times_codes():
 
 # Options
 
-@pytest.mark.parametrize("name", set(QUANTIZERS) - {"library"})
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "library"])
 def test_config_rebuilds_a_quantizer_of_each_name_which_has_defaults(name):
     quantizer, z = build_quantizer(name, 256).eval(), torch.randn(1, 2, 256)
     other = build_quantizer(quantizer.config["quantizer"], 256, **quantizer.config["quantizer_options"])
@@ -318,16 +318,24 @@ def test_refused_options(name, options):
 
 
 @pytest.mark.parametrize("method, argument", [
-    ("forward", torch.zeros(2, 9, DIM + 1)), ("forward", torch.zeros(2, DIM)), ("forward", torch.zeros(0, 9, DIM)),
+    ("forward", torch.zeros(2, 9, DIM + 1)), ("forward", torch.zeros(2, DIM)),
     ("forward", torch.zeros(2, 9, DIM, dtype=torch.int64)), ("forward", torch.full((1, 1, DIM), math.nan)),
-    ("forward", torch.full((1, 1, DIM), 2e12)), ("codes_to_indices", torch.full((1, 1, DIM), math.nan)),
-    ("codes_to_indices", torch.zeros(1, 1, DIM)), ("indices_to_codes", [[2**25]]), ("indices_to_codes", [[-1, 0]]),
-    ("indices_to_codes", [[True]]), ("indices_to_codes", [0]), ("indices_to_codes", [[0.5]]),
-    ("indices_to_codes", [[1j]]), ("indices_to_codes", torch.zeros(0, 9).long()), ("get_codebook_entry", [[0]])])
-def test_refused_inputs(method, argument):
+    ("forward", torch.full((1, 1, DIM), 2e12)), ("codes_to_indices", torch.zeros(1, 1, DIM)),
+    ("indices_to_codes", [[2**25]]), ("indices_to_codes", [[-1, 0]]), ("indices_to_codes", [[True]]),
+    ("indices_to_codes", [0]), ("indices_to_codes", [[0.5]]), ("indices_to_codes", [[1j]]),
+    ("indices_to_codes", torch.zeros(0, 9).long()), ("get_codebook_entry", [[0]])])
+def test_inputs_of_another_shape_range_or_type_are_refused(method, argument):
     """2**25 codes are more than codes_to_indices compares."""
     with refused(""):
         getattr(build_quantizer("fsq", DIM, levels=[2] * 25).eval(), method)(argument)
+
+
+def test_empty_tokens_and_values_that_are_not_finite_are_refused():
+    fsq = build_quantizer("fsq", DIM, levels=[2])
+    with refused("at least one"):
+        fsq(torch.zeros(0, 9, DIM))
+    with refused("The values of z_q"):
+        fsq.codes_to_indices(torch.full((1, 1, DIM), math.nan))
 
 
 def test_the_file_needs_torch_alone():

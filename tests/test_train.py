@@ -222,8 +222,8 @@ def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(optio
     assert (outputs / "usage.png").exists() == (codes > 0)
 
 
-def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, capsys):
-    """The last two epochs of a stage are kept, too. The same command then finds the run finished."""
+def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, folder, monkeypatch, capsys):
+    """The last two epochs of a stage are kept, too. results.json measures the best one. The run is then finished."""
     psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
     monkeypatch.setattr(utils, "psnr", lambda images, _: torch.full((len(images),), next(psnrs, 0.0)))
     outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")
@@ -234,6 +234,10 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, monkeypatch, c
         torch.testing.assert_close(best["model"], same["model"], rtol=0, atol=0)
         files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
         assert sorted(path.stem[-1] for path in files) == [*kept]
+    results, images = json.loads((outputs / "results.json").read_text()), load_dataset(str(folder), 16).test_images
+    best, last = (evaluate(load_checkpoint(checkpoint(outputs, f"stage2_{x}")), images, 4)[0]["ssim"]
+                  for x in ("best", "epoch_2"))
+    assert results["ssim"] == pytest.approx(best, abs=1e-6) != pytest.approx(last, abs=1e-6)
     assert main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4") is None and "This run is finished" in capsys.readouterr().out
 
 
