@@ -189,13 +189,11 @@ def find_images(folder: str | Path) -> list[Path]:
     files, errors = [], []
     seen = {folder.resolve(), *folder.resolve().parents}  # no link leads into a folder again
     for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        # names with a dot are hidden: Jupyter and macOS keep copies there
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        folders.sort(key=lambda name: not os.path.islink(Path(root, name)))  # links first: the folder's own name counts
-        found = {Path(root, name).resolve(): name for name in folders}
-        folders[:] = [name for path, name in found.items() if path not in seen]
+        links_first = sorted(folders, key=lambda name: (not os.path.islink(Path(root, name)), name))
+        found = {Path(root, name).resolve(): name for name in links_first}  # a folder's own name replaces a link's
+        folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
         seen.update(found)
-        files += [Path(root, name) for name in names if name[0] != "."]
+        files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
     formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
     # a link may lead nowhere
     images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS and file.exists()]

@@ -62,14 +62,14 @@ def one_line_errors(stopped: str = "stopped"):
 def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = None) -> dict:
     """Replace a script's constants by NAME=value arguments. Returns all constants; -h and --help print them.
 
-    namespace: the script's globals(). Each name in capitals with a plain value but a dict is a constant.
+    namespace: the script's globals(). Each name in capitals with a plain value is a constant.
     kinds: {type: "NAME NAME ..."}. A constant that it does not name has the type of its value in the file.
     Values in the file and on the command line pass the same checks. InputError for an unknown name, for another type,
     and for a negative or infinite number, unless it stands in a dict.
     """
     named = {name: kind for kind, names in (kinds or {}).items() for name in names.split()}
     constants = {name: value for name, value in namespace.items()
-                 if name in named or name.isupper() and is_plain(value) and not isinstance(value, dict)}
+                 if name in named or name.isupper() and is_plain(value)}
     kind_of = {name: type(value) for name, value in constants.items()} | named
     for name in named:
         similar = difflib.get_close_matches(name, [other for other in constants if other not in named])
@@ -422,7 +422,7 @@ class Run:
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch with which this stage begins. Later than 1, it loads `state`, {name: module or optimizer}."""
+        """The epoch with which this stage begins. Unless it is 1, loads `state`, {name: module or optimizer}."""
         if self.stage != stage:
             return 1
         with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):

@@ -57,7 +57,8 @@ WIDTH_LINES = {"SimVQ, matched": ("QUANTIZER=simvq CODEBOOK_SIZE=16384 CODE_DIM=
 
 
 def main():
-    own = [word for word in sys.argv[1:] if word.partition("=")[0] in {"-h", "--help", *globals()}]
+    names = {"-h", "--help", "DATASET", "PROBE_IMAGES", "BITS", "WIDTHS", "SEEDS"}
+    own = [word for word in sys.argv[1:] if word.partition("=")[0] in names]
     others = [word for word in sys.argv[1:] if word not in own]  # train.py checks them
     read_constants(globals(), own, {tuple[int, ...]: "BITS SEEDS"})
     check({*BITS} <= {*SIZES}, "BITS", BITS, "10, 13 and 16")

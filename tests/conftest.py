@@ -37,7 +37,7 @@ def refused(message):
     with pytest.raises(InputError) as error:
         yield
     text = str(error.value)
-    assert re.search(message, text) and "\n" not in text and len(text) <= 600, text
+    assert re.search(message, text) and "\n" not in text and 0 < len(text) <= 600, text
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from quantizers import InputError
 from utils import load_torch, read_constants, replace_file, save_torch
 
 CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "LEVELS": [8, 5],
-             "OPTIONS": {"a": 1}, "TABLE": {"b": 2}, "FLIP": True, "path": 1, "Class": int}
-KINDS = {int | tuple[int, int]: "EPOCHS", tuple[int, ...]: "LEVELS", float: "RATE", dict: "OPTIONS"}
+             "OPTIONS": {"a": 1}, "FLIP": True, "path": 1, "Class": int}
+KINDS = {int | tuple[int, int]: "EPOCHS", tuple[int, ...]: "LEVELS", float: "RATE"}
 
 
 # Constants
@@ -31,7 +31,7 @@ def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expect
     constants = read_constants(namespace, [argument], KINDS)
     assert constants[name] == expected and type(constants[name]) is type(expected)
     assert namespace == CONSTANTS | {"LEVELS": (8, 5), name: expected}  # a list is as good as a tuple
-    assert constants.keys() == {name for name in CONSTANTS if name.isupper()} - {"TABLE"}
+    assert constants.keys() == {name for name in CONSTANTS if name.isupper()}
 
 
 @pytest.mark.parametrize("argument, message", [
