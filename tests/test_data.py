@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import SEED, refused
 from PIL import Image, ImageCms, features
+from torchvision.transforms.v2 import RandomResizedCrop
 
 import data as module
 from data import SHAPES, ImageFiles, draw_shapes, fit, load_batches, load_dataset, load_image, read_image
@@ -312,6 +313,13 @@ def test_images_that_would_take_too_much_memory_stay_in_their_files(folder, monk
     parts = torch.randperm(90).split(45)
     first, second = load_batches(images, [(parts[0], 32), (parts[1], 16)], False, "cpu")
     assert torch.equal(first, decoded.train_images[parts[0]] / 255) and second.shape == (45, 3, 16, 16)
+
+
+def test_a_crop_is_resized_as_a_whole_image_is(monkeypatch):
+    monkeypatch.setattr(RandomResizedCrop, "make_params", lambda *_: dict(top=0, left=0, height=40, width=40))
+    Image.fromarray(random_pixels(40, 40, 3)).save("a.png")
+    crop, = ImageFiles(["a.png"], 16).__getitems__([(0, 16)])
+    assert torch.equal(crop, fit(read_image("a.png"), 16))
 
 
 def test_crops_are_of_all_sizes_from_their_own_pixels_to_the_whole_image():

@@ -142,6 +142,18 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rat
     assert optimizers["adamw"].defaults["lr"] == rate and optimizers["muon"].defaults["lr"] == 2 * rate
 
 
+def test_options_that_follow_from_the_batch(set_constants):
+    """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 pairs of tokens and codes, or 2 tokens."""
+    set_constants(QUANTIZER="rotation_vq", BATCH_SIZE=32, GRID=8, CODEBOOK_SIZE=1024, IMAGE_SIZE=32, ACCUMULATE=1)
+    for ranks in (1, 2):  # which share the batch
+        set_constants(ranks=ranks)
+        assert train.quantizer_options()["threshold_ema_dead_code"] == pytest.approx(0.1 * 32 * 64 / 1024)
+    set_constants(QUANTIZER="lfq", ranks=1)
+    for size, fraction in ((2**10, 1), (2**16, 256 / 2048), (2**24, 2 / 2048)):
+        set_constants(CODEBOOK_SIZE=size)
+        assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(fraction)
+
+
 # A run
 
 def test_training_is_what_the_table_of_stages_says(main, folder, set_constants):
