@@ -143,7 +143,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rat
 
 
 def test_options_that_follow_from_the_batch(set_constants):
-    """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 pairs of tokens and codes, or 2 tokens."""
+    """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 tokens and codes, or two tokens."""
     set_constants(QUANTIZER="rotation_vq", BATCH_SIZE=32, GRID=8, CODEBOOK_SIZE=1024, IMAGE_SIZE=32, ACCUMULATE=1)
     for ranks in (1, 2):  # which share the batch
         set_constants(ranks=ranks)
