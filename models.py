@@ -3,7 +3,7 @@
     images (B, 3, H, W) in [0, 1], padded to h x w whole tokens
       -> encoder                   features z (B, C, h, w)
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
-      -> post_quant_conv, decoder  images (B, 3, H, W), cropped; post_quant_norm may follow the former
+      -> post_quant_conv, decoder  images (B, 3, H, W), cropped; post_quant_norm may stand between the two
 
 load_checkpoint(path) gives a trained VQRAE.
 """
@@ -110,7 +110,7 @@ def resize(images: Tensor, token: int, patch: int) -> Tensor:
     if token == patch:
         return images
     size = [side // token * patch for side in images.shape[2:]]
-    # a CPU interpolates in fp32 alone; bicubic interpolation leaves [0, 1]
+    # a CPU interpolates in fp32 alone; bicubic interpolation overshoots [0, 1]
     return F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1).to(images.dtype)
 
 
@@ -120,7 +120,7 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution with an odd kernel that repeats the border and so keeps the size, unless it has a stride.
+    """A convolution that repeats the border and so keeps the size, if its kernel is odd. With a stride it pads nothing.
 
     Zeros would mark the border, which fills much of a small image and little of a large one: a model that learned on
     small images would be lost on photographs.
@@ -233,7 +233,7 @@ class PyramidEncoder(nn.Module):
         super().__init__()
         with errors_as(InputError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
-            strides = [64 // z.shape[2] for z in maps]  # of an image of 64 x 64 pixels
+            strides = [64 // z.shape[2] for z in maps]
             require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
         check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
         self.used_layers, self.token_size, self.largest_stride = layers or len(maps), token_size, strides[-1]
@@ -380,7 +380,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                               post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
-        # in_strips needs the receptive field's radius in tokens. These encoders see up to 8 tokens to each side, and
+        # in_strips needs the receptive field's radius in tokens. "cifar" and "cnn" see up to 8 tokens to each side, and
         # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 2, and
         # the convolution before it half of its kernel. Other networks get each image whole.
         self.encoder_radius = 8 + 2 * len(self.adapter) if encoder in ("cifar", "cnn") else None
@@ -468,13 +468,13 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def set_stage(self, stage: int) -> "VQRAE":
         """Stage 1 freezes a pretrained encoder, in eval mode. In stage 2 everything learns."""
         check(stage in (1, 2), "stage", stage, "1 or 2")
-        self.stage, self.frozen = stage, stage == 1 and not self.from_scratch
-        self.encoder.requires_grad_(not self.frozen)
+        self.stage, self.encoder_frozen = stage, stage == 1 and not self.from_scratch
+        self.encoder.requires_grad_(not self.encoder_frozen)
         return self.train(self.training)  # a frozen encoder stays in eval mode
 
     def train(self, mode: bool = True) -> "VQRAE":
         super().train(mode)
-        self.encoder.train(mode and not self.frozen)
+        self.encoder.train(mode and not self.encoder_frozen)
         return self
 
     def _save_pretrained(self, folder: Path):

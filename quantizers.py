@@ -30,7 +30,8 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module, ABC):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines `quantize` and `lookup`.
 
-    A token has one index. With several codebooks it is i_0 + size_0 (i_1 + size_1 (...)): each adds its own, a digit.
+    A token has one index. With several codebooks it is i_0 + size_0 (i_1 + size_1 (...)), where the digit i_k is the
+    token's index in codebook k.
     `config` holds the name and the options with which build_quantizer builds the same quantizer.
     """
 
@@ -115,7 +116,7 @@ class Quantizer(nn.Module, ABC):
         return indices
 
     def _apply(self, function, recurse: bool = True):
-        """half(), to() and others call this. Numbers keep their type: rounded tokens would get other indices."""
+        """half(), to() and others call this. Weights keep their type: rounded ones would give other indices."""
         return super()._apply(lambda x: keep_type(x, function(x)), recurse)
 
 
@@ -159,12 +160,12 @@ class FSQ(Quantizer):
 class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
-    project_in makes four numbers x in [-1, 1] of a token. Encoder and decoder share noise u ~ U(-delta/2, delta/2). The
-    encoder sends a whole number m = round((x + u) / delta), and the decoder receives m delta - u. The error,
-    m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u is 0, and codes are FSQ's
-    with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed over the four numbers
-    and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected length E log2(2 |m| + 1) is
-    at most so many bits.
+    project_in and tanh make four numbers x in [-1, 1] of a token. Encoder and decoder share noise u, uniform in
+    [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder receives m delta -
+    u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u is 0, and
+    codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed over
+    the four numbers and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected length
+    E log2(2 |m| + 1) is at most so many bits.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -188,7 +189,7 @@ class DDCL(FSQ):
 class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
 
-    The map moves all codes, used or not. Wide codes collapsed here all the same: the map follows the tokens' few
+    The map moves all codes, used or not. In our runs wide codes collapsed even so: the map follows the tokens' few
     strongest directions, and tokens follow the codes.
     """
 
@@ -217,8 +218,8 @@ class MatchedSimVQ(SimVQ):
     A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
     covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
     log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
-    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes this one. Along directions weaker
-    than the noise, codes hardly differ. If all are equally strong, this is Shannon's random code (section 10.3).
+    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes this covariance. Along directions
+    weaker than the noise, codes hardly differ. In equally strong ones, this is Shannon's random code (section 10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -227,7 +228,7 @@ class MatchedSimVQ(SimVQ):
         super().__init__(dim, codebook_size, code_dim, commitment_cost, project)  # its frozen codebook is g
         self.decay, n = decay, self.code_dim
         self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
-        self.register_buffer("mean", torch.zeros(n))  # m
+        self.register_buffer("mean", torch.zeros(n))  # m, which the bias repeats
         self.register_buffer("covariance", torch.eye(n))  # C
         self.register_buffer("total_weight", torch.zeros(()))  # the sum of all steps' weights so far, 1 - decay**steps
         self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the tokens' variance
@@ -276,14 +277,14 @@ class MatchedSimVQ(SimVQ):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. It is a moving average of all its tokens:
+    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. N_i is a moving average of n_i, e_i of its tokens:
         N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
     with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
-    A code without tokens stays where it is. The loss is the commitment loss.
+    A code without tokens stays where it is, until it is dead. The loss is the commitment loss.
 
-    mean_count is such a moving average, too: of the tokens per code. Codes with N_i below 0.1 mean_count are dead, at
+    mean_count is the same moving average of the mean n_i of all codes. Codes with N_i below 0.1 mean_count are dead, at
     first nearly all. They restart at random tokens, with N_i = 0.2 mean_count. A step restarts at most as many codes as
-    it has tokens. Some of these draw the same token.
+    a process has tokens. Some of these draw the same token.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -394,7 +395,7 @@ class NoQuantizer(Quantizer):
 class Library(Quantizer):
     """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
 
-    With code_dim 0 the class gets tokens of all channels, and projects them if it has to. An index has a digit for
+    With code_dim 0 there are no maps here: the class projects tokens itself, if it has to. An index has a digit for
     each of its codebooks. LFQ's loss, an entropy, may be negative. `arguments` are those of the class's forward, such
     as LFQ's inv_temperature. With quantize_dropout, indices of train mode are of no use.
     """
@@ -555,7 +556,7 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     """scores.argmax(1) for scores (N, K). It finds the best group of columns, then the best column in this group.
 
     A CPU finds a maximum faster than its place: for 65,536 codes, nearest_code takes a third of the time. Groups have
-    256 columns, or for another K than a multiple the greatest common divisor.
+    gcd(K, 256) columns, which is 256 if K is a multiple of 256.
     """
     size = math.gcd(scores.shape[1], 256)
     groups = scores.unflatten(1, (-1, size))

@@ -23,7 +23,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-# OpenMP's waiting threads spin, which slows a busy machine. With this variable, which torch's import reads, they soon
+# OpenMP's waiting threads spin, which slows a busy machine. With GOMP_SPINCOUNT, which torch's import reads, they soon
 # sleep. Beside one busy program, on two cores, a step takes 2.3 s instead of 4.1 s. Alone it takes 0.9 s, either way.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -46,7 +46,7 @@ DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "aut
 IMAGE_SIZE = 32  # pixels a side; a tuple, (32,) or (32, 64), asks for random crops, one size a step
 # encoder
 ENCODER = "cifar"  # ships with the repository; "dinov3_s" and others are downloaded; "cnn" learns from scratch
-ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last strides of others joined; 0: all
+ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last feature maps of others joined; 0: all
 GRID = 8  # tokens a side of the smallest IMAGE_SIZE; with "cifar" a token should cover 4 x 4 pixels
 # quantizer
 QUANTIZER = "ema_vq"  # or "fsq", "simvq" (with a computed map; the paper's is "simvq_learned"), "ddcl", "residual_vq",
@@ -118,7 +118,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     """
     with torch.no_grad():
         teacher_z = teacher(images) if teacher else None  # features (B, C, h, w)
-    z = teacher_z if model.frozen else model.encoder(images)  # in stage 1 the encoder is the teacher
+    z = teacher_z if model.encoder_frozen else model.encoder(images)  # a frozen encoder has the teacher's weights
     z_q, quantizer_loss, _ = model.quantize(z)
     output = model.decode(z_q)
     l2_loss = F.mse_loss(output, images)
@@ -132,7 +132,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
-        # Both losses share this pass. Nothing is detached: each is differentiated by one network's parameters alone.
+        # Both losses share this pass. Nothing is detached: each has gradients for one network's parameters alone.
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
@@ -195,7 +195,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     """Train one stage, from its start or where the run was stopped. Each epoch is measured and saved."""
     model.set_stage(stage).train()
     utils.seed_everything(SEED, stage)
-    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # also without a GAN, so that last.pt has the same parts
+    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # also without a GAN: all runs save the same parts
     optimizers = build_optimizers(model, stage)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
@@ -280,7 +280,7 @@ def stage_value(value: object, stage: int) -> object:
 
 
 def build_optimizers(model: VQRAE, stage: int) -> dict[str, torch.optim.Optimizer]:
-    """A stage's optimizers by their names: Muon for the matrices of `blocks`, AdamW for all other parameters."""
+    """A stage's optimizers by their names: Muon for matrices and kernels in `blocks`, AdamW for the rest."""
     blocks = ("adapter.", "post_quant_conv.", "decoder.layers.", "decoder.blocks.")
     return adamw_and_muon(model, blocks if OPTIMIZER == "muon" else (), stage_value(LEARNING_RATE, stage))
 
@@ -294,9 +294,11 @@ def quantizer_options() -> dict:
         return LIBRARY
     if QUANTIZER == "residual_fsq":
         return dict(levels=FSQ_LEVELS, num_quantizers=CODEBOOKS)
-    if QUANTIZER in ("lfq", "bsq"):  # entropies of sampled tokens x all codes: 2**24 pairs, but at least two tokens
-        some = max(2**24 / CODEBOOK_SIZE / batch_tokens, 2 / (micro_batch_size() * GRID**2))
-        return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, some))
+    if QUANTIZER in ("lfq", "bsq"):
+        # Their entropy compares a fraction of the tokens with all codes: at most 2**24 pairs, which bounds the memory,
+        # but at least two of the smallest images' tokens.
+        fraction = max(2**24 / CODEBOOK_SIZE / batch_tokens, 2 / (micro_batch_size() * GRID**2))
+        return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, fraction))
     if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
         return dict(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, decay=EMA_DECAY, commitment_weight=COMMITMENT,
                     threshold_ema_dead_code=0.1 * ranks * batch_tokens / CODEBOOK_SIZE)
@@ -429,7 +431,7 @@ def start_process():
 
 
 def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Tensor, output: Tensor):
-    """Write an epoch's grid of images and output, uint8 (N, 3, H, W), its curves and checkpoints."""
+    """Write an epoch's grid of images and output, uint8 (N, 3, H, W), its curves, its checkpoints and state."""
     run.check_folder()
     stage, epoch = row["stage"], row["epoch"]
     utils.save_pairs(run.outputs / f"stage{stage}_epoch_{epoch:03}.png", images, output, columns=4)
