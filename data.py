@@ -46,19 +46,6 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
-class Split(NamedTuple):
-    """A folder's training or test images.
-
-    key: a digest of names and sizes for the run's name, which stays if the folder moves
-    state: a digest also of paths and times for the name of the decoded file
-    """
-
-    files: list[Path]
-    classes: list[str]  # the class folder of each file, or ""
-    key: str
-    state: str
-
-
 class ImageFiles:
     """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops.
 
@@ -146,7 +133,7 @@ def find_dataset(name: str) -> tuple[str, str]:
             name = "shapes"
     if name in DATASETS:
         return name, ""
-    return name, digest([list_split(name, split).key for split in ("train", "test")])
+    return name, digest([list_split(name, split)[2] for split in ("train", "test")])
 
 
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
@@ -205,9 +192,10 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 @functools.cache
-def list_split(folder: str, split: str) -> Split:
-    """Split "train" or "test", in random order, as it is at the first call.
+def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
+    """The files of "train" or "test" in random order, each one's class folder or "", and a digest for the run's name.
 
+    All are as at the first call. The digest is of names and sizes, and stays if the folder moves.
     InputError without images, or if only some lie in class folders.
     """
     root = Path(folder, split)
@@ -219,36 +207,34 @@ def list_split(folder: str, split: str) -> Split:
     names = [unicodedata.normalize("NFC", file.relative_to(root).as_posix()) for file in files]
     classes = [name.split("/")[0] if "/" in name else "" for name in names]
     require(all(classes) or not any(classes), f"{root} has images in class folders and beside them. Move the latter.")
-    stats = [file.stat() for file in files]
-    key = digest([(name, stat.st_size) for name, stat in zip(names, stats)])
-    state = digest([(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)])
-    return Split(files, classes, key, state)
+    return files, classes, digest([(name, file.stat().st_size) for name, file in zip(names, files)])
 
 
 def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     """load_dataset for a folder. Training images stay in their files for several sizes, and above DECODE_GB."""
     size = int(np.max(image_size))
-    train, test = list_split(folder, "train"), list_split(folder, "test")
-    classes, labels = np.unique(train.classes, return_inverse=True)
-    test_classes, test_labels = np.unique(test.classes, return_inverse=True)
+    files, folders, _ = list_split(folder, "train")
+    classes, labels = np.unique(folders, return_inverse=True)
+    test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
     labels, test_labels = torch.tensor(labels), torch.tensor(test_labels)
     alone = sorted({*classes} ^ {*test_classes})
     require(not alone, f"{folder}: both splits need the same class folders. Only one has {', '.join(alone[:9])}.")
-    if not isinstance(image_size, int) or len(train.files) * 3 * size**2 > DECODE_GB * 1e9:
-        train_images = ImageFiles(train.files, size, labels)
+    if not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9:
+        train_images = ImageFiles(files, size, labels)
     else:
         train_images, labels = decode(folder, "train", size, labels)
     test_images, test_labels = decode(folder, "test", size, test_labels)
-    if not any(train.classes):
+    if not any(folders):
         return Dataset(train_images, None, test_images, None, [])
     return Dataset(train_images, labels, test_images, test_labels, classes.tolist())
 
 
 def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A split's readable images (N, 3, size, size), decoded once into a file mapped into memory, and their labels."""
-    files, _, _, state = list_split(folder, split)
+    files, _, _ = list_split(folder, split)
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     images = ImageFiles(files, size)
-    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.bin")
+    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{digest(stats)}.bin")
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.parent / "lock"):  # another process may decode the same folder
         for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft
@@ -299,8 +285,7 @@ def read_image(path: str | Path) -> Tensor:
         image = load_pixels(path)
         with contextlib.suppress(Exception):  # Pillow rotates the image, then may fail to rewrite a broken EXIF
             ImageOps.exif_transpose(image, in_place=True)
-        # modes I, I;16 and F
-        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")
+        require(image.mode[0] not in "IF", "it has more than 8 bits a channel")  # modes I, I;16 and F
         profile = image.info.get("icc_profile")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -372,10 +357,7 @@ def fit(images: Tensor, size: int) -> Tensor:
 def load_batches(images: Tensor | ImageFiles, batches: list[tuple[Tensor, int]], flip: bool,
                  device: str) -> Iterator[Tensor]:
     """For each (index (B,), size), images (B, 3, size, size) in [0, 1] on `device`. flip: half are mirrored."""
-    if isinstance(images, ImageFiles):
-        source = load_crops(images, batches)
-    else:
-        source = (images[index] for index, _ in batches)
+    source = load_crops(images, batches) if isinstance(images, ImageFiles) else (images[i] for i, _ in batches)
     for batch in source:
         batch = to_float(batch.to(device))
         mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)  # (B, 1, 1, 1)

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from quantizers import InputError, Quantized, build_quantizer, check, check_registered, errors_as, require
-from utils import check_images, load_torch, load_weights, save_torch
+from utils import check_images, load_torch, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
@@ -53,14 +53,10 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
     """
     if name in ("cnn", "cifar"):
         check(layers == 0, "ENCODER_LAYERS", layers, f"0 with ENCODER = {name!r}")
-    if name == "cnn":
-        return CNNEncoder(token_size)
-    if name == "cifar":
-        encoder = ConvEncoder(token_size)
-        if pretrained:
-            file = PRETRAINED_DIR / "cifar_encoder.pt"
-            with errors_as(OSError, f"The weights {file} do not load"):
-                encoder.load_state_dict(load_weights(file))
+        encoder = CNNEncoder(token_size) if name == "cnn" else ConvEncoder(token_size)
+        if name == "cifar" and pretrained:
+            with errors_as(OSError, "The weights of ENCODER = 'cifar' do not load"):
+                encoder.load_state_dict(load_torch(PRETRAINED_DIR / "cifar_encoder.pt"))
         return encoder
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
           f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")

@@ -401,10 +401,8 @@ class Library(Quantizer):
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
-        try:
+        with errors_as(InputError, "This quantizer needs a package (pip install vector-quantize-pytorch)"):
             library = importlib.import_module("vector_quantize_pytorch")
-        except ImportError as error:
-            raise InputError("This quantizer needs a package: pip install vector-quantize-pytorch") from error
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
         options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}  # JSON has no tuples

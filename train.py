@@ -203,8 +203,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     compute = partial(function, model, teacher, lpips)
     epochs = stage_value(EPOCHS, stage)
     steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    first_epoch = run.resume(state, stage)  # loads the state, if the run was stopped in this stage
-    for epoch in range(first_epoch, epochs + 1):
+    for epoch in range(run.resume(state, stage), epochs + 1):  # resume loads the state of a run stopped in this stage
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start = time.time()
         batches = epoch_batches(data.train_images, stage, epoch, steps)
@@ -234,16 +233,11 @@ def parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def add_gradients(learning: list[nn.Parameter], gradients: tuple[Tensor | None, ...]):
-    """Add a micro-batch's gradients to p.grad.
-
-    The first micro-batch's are copied if others follow: a CUDA graph's next run would overwrite them.
-    """
+    """Add a micro-batch's gradients to p.grad."""
     for p, gradient in zip(learning, gradients):
-        if gradient is None:
-            continue
-        if p.grad is not None:
+        if gradient is not None and p.grad is not None:
             p.grad += gradient
-        else:
+        elif gradient is not None:  # copied if others follow: a CUDA graph's next run would overwrite it
             p.grad = gradient.clone() if ACCUMULATE > 1 else gradient
 
 
@@ -327,19 +321,14 @@ def build_model(pretrained: bool = True) -> VQRAE:
               f"{start.token_size} with START_CHECKPOINT")
         for name, value in model.config.items():
             known = start.config[name]
-            if name == "quantizer_options":
-                value, known = without_batch_options(value), without_batch_options(known)
+            if name == "quantizer_options":  # two of them follow from BATCH_SIZE
+                dependent = ("frac_per_sample_entropy", "threshold_ema_dead_code")
+                known = known | {option: value[option] for option in dependent if option in value}
             check(value == known or name in ("image_size", "grid"), name.upper(), value,
                   f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
         if pretrained:  # without, the model is on the meta device and has no weights
             model.load_state_dict(start.state_dict())
     return model
-
-
-def without_batch_options(options: dict) -> dict:
-    """A quantizer's options, but for two that follow from BATCH_SIZE."""
-    dependent = ("frac_per_sample_entropy", "threshold_ema_dead_code")
-    return {name: option for name, option in options.items() if name not in dependent}
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
@@ -448,8 +437,7 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     """Measure the last stage's best epoch on all test images. A run with results.json is finished."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     require(utils.load_torch(path, "run")["run"] == run.name, f"The checkpoint {path} is not from this run. Delete it.")
-    best = load_checkpoint(path).to(device)
-    metrics, counts, output = evaluate(best, data.test_images, micro_batch_size())
+    metrics, counts, output = evaluate(load_checkpoint(path).to(device), data.test_images, micro_batch_size())
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output[:64], columns=16)
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)

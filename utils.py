@@ -24,7 +24,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from quantizers import InputError, check, check_range, count_processes, errors_as, require
+from quantizers import InputError, check, check_range, count_processes, errors_as, require, sum_of_processes
 
 device = "cuda" if torch.cuda.is_available() else "cpu"  # train.py's DEVICE may choose another for its run
 
@@ -41,10 +41,11 @@ def one_line_errors(stopped: str = "stopped"):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not lose a table
+    script = Path(sys.argv[0]).name
     try:
         yield
     except KeyboardInterrupt:
-        message = stopped
+        sys.exit(f"{script}: {stopped}")
     except BrokenPipeError:  # as in `train.py --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there once more when it ends
         sys.exit(1)
@@ -52,9 +53,7 @@ def one_line_errors(stopped: str = "stopped"):
         message = str(error).partition(". Tried to")[0]  # torch lists how its memory is used
         if "Original Traceback" in message:  # a DataLoader's worker sends it, "InputError: ..." at its end
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
-    else:
-        return
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+        sys.exit(f"{script}: {message}")
 
 
 # Constants
@@ -83,9 +82,8 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
         similar = difflib.get_close_matches(name.upper(), constants) or constants
         check(sign and name in constants, "argument", argument,
               f"NAME=value, without spaces or dashes, with a NAME such as {', '.join(similar)}")
-        constants[name] = text
+        constants[name] = text  # a text that is no value stays, and is refused below
         if kind_of[name] is not str:
-            # text that is no value stays, and is refused below
             with contextlib.suppress(SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
                 constants[name] = ast.literal_eval(text)
     for name, value in constants.items():
@@ -112,12 +110,9 @@ def fits(value: object, kind: object) -> bool:
     if isinstance(kind, types.UnionType):
         return any(fits(value, option) for option in kind.__args__)
     if isinstance(kind, types.GenericAlias):  # tuple[int, int] has two numbers, tuple[int, ...] one or more
-        kinds = kind.__args__
-        if not isinstance(value, tuple):
-            return False
-        if kinds[-1] is ...:
-            kinds = kinds[:1] * len(value)
-        return 0 < len(value) == len(kinds) and all(map(fits, value, kinds))
+        inner, last = kind.__args__
+        size = len(value) if isinstance(value, tuple) else 0
+        return (size == 2 or last is ... and size > 0) and all(fits(x, inner) for x in value)
     if kind in (int, float):
         return type(value) in {int, kind} and 0 <= value <= sys.float_info.max  # True's type is bool, not int
     return type(value) is kind
@@ -190,10 +185,9 @@ def first_process_first():
 def average(tensors: list[Tensor]):
     """Replace tensors by their means over all processes, which exchange them in one message."""
     if count_processes() > 1 and tensors:
-        message = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(message)
-        parts = (message / count_processes()).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
+        means = sum_of_processes(torch.cat([x.flatten() for x in tensors])) / count_processes()
+        parts = means.split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors)])
 
 
 def check_agreement(name: str, value: object):
@@ -297,8 +291,7 @@ def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int
     columns = min(columns, len(images))
     rows = len(images) // columns  # an incomplete last row is left out
     pairs = torch.stack([x[: rows * columns].unflatten(0, (rows, columns)) for x in (images, reconstructions)], 1)
-    # now (rows, 2, columns, 3, H, W)
-    save_grid(path, pairs.flatten(0, 2), columns)
+    save_grid(path, pairs.flatten(0, 2), columns)  # pairs (rows, 2, columns, 3, H, W)
 
 
 def save_figure(path: Path, figure: Figure):
@@ -375,22 +368,16 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 def save_torch(path: str | Path, content: dict):
     """Write what load_torch reads. OSError as in replace_file."""
-    # torch.save's error for a full disk is a RuntimeError
-    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):
+    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):  # a full disk is a RuntimeError
         torch.save(content, draft)
-
-
-def load_weights(path: str | Path) -> object:
-    """What torch.save wrote into a file, on the CPU. torch.load checks no checksum, so this function does."""
-    with zipfile.ZipFile(path) as archive:
-        require(not archive.testzip(), "its checksum is wrong")
-    return torch.load(path, "cpu", weights_only=True)
 
 
 def load_torch(path: str | Path, *keys: str) -> dict:
     """A dict of tensors and plain values with these keys, from torch.save. InputError for another or damaged file."""
     with errors_as(InputError, f"The checkpoint {path} cannot be read"):
-        content = load_weights(path)
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
+            require(not archive.testzip(), "its checksum is wrong")
+        content = torch.load(path, "cpu", weights_only=True)
         require(isinstance(content, dict) and content.keys() >= {*keys}, f"it is no dict with the keys {keys}")
         return content
 
@@ -412,8 +399,7 @@ class Run:
             with errors_as(InputError, f"{self.checkpoints} cannot be locked: perhaps another process trains this run"):
                 self.lock.acquire(blocking=False)
             self.inode = os.stat(self.lock.lock_file).st_ino  # check_folder compares it
-            # a killed process leaves drafts
-            for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
+            for draft in (*self.outputs.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):  # of a killed process
                 draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
         if self.last.exists() and not self.finished:

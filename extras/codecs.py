@@ -22,7 +22,6 @@ from torchvision.utils import make_grid
 
 from data import ImageFiles, find_images, load_dataset
 from extras import measure
-from models import VQRAE
 from quantizers import InputError, check, errors_as, require
 from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 
@@ -47,11 +46,15 @@ def main():
     else:
         images = load_dataset(DATASET, sizes.pop()).test_images
         pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
-    figures = defaultdict(list)
+    figures = defaultdict(list)  # by rows of the table: each picture's bits, pixels, PSNR (n * n,) and SSIM (n * n,)
     for images in pictures:
         for name, model in models.items():
-            for row, (bits, psnrs, ssims) in compress(name, model.to(device), images).items():
-                figures[row].append((bits, images[:, 0].numel(), psnrs, ssims))
+            _, counts, decoded = evaluate(model.to(device), images, measure.batch_size(images))
+            bits, pixels = int(counts.sum()) * math.log2(model.quantizer.codebook_size), images[:, 0].numel()
+            figures[name].append((bits, pixels, psnr(decoded, images), ssim(decoded, images)))
+            for codec in CODECS:
+                codec_bits, psnrs, ssims = interpolate(images, codec, bits)
+                figures[f"{codec}, as {name}"].append((codec_bits, pixels, psnrs, ssims))
     rows = {}
     for name in models:
         for row in (name, *(f"{codec}, as {name}" for codec in CODECS)):
@@ -74,19 +77,6 @@ def photographs(least: int) -> Iterator[Tensor]:
     files.report()
     for i in progress(readable, "photographs"):
         yield files.read(i)[None]
-
-
-def compress(name: str, model: VQRAE, images: Tensor) -> dict[str, tuple[float, Tensor, Tensor]]:
-    """Compress images, uint8 (n * n, 3, H, W), to a model's tokens, and with each codec to as many bits.
-
-    Returns bits, PSNR (n * n,) and SSIM (n * n,), by rows of the table.
-    """
-    _, counts, decoded = evaluate(model, images, measure.batch_size(images))
-    bits = int(counts.sum()) * math.log2(model.quantizer.codebook_size)
-    rows = {name: (bits, psnr(decoded, images), ssim(decoded, images))}
-    for codec in CODECS:
-        rows[f"{codec}, as {name}"] = interpolate(images, codec, bits)
-    return rows
 
 
 def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor, Tensor]:
