@@ -40,6 +40,14 @@ def refused(message):
     assert re.search(message, text) and "\n" not in text and 0 < len(text) <= 600, text
 
 
+def write_images(root, names, colour=(200, 0, 0)):
+    """Write images of 8 x 8 pixels: root/train/cat/a.png for "train/cat/a"."""
+    for name in names:
+        file = Path(root, f"{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), tuple(colour)).save(file)
+
+
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
     """Each test starts with the same random state, in an empty folder, and without utils.prepare_cpu."""
@@ -52,6 +60,16 @@ def reproducible(tmp_path, monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     timm.layers.set_fused_attn(True)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """change(owner, name=value, ...) gives a module's or a class's names other values for a test."""
+    def change(owner, **values):
+        for name, value in values.items():
+            monkeypatch.setattr(owner, name, value)
+
+    return change
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +97,7 @@ def trained(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def main(folder, monkeypatch):
+def main(folder, change, monkeypatch):
     """main("NAME=value", ...) runs train.py in this process, with a TINY model. Returns its folder in outputs/."""
     import train
     import utils
@@ -88,8 +106,7 @@ def main(folder, monkeypatch):
     monkeypatch.setattr(utils, "plot_curves", lambda path, *_: path.touch())  # the fixture `trained` has real ones
 
     def run(*arguments):
-        for name, value in constants.items():
-            monkeypatch.setattr(train, name, value)
+        change(train, **constants)
         before = {*Path("outputs").glob("*")}
         monkeypatch.setattr(sys, "argv", ["train.py", f"DATASET={folder}", *TINY, *arguments])
         with utils.one_line_errors():

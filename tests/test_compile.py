@@ -24,12 +24,7 @@ def settings(monkeypatch):
         yield  # Inductor would draw other random numbers than an eager step
 
 
-def use_backend(monkeypatch, backend):
-    """torch.compile calls backend(graph, inputs, mode=...) from now on."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-
-
-def test_a_compiled_run_is_the_same_run_in_three_graphs(main, monkeypatch):
+def test_a_compiled_run_is_the_same_run_in_three_graphs(main, change):
     """Both stages have two micro-batches a step, and stage 1 a GAN in its second step."""
     graphs = []
 
@@ -47,7 +42,7 @@ def test_a_compiled_run_is_the_same_run_in_three_graphs(main, monkeypatch):
 
         return run
 
-    use_backend(monkeypatch, backend)
+    change(torch, compile=functools.partial(torch.compile, backend=backend))
     arguments = ["QUANTIZER=fsq", "ACCUMULATE=2", "GAN_WEIGHT=0.5", "LEARNING_RATE=0"]
     runs = [main(*arguments), main(*arguments, "COMPILE=reduce-overhead")]
     assert graphs == ["reduce-overhead"] * 3  # stage 1 without and with the GAN, and stage 2
@@ -69,11 +64,10 @@ def test_a_step_of_a_quantizer_compiles_to_one_graph(kind):
 # "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind, stage", [("ema_vq", 1), ("fsq", 2)])
-def test_a_compiled_step_is_the_same_step(kind, stage, backend, monkeypatch):
+def test_a_compiled_step_is_the_same_step(kind, stage, backend, change):
     """It has the same losses, gradients and moving averages, in stage 1 with a GAN."""
-    for name, value in {"GAN_WEIGHT": 0.5, "COMPILE": "default", "bf16": False}.items():
-        monkeypatch.setattr(train, name, value)
-    use_backend(monkeypatch, backend)
+    change(train, GAN_WEIGHT=0.5, COMPILE="default", bf16=False)
+    change(torch, compile=functools.partial(torch.compile, backend=backend))
     options = {"codebook_size": 64, "code_dim": 6} if "vq" in kind else {}
     model = VQRAE("cifar", kind, options, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
     teacher, critic = build_encoder("cifar", 4).eval().requires_grad_(False), PatchDiscriminator(16)
@@ -86,14 +80,14 @@ def test_a_compiled_step_is_the_same_step(kind, stage, backend, monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
-def test_a_mistake_in_a_compiled_step_shows_file_and_line(main, monkeypatch):
+def test_a_mistake_in_a_compiled_step_shows_file_and_line(main, change, monkeypatch):
     """As in a quantizer of one's own, which compiling meets before the first step."""
     class Mistaken(quantizers.FSQ):
         def quantize(self, x):
             return x @ torch.ones(7, 7)  # six numbers do not fit seven
 
     monkeypatch.setitem(quantizers.QUANTIZERS, "mistaken", Mistaken)
-    use_backend(monkeypatch, "eager")
+    change(torch, compile=functools.partial(torch.compile, backend="eager"))
     with pytest.raises(RuntimeError) as error:
         main("QUANTIZER=mistaken", "COMPILE=default")
     text = "".join(traceback.format_exception(error.value))

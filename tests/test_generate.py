@@ -5,12 +5,12 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
-from PIL import Image
+from conftest import refused, write_images
 from torch.utils._pytree import tree_leaves
 
 import extras.generate as module
@@ -153,7 +153,7 @@ def test_fill_refuses_other_shapes_and_ranges(options, name):
 
 # Training, measuring, runs
 
-def test_training_sees_each_image_once_an_epoch(monkeypatch):
+def test_training_sees_each_image_once_an_epoch(change):
     """Some are mirrored, and some labels are hidden: 5 is no class. Masked tokens weigh alike."""
     batches, steps = [], []
 
@@ -169,11 +169,10 @@ def test_training_sees_each_image_once_an_epoch(monkeypatch):
         expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.mask)
         torch.testing.assert_close(prior.mask.grad, expected)
 
-    for name, value in {"BATCH_SIZE": 50, "EPOCHS": 4, "load_judges": lambda *arguments: {},
-                        "measure_bits": lambda prior, indices, labels: labels.item(), "take_step": check_gradient,
-                        "judge_samples": lambda *arguments: {"judged": 1}, "autocast": contextlib.nullcontext(),
-                        "sample": lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte()}.items():
-        monkeypatch.setattr(module, name, value)
+    change(module, BATCH_SIZE=50, EPOCHS=4, take_step=check_gradient, autocast=contextlib.nullcontext(),
+           load_judges=lambda *arguments: {}, judge_samples=lambda *arguments: {"judged": 1},
+           measure_bits=lambda prior, indices, labels: labels.item(),
+           sample=lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte())
     tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
     data = Dataset(None, torch.arange(120) % 5, torch.zeros(1, 3, 16, 16), torch.tensor([3]), [])
     prior, run = Recorder([240], [2, 2], 5, 16, 1), utils.Run("run")
@@ -191,15 +190,14 @@ def test_training_sees_each_image_once_an_epoch(monkeypatch):
     assert 185 < (images >= 120).sum() < 295  # and around 240
 
 
-def test_samples_and_training_images_are_compared_with_test_images(monkeypatch):
+def test_samples_and_training_images_are_compared_with_test_images(change):
     """A judge sees mean colours. Classes 0 and 1 are black and white, and all samples are white.
 
     Training images have other features: they lie at 2 and 3, and so does the judge's classifier.
     """
     labels = torch.arange(40) % 2
     images = (255 * labels).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-    monkeypatch.setattr(module, "sample", lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
-    monkeypatch.setattr(module, "SAMPLES", 30)
+    change(module, SAMPLES=30, sample=lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
     data, colours = Dataset(images, labels, images, labels, []), images[:, :, 0, 0] / 255
     judges = {"colours": (torch.nn.Identity(), colours + 2, colours)}
     results = module.judge_samples(random_prior(), None, data, judges)
@@ -231,12 +229,10 @@ def test_samples_are_decoded_images_of_their_classes():
 # The script
 
 @pytest.fixture
-def main(folder, monkeypatch):
+def main(folder, change, monkeypatch):
     """main("NAME=value", ...) runs two short epochs on tokens of an untrained model. Returns the run's folders."""
-    for name, value in {"CHECKPOINT": "tokenizer.pt", "DATASET": str(folder), "DIM": 64, "DEPTH": 1, "EPOCHS": 2,
-                        "BATCH_SIZE": 30, "STEPS": 2, "GUIDANCE": 3.0, "SAMPLES": 20,
-                        "load_judges": lambda *sizes: {"colours": torch.nn.Identity()}}.items():
-        monkeypatch.setattr(module, name, value)
+    change(module, CHECKPOINT="tokenizer.pt", DATASET=str(folder), DIM=64, DEPTH=1, EPOCHS=2, BATCH_SIZE=30, STEPS=2,
+           GUIDANCE=3.0, SAMPLES=20, load_judges=lambda *sizes: {"colours": torch.nn.Identity()})
     model = VQRAE("cifar", "ema_vq", {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
     save_checkpoint("tokenizer.pt", model)
 
@@ -285,25 +281,14 @@ def test_tokens_are_those_of_images_and_their_mirror_images():
     assert torch.equal(module.load_tokens(None, None, Path("tokens.pt"))["train"], tokens["train"])  # from the file
 
 
-@pytest.fixture
-def without_classes(tmp_path):
-    """A folder of two training images and a test image that lie in no class folders."""
-    for name in ("train/0.png", "train/1.png", "test/0.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16)).save(tmp_path / name)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name, options, sizes", [
     ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
     ("residual_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3)], ids=str)
-def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, monkeypatch):
-    priors = []
-    monkeypatch.setattr(module, "train", lambda prior, *arguments: priors.append(prior))
-    monkeypatch.setattr(module, "load_tokens", lambda *arguments: None)
+def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, change):
+    change(module, train=Mock(), load_tokens=Mock())
     save_checkpoint("other.pt", VQRAE("cifar", name, options, 16, 4, decoder_width=32, decoder_depth=1))
     main("CHECKPOINT=other.pt")
-    prior, = priors
+    prior, *_ = module.train.call_args.args
     assert prior.sizes == sizes
     indices = torch.arange(64).view(4, 4, 4) * 1_529 % math.prod(sizes)
     assert torch.equal(prior.fill(indices.tolist(), torch.zeros(4, 4, 4).bool().tolist(), [0] * 4), indices)
@@ -316,16 +301,17 @@ def test_a_quantizer_without_small_codebooks_is_refused(name, main):
         main("CHECKPOINT=other.pt")
 
 
-def test_images_without_classes_have_a_prior_without_classes(main, without_classes):
-    Image.new("RGB", (16, 16), "red").save(without_classes / "test/1.png")
-    outputs, checkpoints = main(f"DATASET={without_classes}", "EPOCHS=1")
+def test_images_without_classes_have_a_prior_without_classes(main):
+    write_images("photos", ["train/a", "train/b", "test/a", "test/b"])
+    outputs, checkpoints = main("DATASET=photos", "EPOCHS=1")
     assert load_prior(checkpoints / "prior.pt").classes == 0
     assert "class_colours" not in (outputs / "results.json").read_text()
 
 
 @pytest.mark.parametrize("argument, message", [
     ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"), ("DIM=130", "DIM.*64"), ("BATCH_SIZE=0", "BATCH_SIZE"),
-    ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS"), ("DATASET=.", "2 training and 1 test images")])
-def test_a_wrong_constant_is_refused_before_training(argument, message, main, without_classes):
+    ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS"), ("DATASET=few", "2 training and 1 test images")])
+def test_a_wrong_constant_is_refused_before_training(argument, message, main):
+    write_images("few", ["train/a", "train/b", "test/a"])
     with refused(message):
         main(argument)

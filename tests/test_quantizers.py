@@ -61,11 +61,11 @@ def test_fsq_takes_the_nearest_code_of_a_table():
 
 
 def test_ddcl_error_is_uniform_and_independent_of_the_input():
-    ddcl, z = DDCL(4), 0.5 * torch.randn(1, 400_000, 4)
+    ddcl, z = DDCL(4, delta=1 / 5), 0.5 * torch.randn(1, 400_000, 4)
     x = torch.tanh(z)
-    error = (ddcl(z)[0] - x) * 15  # in steps of delta
+    error = (ddcl(z)[0] - x) * 5  # in steps of delta
     assert error.abs().max() < 0.501
-    for some in (error, error[x.abs() < 1 / 60], error[x > 0.5]):  # near a level and elsewhere alike
+    for some in (error, error[x.abs() < 1 / 20], error[x > 0.5]):  # near a level and elsewhere alike
         fractions = torch.histc(some, 10, -0.5, 0.5) / some.numel()
         deviation = (0.1 * 0.9 / some.numel()) ** 0.5  # of a binomial distribution
         assert (fractions - 0.1).abs().max() < 6 * deviation
@@ -90,7 +90,8 @@ def test_ddcl_loss_bounds_the_expected_length_of_the_message():
 
 def check_update(before, after, x, indices):
     """A step with tokens x (N, D) and their indices follows EMA-VQ's formula. Returns how many codes restart."""
-    x, size = x.detach().double(), before.codebook_size
+    x, size, distances = x.detach().double(), before.codebook_size, exact_distances(x.detach(), before.codebook)
+    assert torch.allclose(distances.gather(1, indices[:, None])[:, 0], distances.amin(1), atol=1e-3)  # the nearest
     w = max(9 / (before.steps.item() + 10), 1 - before.decay)
     chosen = F.one_hot(indices, size).double()
     counts = (1 - w) * before.token_counts + w * chosen.sum(0)
@@ -136,16 +137,17 @@ def test_each_of_several_codebooks_is_an_ema_codebook(name):
     """A residual codebook sees what those before it leave, a product's its own share of the channels."""
     several = build_quantizer(name, 6, codebooks=3, codebook_size=8, project=False)
     for _ in range(3):
-        before, z = copy.deepcopy(several), torch.randn(1, 40, 6)
+        before, z = copy.deepcopy(several), torch.randn(2, 20, 6, requires_grad=True)
         z_q, loss, indices = several(z)
         codes, losses = torch.zeros(40, 6), 0
         for i, (old, new) in enumerate(zip(before.stages, several.stages)):
             channels = slice(None) if name == "residual_vq" else slice(2 * i, 2 * i + 2)
-            x, digits = (z[0] - codes)[:, channels], indices[0] // 8**i % 8
+            x, digits = (z.flatten(0, 1) - codes)[:, channels], indices.flatten() // 8**i % 8
             check_update(old, new, x, digits)
             codes[:, channels] += old.codebook[digits]
             losses += 0.25 * (x - old.codebook[digits]).square().mean()
-        assert torch.allclose(z_q[0], codes, atol=1e-6) and torch.allclose(loss, losses, atol=1e-6)
+        assert torch.allclose(z_q.flatten(0, 1), codes, atol=1e-6) and torch.allclose(loss, losses, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(loss, z)[0], torch.autograd.grad(losses, z)[0], atol=1e-6)
 
 
 def test_the_first_residual_codebooks_decode_alone():
@@ -300,10 +302,9 @@ def test_without_a_quantizer_tokens_pass():
     nothing, z = build_quantizer("none", DIM), torch.randn(2, DIM, 3, 4, requires_grad=True)
     z_q, loss, indices = nothing(z)
     assert torch.equal(z_q, z) and z_q.requires_grad and loss == 0 and indices.shape == (2, 3, 4)
-    with refused("Without a quantizer"):
-        nothing.indices_to_codes(indices)
-    with refused("Without a quantizer"):
-        nothing.codes_to_indices(z)
+    for function, x in ((nothing.indices_to_codes, indices), (nothing.codes_to_indices, z)):
+        with refused("Without a quantizer"):
+            function(x)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -426,26 +427,12 @@ def learn_in_a_process(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """For both processes, the states of the quantizers SHARED after each step."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.start_processes(learn_in_a_process, (str(folder),), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("kind", SHARED)
-def test_two_processes_keep_the_same_codebook(kind, two_processes):
-    first, second = two_processes
-    torch.testing.assert_close(first[kind], second[kind], rtol=0, atol=0)
-
-
-def test_matched_codes_of_two_processes_learn_from_all_their_tokens(two_processes):
-    torch.testing.assert_close(two_processes[0]["matched"], learn("matched", 0, 1), rtol=1e-3, atol=1e-3)
-
-
-def test_ema_codes_of_two_processes_learn_from_all_their_tokens(two_processes):
-    found, expected = two_processes[0]["ema"][0], learn("ema", 0, 1)[0]
+def test_two_processes_keep_the_same_codebook_which_learns_from_all_their_tokens(tmp_path):
+    torch.multiprocessing.start_processes(learn_in_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first["matched"], learn("matched", 0, 1), rtol=1e-3, atol=1e-3)
+    found, expected = first["ema"][0], learn("ema", 0, 1)[0]
     kept = found["token_counts"] > 0.3 * found["mean_count"]  # others have restarted at random tokens
     for name in ("codebook", "token_counts"):
         assert torch.allclose(found[name][kept], expected[name][kept], rtol=1e-4, atol=1e-4)

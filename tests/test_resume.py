@@ -4,7 +4,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, refused, run_script
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train
 import utils
@@ -45,10 +45,8 @@ def child(folder, arguments, event, environment):
 
 def run(folders, arguments, event=""):
     """Run train.py in a process for each folder, with what torchrun sets for it. Returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared, started = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}, []
+    shared = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())}
+    started = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -74,15 +72,12 @@ def outcome(folder):
     return last["history"], (outputs / "results.json").read_text(), files, state
 
 
-AGAIN = {  # before which file each run is killed that goes on with the last one's, and the epoch that is then saved
-    "last.pt": None, "stage1_epoch_002.png": (1, 1), "stage2_epoch_001.png": (1, 2), "results.json": (2, 2)}
-
-
 @pytest.mark.parametrize("options, kills", [
-    ("EPOCHS=2 QUANTIZER=rotation_vq GAN_WEIGHT=0.5", AGAIN),  # the library draws random numbers, too
+    ("EPOCHS=2 QUANTIZER=rotation_vq GAN_WEIGHT=0.5", {  # the library draws random numbers, too
+        "last.pt": None, "stage1_epoch_002.png": (1, 1), "stage2_epoch_001.png": (1, 2), "results.json": (2, 2)}),
     ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", {"stage1_epoch_002.png": (1, 1)})], ids=["all", "workers"])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
-    """It is the same bit for bit, with all that draws random numbers."""
+    """kills: before which file each run is killed that goes on with the last one's, and the epoch that is then saved"""
     arguments = [f"DATASET={folder}", *STEPS, "FLIP=True", *options.split()]
     assert run([tmp_path / "whole"], arguments) == [0]
     for event, saved in kills.items():

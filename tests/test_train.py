@@ -46,14 +46,6 @@ def small_model(quantizer="simvq_learned", stage=1):
     return model, torch.rand(5, 3, 16, 16), build_encoder("cifar", 4).eval().requires_grad_(False)
 
 
-@pytest.fixture
-def set_constants():
-    """set_constants(NAME=value, ...) sets train.py's constants for a test."""
-    before = dict(vars(train))
-    yield vars(train).update
-    vars(train).update(before)
-
-
 # Losses and optimizers
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -83,10 +75,10 @@ def test_the_loss_is_the_weighted_sum_of_all_losses(stage):
     assert all(gradient.any() for gradient in gradients[0])  # each parameter learns
 
 
-def test_lpips_sees_all_images_clamped(set_constants, monkeypatch):
+def test_lpips_sees_all_images_clamped(change, monkeypatch):
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", lambda *_, **__: {})
     monkeypatch.setattr(VGG, "load_state_dict", lambda *_: None)  # random weights stay
-    set_constants(PERCEPTUAL="lpips")
+    change(train, PERCEPTUAL="lpips")
     model, images, teacher = small_model("none")  # rounding cannot move a token
     _, lpips = train.build_loss_networks(model)
     model.decoder.head.weight.data *= 20  # most pixels are out of range
@@ -130,9 +122,9 @@ def test_muon_is_that_of_torch(monkeypatch):
 
 @pytest.mark.parametrize("encoder, stage, rate", [
     ("cifar", 1, 0.5), ("cifar", 2, 0.25), ("vit_tiny_patch16_224", 1, 0.5)])
-def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rate, set_constants):
+def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rate, change):
     """AdamW gets embeddings, maps into and out of blocks, and vectors."""
-    set_constants(LEARNING_RATE=(0.5, 0.25), OPTIMIZER="muon")
+    change(train, LEARNING_RATE=(0.5, 0.25), OPTIMIZER="muon")
     model = VQRAE(encoder, post_quant_kernel=3, decoder_depth=1, pretrained=False).set_stage(stage)
     optimizers = train.build_optimizers(model, stage)
     for name, p in model.named_parameters():
@@ -142,23 +134,23 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rat
     assert optimizers["adamw"].defaults["lr"] == rate and optimizers["muon"].defaults["lr"] == 2 * rate
 
 
-def test_options_that_follow_from_the_batch(set_constants):
+def test_options_that_follow_from_the_batch(change):
     """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 tokens and codes, or two tokens."""
-    set_constants(QUANTIZER="rotation_vq", BATCH_SIZE=32, GRID=8, CODEBOOK_SIZE=1024, IMAGE_SIZE=32, ACCUMULATE=1)
+    change(train, QUANTIZER="rotation_vq", BATCH_SIZE=32, GRID=8, CODEBOOK_SIZE=1024, IMAGE_SIZE=32, ACCUMULATE=1)
     for ranks in (1, 2):  # which share the batch
-        set_constants(ranks=ranks)
+        change(train, ranks=ranks)
         assert train.quantizer_options()["threshold_ema_dead_code"] == pytest.approx(0.1 * 32 * 64 / 1024)
-    set_constants(QUANTIZER="lfq", ranks=1)
+    change(train, QUANTIZER="lfq", ranks=1)
     for size, fraction in ((2**10, 1), (2**16, 256 / 2048), (2**24, 2 / 2048)):
-        set_constants(CODEBOOK_SIZE=size)
+        change(train, CODEBOOK_SIZE=size)
         assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(fraction)
 
 
 # A run
 
-def test_training_is_what_the_table_of_stages_says(main, folder, set_constants):
+def test_training_is_what_the_table_of_stages_says(main, folder, change):
     """A plain loop does the same: clipped gradients, the stage's constants, and a GAN in the second half of stage 1."""
-    set_constants(fast_bf16=lambda device: False)
+    change(train, fast_bf16=lambda device: False)
     outputs = main("QUANTIZER=fsq", "OPTIMIZER=adamw", "EPOCHS=(2, 1)", "GAN_WEIGHT=0.5",
                    "LEARNING_RATE=(2e-3, 5e-4)", "PERCEPTUAL_WEIGHT=(0.3, 0.2)", "DISTILL_WEIGHT=0.1")
     images, rows, norms = load_dataset(str(folder), 16).train_images, table(outputs), []
@@ -193,11 +185,11 @@ def test_training_is_what_the_table_of_stages_says(main, folder, set_constants):
     assert max(norms) > 1  # some were clipped
 
 
-def test_micro_batches_have_the_gradient_of_one_batch(set_constants):
+def test_micro_batches_have_the_gradient_of_one_batch(change):
     model, images, teacher = small_model("none", stage=2)
     learning, sums = train.parameters(model), []
     for count in (1, 2):
-        set_constants(bf16=False, ACCUMULATE=count)
+        change(train, bf16=False, ACCUMULATE=count)
         model.zero_grad()
         for batch in images[:4].split(4 // count):
             _, gradients = train.losses_and_gradients(model, teacher, None, batch, None)
@@ -264,13 +256,13 @@ def test_a_run_ends_before_it_saves_what_is_not_finite(arguments, main):
 # Batches
 
 @pytest.fixture
-def shown(set_constants):
+def shown(change):
     """shown(...) -> which images are in each batch of an epoch. Pixels of image i are i."""
     images = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
 
     def batches(stage=1, epoch=1, steps=5, **constants):
         defaults = dict(BATCH_SIZE=4, ACCUMULATE=1, FLIP=False, SEED=SEED, IMAGE_SIZE=16, rank=0, ranks=1)
-        set_constants(**defaults | constants)
+        change(train, **defaults | constants)
         return [(x[:, 0, 0, 0] * 255).round().int().tolist() for x in train.epoch_batches(images, stage, epoch, steps)]
 
     return batches
@@ -292,9 +284,9 @@ def test_processes_and_micro_batches_share_the_images_of_a_step(shown):
         assert sum(micro_batches, []) == batch and {*map(len, micro_batches)} == {1}
 
 
-def test_crops_of_several_sizes_take_turns(folder, set_constants):
+def test_crops_of_several_sizes_take_turns(folder, change):
     """A step has one size. Test images have the largest."""
-    set_constants(IMAGE_SIZE=(24, 16), BATCH_SIZE=4, ACCUMULATE=2)
+    change(train, IMAGE_SIZE=(24, 16), BATCH_SIZE=4, ACCUMULATE=2)
     data = load_dataset(str(folder), (24, 16))
     shapes = [batch.shape for batch in train.epoch_batches(data.train_images, 1, 1, steps=3)]
     assert shapes == [(2, 3, size, size) for size in (16, 16, 24, 24, 16, 16)]
@@ -311,8 +303,8 @@ def test_a_cnn_learns_in_both_stages_without_a_teacher(main):
         assert all((before[name] != after[name]).any() for name in before if name.startswith("encoder."))
 
 
-def test_a_vit_and_its_teacher_have_the_same_layers(set_constants):
-    set_constants(ENCODER="vit_tiny_patch16_224", ENCODER_LAYERS=2, bf16=False)
+def test_a_vit_and_its_teacher_have_the_same_layers(change):
+    change(train, ENCODER="vit_tiny_patch16_224", ENCODER_LAYERS=2, bf16=False)
     model = train.build_model(pretrained=False).set_stage(2)
     teacher, _ = train.build_loss_networks(model, pretrained=False)
     teacher.load_state_dict(model.encoder.state_dict())
@@ -336,15 +328,15 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, ma
         assert (model.quantizer.codebook != start.quantizer.codebook).any()  # its moving averages go on
 
 
-def test_stage_1_refuses_an_encoder_that_was_trained(set_constants):
+def test_stage_1_refuses_an_encoder_that_was_trained(change):
     """Its features come from the frozen encoder, the model's would be others."""
     model = VQRAE("cifar", "fsq", {}, encoder_layers=0)
-    set_constants(START_CHECKPOINT="start.pt", STAGES=(1, 2))
+    change(train, START_CHECKPOINT="start.pt", STAGES=(1, 2))
     train.build_loss_networks(model)
     next(model.encoder.parameters()).data += 0.1
     with pytest.raises(utils.InputError, match="^The encoder in start.pt .*STAGES="):
         train.build_loss_networks(model)
-    set_constants(STAGES=(2,))
+    change(train, STAGES=(2,))
     train.build_loss_networks(model)
 
 
@@ -412,21 +404,20 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
     assert {*re.findall("^([A-Z_]+) = ", printed, re.MULTILINE)} == constants
 
 
-def test_other_images_make_another_run_and_another_place_does_not(folder, begin):
-    shutil.copytree(folder, "tiny")
-    before = begin(DATASET="tiny")
-    next(Path("tiny").rglob("*.png")).unlink()
-    list_split.cache_clear()  # which is for one process
-    assert before == begin() != begin(DATASET="tiny")
+def test_other_names_or_sizes_of_images_make_another_run_and_another_place_or_time_does_not(folder, begin):
+    shutil.copytree(folder, "tiny", copy_function=shutil.copy)  # with the time of today
+    names, file = [begin(DATASET="tiny")], next(Path("tiny").rglob("*.png"))
+    for edit in (lambda: file.write_bytes(b"another size"), file.unlink):
+        edit()
+        list_split.cache_clear()  # which is for one process
+        names.append(begin(DATASET="tiny"))
+    assert begin() == names[0] and len({*names}) == 3
 
 
 def test_device_cpu_means_the_same_run_on_a_machine_with_a_gpu(begin, monkeypatch):
-    """Its defaults are a CPU's, in the file and on the command line."""
+    """Its defaults are a CPU's, in the file and on the command line. A CPU with a number is prepared like any."""
+    assert begin(DEVICE="cpu:0").startswith("tiny_") and torch.are_deterministic_algorithms_enabled()
     name = begin(DEVICE="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(utils, "device", "cuda")
     assert begin(DEVICE="cpu") == begin("DEVICE=cpu") == name != begin()
-
-
-def test_a_cpu_with_a_number_is_prepared_like_any(begin):
-    assert begin(DEVICE="cpu:0").startswith("tiny_") and torch.are_deterministic_algorithms_enabled()

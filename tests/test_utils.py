@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -108,26 +109,17 @@ def test_nobody_reads_half_a_file(error, raised):
 
 
 def test_a_full_disk_is_no_mistake_of_the_user(monkeypatch):
-    def save(content, path):
-        raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")
-
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("PytorchStreamWriter failed writing file")))
     with pytest.raises(OSError, match="^a could not be written: .*failed writing"):
         save_torch("a", {})
 
 
 def test_a_file_that_a_virus_scanner_holds_is_written_a_moment_later(monkeypatch):
-    waits, rename = [], os.replace
-
-    def replace(draft, path):
-        if len(waits) < 2:
-            raise PermissionError("held by another process")
-        rename(draft, path)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(utils.time, "sleep", waits.append)
+    held = PermissionError("held by another process")
+    monkeypatch.setattr(os, "replace", Mock(wraps=os.replace, side_effect=[held, held, DEFAULT]))
+    monkeypatch.setattr(utils.time, "sleep", Mock())
     save_torch("a", {"new": 1})
-    assert load_torch("a") == {"new": 1} and len(waits) == 2
+    assert load_torch("a") == {"new": 1} and utils.time.sleep.call_count == 2
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_and_runs_no_code(capsys):
