@@ -232,9 +232,11 @@ def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
 def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A split's readable images (N, 3, size, size), decoded once into a file mapped into memory, and their labels."""
     files, _, _ = list_split(folder, split)
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with errors_as(InputError, f"{folder} has lost files, which must stay until the run ends"):
+        stats = [(file, file.stat()) for file in files]
+    state = digest([(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in stats])
     images = ImageFiles(files, size)
-    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{digest(stats)}.bin")
+    path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.bin")
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.parent / "lock"):  # another process may decode the same folder
         for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft

@@ -161,11 +161,11 @@ class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
     project_in and tanh make four numbers x in [-1, 1] of a token. Encoder and decoder share noise u, uniform in
-    [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder receives m delta -
-    u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u is 0, and
-    codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits, summed over
-    the four numbers and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected length
-    E log2(2 |m| + 1) is at most so many bits.
+    [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder receives
+    m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u
+    is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits,
+    summed over the four numbers and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected
+    length E log2(2 |m| + 1) is at most so many bits.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -219,7 +219,7 @@ class MatchedSimVQ(SimVQ):
     covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
     log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
     the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes this covariance. Along directions
-    weaker than the noise, codes hardly differ. In equally strong ones, this is Shannon's random code (section 10.3).
+    weaker than the noise, codes hardly differ. If all are equally strong, this is Shannon's random code (10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -284,7 +284,7 @@ class EMAVQ(Quantizer):
 
     mean_count is the same moving average of the mean n_i of all codes. Codes with N_i below 0.1 mean_count are dead, at
     first nearly all. They restart at random tokens, with N_i = 0.2 mean_count. A step restarts at most as many codes as
-    a process has tokens. Some of these draw the same token.
+    a process has tokens on average. Some of these draw the same token.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -401,7 +401,7 @@ class Library(Quantizer):
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
-        with errors_as(InputError, "This quantizer needs a package (pip install vector-quantize-pytorch)"):
+        with errors_as(InputError, "This quantizer needs the package vector-quantize-pytorch, which does not load"):
             library = importlib.import_module("vector_quantize_pytorch")
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))

@@ -132,7 +132,7 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
-        # Both losses share this pass. Nothing is detached: each has gradients for one network's parameters alone.
+        # Both losses share this pass. Nothing is detached: each is differentiated for one network's parameters.
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
@@ -203,7 +203,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     compute = partial(function, model, teacher, lpips)
     epochs = stage_value(EPOCHS, stage)
     steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    for epoch in range(run.resume(state, stage), epochs + 1):  # resume loads the state of a run stopped in this stage
+    for epoch in range(run.resume(state, stage), epochs + 1):  # resume loads the state, if this stage was begun
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start = time.time()
         batches = epoch_batches(data.train_images, stage, epoch, steps)
@@ -321,9 +321,9 @@ def build_model(pretrained: bool = True) -> VQRAE:
               f"{start.token_size} with START_CHECKPOINT")
         for name, value in model.config.items():
             known = start.config[name]
-            if name == "quantizer_options":  # two of them follow from BATCH_SIZE
-                dependent = ("frac_per_sample_entropy", "threshold_ema_dead_code")
-                known = known | {option: value[option] for option in dependent if option in value}
+            if name == "quantizer_options":  # without two that follow from BATCH_SIZE
+                dependent = dict.fromkeys(("frac_per_sample_entropy", "threshold_ema_dead_code"))
+                value, known = value | dependent, known | dependent
             check(value == known or name in ("image_size", "grid"), name.upper(), value,
                   f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
         if pretrained:  # without, the model is on the meta device and has no weights

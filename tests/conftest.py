@@ -50,10 +50,13 @@ def write_images(root, names, colour=(200, 0, 0)):
 
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
-    """Each test starts with the same random state, in an empty folder, and without utils.prepare_cpu."""
+    """Each test starts with the same random state, in an empty folder, without utils.prepare_cpu and lists of files."""
     import timm
     import torch
 
+    from data import list_split
+
+    list_split.cache_clear()
     torch.manual_seed(SEED)
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
@@ -64,7 +67,7 @@ def reproducible(tmp_path, monkeypatch):
 
 @pytest.fixture
 def change(monkeypatch):
-    """change(owner, name=value, ...) gives a module's or a class's names other values for a test."""
+    """change(owner, name=value, ...) gives a module's names other values for a test."""
     def change(owner, **values):
         for name, value in values.items():
             monkeypatch.setattr(owner, name, value)

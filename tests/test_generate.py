@@ -288,7 +288,7 @@ def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, ma
     change(module, train=Mock(), load_tokens=Mock())
     save_checkpoint("other.pt", VQRAE("cifar", name, options, 16, 4, decoder_width=32, decoder_depth=1))
     main("CHECKPOINT=other.pt")
-    prior, *_ = module.train.call_args.args
+    (prior, *_), = (call.args for call in module.train.call_args_list)
     assert prior.sizes == sizes
     indices = torch.arange(64).view(4, 4, 4) * 1_529 % math.prod(sizes)
     assert torch.equal(prior.fill(indices.tolist(), torch.zeros(4, 4, 4).bool().tolist(), [0] * 4), indices)

@@ -77,7 +77,7 @@ def outcome(folder):
         "last.pt": None, "stage1_epoch_002.png": (1, 1), "stage2_epoch_001.png": (1, 2), "results.json": (2, 2)}),
     ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", {"stage1_epoch_002.png": (1, 1)})], ids=["all", "workers"])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
-    """kills: before which file each run is killed that goes on with the last one's, and the epoch that is then saved"""
+    """Bit for bit. kills: {the file before which a run is killed: the (stage, epoch) that is saved by then}"""
     arguments = [f"DATASET={folder}", *STEPS, "FLIP=True", *options.split()]
     assert run([tmp_path / "whole"], arguments) == [0]
     for event, saved in kills.items():

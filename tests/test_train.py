@@ -406,8 +406,8 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
 
 def test_other_names_or_sizes_of_images_make_another_run_and_another_place_or_time_does_not(folder, begin):
     shutil.copytree(folder, "tiny", copy_function=shutil.copy)  # with the time of today
-    names, file = [begin(DATASET="tiny")], next(Path("tiny").rglob("*.png"))
-    for edit in (lambda: file.write_bytes(b"another size"), file.unlink):
+    names, (first, second) = [begin(DATASET="tiny")], (next(Path("tiny", x).rglob("*.png")) for x in ("train", "test"))
+    for edit in (lambda: first.write_bytes(b"another size"), lambda: second.rename(second.with_suffix(".jpg"))):
         edit()
         list_split.cache_clear()  # which is for one process
         names.append(begin(DATASET="tiny"))
