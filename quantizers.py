@@ -401,7 +401,7 @@ class Library(Quantizer):
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
-        with errors_as(InputError, "This quantizer needs the package vector-quantize-pytorch, which does not load"):
+        with errors_as(InputError, "This quantizer needs a package that loads (pip install vector-quantize-pytorch)"):
             library = importlib.import_module("vector_quantize_pytorch")
         kinds = [name for name in dir(library) if isinstance(getattr(library, name), type)]
         check(kind in kinds, "kind", kind, ", ".join(kinds))
