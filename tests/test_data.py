@@ -200,6 +200,14 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(monkeypatch):
         load("photos")
 
 
+def test_files_that_are_lost_while_a_process_lives_are_named():
+    write_images("photos", ["train/a", "test/a"])
+    load("photos")
+    os.remove("photos/train/a.png")
+    with refused("photos has lost files.*a.png"):
+        load_dataset("photos", 8)
+
+
 # Broken files
 
 @pytest.fixture
