@@ -27,12 +27,13 @@ from utils import device, progress, to_float
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")
 DATASET = "auto"  # as in train.py
-DIM = 192  # the network's width
-DEPTH = 3  # its pairs of a convolutional and a transformer block
+# model
+DIM = 192  # width
+DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
-EPOCHS = 200 if gpu else 7
+EPOCHS = 200 if gpu else 6
 BATCH_SIZE = 128 if gpu else 32
-LEARNING_RATE = 1e-3 if gpu else 4e-3  # AdamW's; Muon's is twice this
+LEARNING_RATE = 1e-3 if gpu else 2e-3  # AdamW's; Muon's is twice this
 SEED = 0
 # samples
 STEPS = 32  # to fill an image's tokens
@@ -58,10 +59,9 @@ class Prior(nn.Module):
         self.most_images = max(1, 250 * 64 // self.token_count)  # in one forward pass, to bound the memory
         self.embed = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.embed_earlier = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
+        for table in (*self.embed, *self.embed_earlier):
+            nn.init.normal_(table.weight, std=0.1)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
-        for tables, std in ((self.embed, 0.1), (self.embed_earlier, 0.3), ([self.embed_label], 0.02)):
-            for table in tables:
-                nn.init.normal_(table.weight, std=std)
         self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         blocks = []
