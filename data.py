@@ -47,10 +47,7 @@ class Dataset(NamedTuple):
 
 
 class ImageFiles:
-    """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops.
-
-    The next image of the same class takes a broken image's place. InputError if more than 1 % are broken.
-    """
+    """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops."""
 
     device = "cpu"  # as of a tensor of images
 
@@ -139,8 +136,7 @@ def find_dataset(name: str) -> tuple[str, str]:
 def load_dataset(name: str, image_size: int | tuple[int, ...] = 32) -> Dataset:
     """Images of one of DATASETS, or of a folder with train/ and test/ (or val/), image_size pixels a side.
 
-    With several sizes, or above DECODE_GB, a folder's training images give random crops. Test images have the largest
-    size.
+    With several sizes, or above DECODE_GB, training images give random crops. Test images have the largest size.
     InputError for an unknown name or a folder without images, OSError without CIFAR-10.
     """
     name, _ = find_dataset(name)
@@ -162,7 +158,6 @@ def load_cifar10() -> list[CIFAR10]:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(15)  # a server may not answer
     try:
-        Path("data").mkdir(exist_ok=True)
         # another process may download it
         with FileLock("data/lock"), errors_as(OSError, "CIFAR-10 is not in data/ and cannot be downloaded"):
             return [CIFAR10("data", train, download=True) for train in (True, False)]
@@ -195,11 +190,10 @@ def find_images(folder: str | Path) -> list[Path]:
 def list_split(folder: str, split: str) -> tuple[list[Path], list[str], str]:
     """The files of "train" or "test" in random order, each one's class folder or "", and a digest for the run's name.
 
-    All are as at the first call. The digest is of names and sizes, and stays if the folder moves.
-    InputError without images, or if only some lie in class folders.
+    All are as at the first call. InputError without images, or if only some lie in class folders.
     """
     root = Path(folder, split)
-    if split == "test" and not root.exists() and Path(folder, "val").is_dir():
+    if split == "test" and not root.exists():
         root = Path(folder, "val")
     require(root.is_dir(), f"The folder {folder} has no folder {split}/.")
     files = [*np.random.default_rng(0).permutation(find_images(root))]
@@ -237,7 +231,6 @@ def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, 
     state = digest([(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in stats])
     images = ImageFiles(files, size)
     path = Path("data", f"{Path(folder).resolve().name}_{split}_{size}_{state}.bin")
-    path.parent.mkdir(exist_ok=True)
     with FileLock(path.parent / "lock"):  # another process may decode the same folder
         for draft in path.parent.glob("*.tmp"):  # a killed process leaves its draft
             with contextlib.suppress(OSError):  # on Windows, while a virus scanner reads it
@@ -252,9 +245,9 @@ def decode(folder: str, split: str, size: int, labels: Tensor) -> tuple[Tensor, 
 
 def write_decoded(path: Path, images: ImageFiles):
     """Write the pixels of all readable images, then a byte for each file: whether it is broken."""
-    def fit_image(i: int) -> Tensor | None:
+    def pixels(i: int) -> bytes:
         image = images.read(i)
-        return None if image is None else fit(image, images.size)
+        return b"" if image is None else fit(image, images.size).numpy().tobytes()
 
     needed, free = len(images) * 3 * images.size**2, shutil.disk_usage(path.parent).free
     require(needed < free, f"{path} needs {needed:,} bytes, but its disk has {free:,} left.")
@@ -262,9 +255,7 @@ def write_decoded(path: Path, images: ImageFiles):
     with replace_file(path) as draft, draft.open("wb") as file, ThreadPool(cores()) as pool:
         # in parts of 1,000, so that few images wait in memory while a slow disk writes
         for part in progress(torch.arange(len(images)).split(1000), "decoding"):
-            for image in pool.map(fit_image, part.tolist()):
-                if image is not None:
-                    file.write(image.numpy().tobytes())
+            file.writelines(pool.map(pixels, part.tolist()))
         file.write(images.broken.numpy().tobytes())
 
 

@@ -4,8 +4,6 @@
       -> encoder                   features z (B, C, h, w)
       -> adapter, quantizer        z_q (B, C, h, w), loss, indices (B, h, w)
       -> post_quant_conv, decoder  images (B, 3, H, W), cropped; post_quant_norm may stand between the two
-
-load_checkpoint(path) gives a trained VQRAE.
 """
 import json
 import math
@@ -97,10 +95,7 @@ def pad(images: Tensor, n: int, mode: str) -> Tensor:
 
 
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """Resize images (B, 3, H, W) so that a token, which had `token` pixels a side, has `patch` pixels a side.
-
-    They are padded to whole tokens by reflection first.
-    """
+    """Resize images (B, 3, H, W) so that a token, which had `token` pixels a side, has `patch` pixels a side."""
     images = pad(images, token, "reflect")
     if token == patch:
         return images
@@ -249,10 +244,9 @@ class PyramidEncoder(nn.Module):
         grid = [side // self.patch for side in x.shape[2:]]
         finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
-        features = [layer_norm(F.pixel_unshuffle(finest, self.parts))]
-        for z in others:
-            features.append(layer_norm(F.adaptive_avg_pool2d(z, grid)))  # pooling to a finer grid repeats
-        return torch.cat(features, 1)[..., :h, :w]
+        maps = [F.pixel_unshuffle(finest, self.parts)]
+        maps += [F.adaptive_avg_pool2d(z, grid) for z in others]  # pooling to a finer grid repeats
+        return torch.cat([layer_norm(z) for z in maps], 1)[..., :h, :w]
 
 
 # Blocks and decoders: z_q (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
@@ -420,10 +414,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Needs eval mode.
-
-        To bound the memory, images are encoded in batches. With "cifar" and "cnn", large images are encoded in strips.
-        """
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Needs eval mode."""
         require(not self.quantizer.training, "Call model.eval() before encode_to_indices: in train mode codes move.")
         return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
 

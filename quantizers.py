@@ -98,7 +98,17 @@ class Quantizer(nn.Module, ABC):
         InputError for another shape, for NaNs or magnitudes above 1e12, and for a quantizer of more than 2**24 codes.
         """
         tokens, shape = to_tokens(z_q, self.dim, "z_q")
-        return nearest_index(self, tokens).view(shape)
+        check_range(tokens, -1e12, 1e12, "z_q")
+        check(self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "up to 2**24 here")
+        least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
+        with torch.autocast(tokens.device.type, enabled=False):
+            for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):  # to bound the memory
+                codes = self.get_codebook_entry(block)
+                nearest = nearest_code(tokens, codes)
+                distances = (tokens - codes[nearest]).square().sum(-1)
+                indices = torch.where(distances < least, block[nearest], indices)
+                least = distances.clamp(max=least)
+        return indices.view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """Indices, as a tensor, a list or an array -> an int64 tensor on the quantizer's device.
@@ -117,7 +127,11 @@ class Quantizer(nn.Module, ABC):
 
     def _apply(self, function, recurse: bool = True):
         """half(), to() and others call this. Weights keep their type: rounded ones would give other indices."""
-        return super()._apply(lambda x: keep_type(x, function(x)), recurse)
+        def move(x: Tensor) -> Tensor:
+            moved = function(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
@@ -214,7 +228,6 @@ class SimVQ(Quantizer):
 class MatchedSimVQ(SimVQ):
     """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
 
-    build_quantizer builds it as "simvq", and the paper's as "simvq_learned".
     A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
     covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
     log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
@@ -428,34 +441,28 @@ class Library(Quantizer):
         codebooks = indices.numel() // 2  # each of the two tokens has an index in each codebook
         super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
         self.kind, self.module, self.arguments = kind, module, arguments
-        # only indices of grouped codebooks have four axes, the first for the group; the others' first is the batch, 1
+        # The class's indices are (B, N), (B, N, codebooks) or, of grouped codebooks, (groups, B, N, codebooks).
         self.axes, self.groups = indices.ndim, len(indices)
 
     def quantize(self, x: Tensor) -> Quantized:
         check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
-        indices = self.from_library(indices)
+        if self.axes == 4:
+            indices = indices.movedim(0, 2)
+        digits = indices.reshape(*indices.shape[:2], -1).long()  # (B, N, codebooks)
+        indices = join_indices(digits, self.codebook_sizes)
         if not self.training:
             codes = straight_through(x, self.lookup(indices))  # exactly what indices_to_codes gives
         return codes, loss, indices
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return read_codes(self.module, self.to_library(indices))
-
-    def from_library(self, indices: Tensor) -> Tensor:
-        """The class's indices (B, N), (B, N, codebooks) or (groups, B, N, codebooks) -> indices (B, N)."""
+        digits = split_indices(indices, self.codebook_sizes)  # (B, N, codebooks)
         if self.axes == 4:
-            indices = indices.movedim(0, 2)
-        digits = indices.reshape(*indices.shape[:2], -1).long()
-        return join_indices(digits, self.codebook_sizes)
-
-    def to_library(self, indices: Tensor) -> Tensor:
-        """The inverse of from_library."""
-        digits = split_indices(indices, self.codebook_sizes)
-        if self.axes == 4:
-            return digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
-        return digits if self.axes == 3 else digits[..., 0]
+            digits = digits.unflatten(2, (self.groups, -1)).movedim(2, 0)
+        elif self.axes == 2:
+            digits = digits[..., 0]
+        return read_codes(self.module, digits)
 
 
 def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
@@ -505,10 +512,7 @@ def check_range(x: Tensor, low: float, high: float, name: str):
 # Shapes, indices, the nearest code, processes
 
 def to_tokens(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
-    """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices.
-
-    InputError for another type or shape.
-    """
+    """z (B, C, H, W) or (B, N, C) -> tokens (B, N, C), fp32, and the shape of their indices. InputError for others."""
     if not (isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()):
         kind = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise InputError(f"{name} is {kind}, but floats (B, C, H, W) or (B, N, C), at least one, are needed.")
@@ -559,27 +563,6 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     best = groups.amax(2).argmax(1)
     columns = groups.take_along_dim(best[:, None, None], 1)[:, 0]
     return best * size + columns.argmax(1)
-
-
-def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
-    """Tokens (B, N, C) -> the indices (B, N) of the nearest z_q. Blocks of codes bound the memory."""
-    size = quantizer.codebook_size
-    check_range(tokens, -1e12, 1e12, "z_q")
-    check(size <= 2**24, "codebook_size", size, "up to 2**24 here")
-    least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
-    with torch.autocast(tokens.device.type, enabled=False):
-        for block in torch.arange(size, device=tokens.device).split(2**13):
-            codes = quantizer.project_out(quantizer.lookup(block[None]))[0]
-            nearest = nearest_code(tokens, codes)
-            distances = (tokens - codes[nearest]).square().sum(-1)
-            indices = torch.where(distances < least, block[nearest], indices)
-            least = distances.clamp(max=least)
-    return indices
-
-
-def keep_type(x: Tensor, moved: Tensor) -> Tensor:
-    """`moved`, unless its type is another than x's: then x on the device of `moved`."""
-    return moved if moved.dtype == x.dtype else x.to(moved.device)
 
 
 def count_processes() -> int:

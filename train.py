@@ -101,7 +101,6 @@ kinds = {  # types, which are checked in this file and on the command line
     tuple[int, ...]: "FSQ_LEVELS STAGES",
     dict: "LIBRARY",
 }
-constants = {}  # their names and values in this run, which main() fills in for its files
 bf16 = False  # whether training uses bf16; start_process() looks whether it is fast here, metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
@@ -332,10 +331,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
-    """The teacher, a frozen encoder with the pretrained weights, and LPIPS's network.
-
-    The teacher is None if the encoder learns from scratch. LPIPS is None unless PERCEPTUAL is "lpips".
-    """
+    """The teacher and LPIPS's network, either of them None where objective's docstring says so."""
     teacher = lpips = None
     if not model.from_scratch:
         teacher = build_encoder(ENCODER, model.token_size, ENCODER_LAYERS, pretrained)
@@ -345,10 +341,6 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
             equal = all(torch.equal(weight, own[name].to(device)) for name, weight in teacher.state_dict().items())
             require(equal, f"The encoder in {START_CHECKPOINT} is not the pretrained {ENCODER}, whose features stage 1 "
                     "takes. Choose \"STAGES=(2,)\".")
-        if bf16:  # autocast would round these weights in each step
-            for layer in teacher.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    layer.bfloat16()
     if PERCEPTUAL == "lpips":
         with errors_as(OSError, "PERCEPTUAL = 'lpips' needs the weights of torchvision's VGG16, which do not load"):
             lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
@@ -359,9 +351,8 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
 
 def main():
     """Train with the constants above, or NAME=value from the command line."""
-    global constants
     constants = utils.read_constants(globals(), sys.argv[1:], kinds)
-    check_constants()
+    check_constants(constants)
     start_process()
     with torch.device("meta"):  # without weights: a wrong constant fails before any download
         config = build_model(pretrained=False).config
@@ -442,13 +433,13 @@ def finish(run: utils.Run, model: VQRAE, data: Dataset):
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
     with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": constants}, indent=2), "utf-8")
+        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": model.constants}, indent=2), "utf-8")
     print(f"all {len(output):,} test images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
           f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\n"
           f"see {run.outputs}/ and {run.checkpoints}/")
 
 
-def check_constants():
+def check_constants(constants: dict):
     """InputError for a constant with a wrong value. read_constants has checked their types."""
     for name, allowed in {"QUANTIZER": [*QUANTIZERS], "OPTIMIZER": ["muon", "adamw"],
                           "PERCEPTUAL": ["encoder", "lpips"], "COMPILE": ["", "default", "reduce-overhead"],

@@ -135,8 +135,7 @@ def print_help(namespace: dict, constants: dict):
     # a line with a comment perhaps, then the constant with a comment perhaps
     for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_]*) = .*?(  # .*)?$", source):
         if name in constants:
-            print(f"{heading}{name} = {constants[name]!r}{comment}")
-    sys.stdout.flush()  # here a closed pipe is still caught
+            print(f"{heading}{name} = {constants[name]!r}{comment}", flush=True)  # here a closed pipe is still caught
 
 
 # Devices and processes
@@ -158,14 +157,11 @@ def fast_bf16(device: str) -> bool:
 
 
 def prepare_cpu():
-    """Make arithmetic deterministic, and round numbers below 1e-38, which are slow, to 0. Call it before threads start.
-
-    Attention in models built from now on is not fused: on a CPU its backward pass is slow in bf16.
-    """
+    """Make arithmetic deterministic and fast, also in models built from now on. Call it before threads start."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill each new tensor with NaN
-    torch.set_flush_denormal(True)
-    set_fused_attn(False)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, which are slow, become 0
+    set_fused_attn(False)  # the backward pass of fused attention is slow in bf16
 
 
 @contextlib.contextmanager
@@ -183,7 +179,7 @@ def first_process_first():
 
 def average(tensors: list[Tensor]):
     """Replace tensors by their means over all processes, which exchange them in one message."""
-    if count_processes() > 1 and tensors:
+    if count_processes() > 1:
         means = sum_of_processes(torch.cat([x.flatten() for x in tensors])) / count_processes()
         parts = means.split([x.numel() for x in tensors])
         torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors)])
@@ -344,10 +340,7 @@ def seed_everything(*numbers: int):
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Give the path of a draft, which is renamed to `path` once it is written. So nobody reads half a file.
-
-    OSError if the draft cannot be written or renamed.
-    """
+    """Give a draft's path. Once written, it is renamed to `path`: nobody reads half a file. OSError if this fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from quantizers import build_quantizer
+from quantizers import Quantizer, build_quantizer
 from utils import one_line_errors, read_constants, save_figure
 
 STEPS = 400
@@ -29,49 +29,38 @@ def draw_vectors(count: int) -> Tensor:
     return torch.cat([turn.cos(), turn.sin()], 1) * turn / 8 + 0.06 * noise
 
 
-class Autoencoder(nn.Module):
-    """Vectors (N, 2) -> their reconstructions (N, 2), the quantizer's loss, and indices (N,)."""
-
-    def __init__(self, quantizer: str, options: dict):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.quantizer = build_quantizer(quantizer, 2, **options)
-        for layer in (self.encoder, self.decoder):
-            nn.init.eye_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z_q, loss, indices = self.quantizer(self.encoder(x)[None])
-        return self.decoder(z_q[0]), loss, indices[0]
-
-
-def learn(quantizer: str, options: dict) -> Autoencoder:
+def learn(name: str, options: dict) -> Quantizer:
     torch.manual_seed(0)
-    model = Autoencoder(quantizer, options)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    maps = nn.Linear(2, 2), nn.Linear(2, 2)
+    for layer in maps:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    quantizer = build_quantizer(name, 2, **options)
+    quantizer.project_in, quantizer.project_out = maps
+    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
-        x = draw_vectors(1024)
-        output, loss, _ = model(x)
+        x = draw_vectors(1024)[None]
+        output, loss, _ = quantizer(x)
         (F.mse_loss(output, x) + loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
+    return quantizer.eval()
 
 
 @torch.no_grad()
-def draw(axes, title: str, model: Autoencoder, vectors: Tensor):
+def draw(axes, title: str, quantizer: Quantizer, vectors: Tensor):
     """Draw vectors (N, 2) in grey, their codes in black, and each code's cell in a colour."""
     side = torch.linspace(-1.3, 1.3, 300)
-    plane = torch.cartesian_prod(side, side).flip(1)  # (x, y), row by row
-    cells = model(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours; FSQ's neighbours differ by 1 or 8
-    output, _, indices = model(vectors)
+    plane = torch.cartesian_prod(side, side).flip(1)[None]  # (1, 90000, 2): (x, y), row by row
+    cells = quantizer(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours; FSQ's neighbours differ by 1 or 8
+    output, _, indices = quantizer(vectors[None])
     used = indices.unique()
-    codes = model.decoder(model.quantizer.get_codebook_entry(used))
+    codes = quantizer.get_codebook_entry(used)
     axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
     axes.scatter(*vectors[:1500].T.numpy(), s=2, c="grey")
     axes.scatter(*codes.T.numpy(), s=12, c="black")
-    summary = f"error {F.mse_loss(output, vectors):.4f}, {len(used)} of {model.quantizer.codebook_size} codes"
+    summary = f"error {F.mse_loss(output[0], vectors):.4f}, {len(used)} of {quantizer.codebook_size} codes"
     axes.set(title=f"{title}\n{summary}", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
     print(f"{title:16} mean squared {summary}")
 
@@ -81,8 +70,8 @@ def main():
     torch.manual_seed(0)
     vectors = draw_vectors(5000)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (title, (quantizer, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
-        draw(axes, title, learn(quantizer, options), vectors)
+    for axes, (title, (name, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
+        draw(axes, title, learn(name, options), vectors)
     save_figure("outputs/cells.png", figure)
 
 

@@ -66,17 +66,16 @@ def photographs(least: int) -> Iterator[Tensor]:
     """uint8 images (1, 3, H, W) in PHOTOS, of `least` pixels a side or more. All files are tried first."""
     files = ImageFiles(find_images(PHOTOS)[:COUNT], size=0)
     require(len(files), f"PHOTOS={PHOTOS} has no images.")
-    readable = []
     for i in range(len(files)):
         image = files.read(i)
         if image is not None:
             sides = sorted(image.shape[1:])
             require(sides[0] >= least and sides[1] < 2**14, f"{files.files[i]} has sides of {sides} pixels. Tokens and "
                     f"SSIM need {least}, and WebP takes 16,383.")
-            readable.append(i)
     files.report()
-    for i in progress(readable, "photographs"):
-        yield files.read(i)[None]
+    for i in progress(range(len(files)), "photographs"):
+        if not files.broken[i]:
+            yield files.read(i)[None]
 
 
 def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor, Tensor]:

@@ -86,8 +86,7 @@ def load_models(namespace: dict) -> dict[str, VQRAE]:
 def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
     """Load networks that compare images. All but "lpips" map images in [0, 1] to features (B, C, h, w).
 
-    "lpips" maps images and others to their distances (B, 1, 1, 1).
-    "lite0" needs its package; metrics names "rfid" and "lpips", if wanted. OSError where weights do not load.
+    "lpips" maps images and others to their distances (B, 1, 1, 1). OSError where weights do not load.
     """
     check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
     judges = {"cifar": build_encoder("cifar", 4).to(device)}
