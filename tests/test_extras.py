@@ -14,7 +14,6 @@ from conftest import SEED, refused
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
-from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 
 import train
@@ -38,22 +37,17 @@ def noise(count=7):
     return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8)
 
 
-def test_psnr_and_ssim_of_uint8_or_floats():
-    a = draw_shapes(3, 20)[0]
+@pytest.mark.parametrize("count, size", [(3, 20), (1, 1100)])  # SSIM of the larger image is measured in two strips
+def test_psnr_and_ssim_of_uint8_or_floats(count, size):
+    a = draw_shapes(count, size)[0]
     b = (a / 255 + 0.2 * torch.randn(a.shape)).clamp(0, 1).mul(255).byte()
     mse = (a / 255 - b / 255).square().mean((1, 2, 3))
     similarities = [structural_similarity(x.numpy(), y.numpy(), channel_axis=0, data_range=1, gaussian_weights=True,
                                           sigma=1.5, use_sample_covariance=False) for x, y in zip(a / 255, b / 255)]
     for images, targets in ((a, b), (a / 255, b / 255)):
         torch.testing.assert_close(psnr(images, targets), -10 * mse.log10())
-        torch.testing.assert_close(ssim(images, targets), torch.tensor(similarities), atol=1e-4, rtol=0)
-    assert psnr(a, a).tolist() == [100] * 3
-
-
-def test_ssim_of_a_large_image_is_the_mean_of_its_strips():
-    a, b = torch.rand(2, 1, 3, 1100, 1000)  # a strip has 1,048 rows of windows
-    _, whole = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
-    torch.testing.assert_close(ssim(a, b), whole[..., 5:-5, 5:-5].mean((1, 2, 3)))
+        torch.testing.assert_close(ssim(images, targets), torch.tensor(similarities), atol=2e-5, rtol=0)
+    assert psnr(a, a).tolist() == [100] * count
 
 
 def test_a_frechet_distance_is_its_formula():
@@ -62,7 +56,6 @@ def test_a_frechet_distance_is_its_formula():
     root = sqrtm((a.T.cov() @ b.T.cov()).numpy())
     expected = (a.mean(0) - b.mean(0)).square().sum() + (a.T.cov() + b.T.cov()).trace() - 2 * root.trace().real
     assert frechet_distance(a.float(), b.float()) == pytest.approx(expected.item(), rel=1e-3)
-    assert frechet_distance(a.float(), a.float()) == pytest.approx(0, abs=1e-3)
 
 
 def test_a_probe_learns_from_training_images_and_their_statistics():
@@ -82,11 +75,9 @@ def test_metrics_are_what_one_computes_by_hand():
     z_q, _, indices = model.encode(images / 255)
     output = model.decode(z_q).clamp(0, 1)
     mse = (output - images / 255).square().mean((1, 2, 3))
-    counts = indices.flatten().bincount(minlength=12)
-    p = counts[counts > 0] / indices.numel()
+    counts, usage, perplexity = model.get_codebook_usage(indices)
     expected = {"psnr": (-10 * mse.log10()).mean().item(), "psnr_of_mse": -10 * math.log10(mse.mean()),
-                "ssim": ssim(output, images / 255).mean().item(), "usage": len(p) / 12,
-                "perplexity": math.exp(-(p * p.log()).sum())}
+                "ssim": ssim(output, images / 255).mean().item(), "usage": usage, "perplexity": perplexity}
     metrics, found, reconstructions = evaluate(model.train(), images, batch_size=3)
     assert metrics == pytest.approx(expected, rel=1e-3) and model.training
     assert torch.equal(found, counts) and (reconstructions - output * 255).abs().max() <= 0.51  # rounded
@@ -233,23 +224,15 @@ def test_what_cannot_be_measured_is_refused_before_the_work(script, word, values
 
 # Codecs
 
-def test_codecs_get_one_picture_and_give_back_each_image():
-    images = draw_shapes(9, 32)[0][..., :24]
-    rows = [torch.cat([*row], 2) for row in images.split(3)]
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save("a.jpg", quality=95, **codecs.CODECS["JPEG"])
-    file = codecs.encode(images, "JPEG", 95)
-    assert file == Path("a.jpg").read_bytes()
-    assert (codecs.decode(file, 9).float() - images).square().mean((1, 2, 3)).max() < 100
-
-
 @pytest.mark.parametrize("share", [-99, 0.0, 0.25, 1.0, 99])
 def test_a_codec_has_the_bits_of_the_tokens_between_two_of_its_files(share):
     """Far below or above all files, the first or the last counts."""
-    images, files = draw_shapes(9, 32)[0], []
+    images, files = draw_shapes(9, 32)[0][..., :24], []
     for quality in {-99: (1, 2), 99: (99, 100)}.get(share, (50, 51)):
         file = codecs.encode(images, "JPEG", quality)
         files.append((8 * len(file), psnr(codecs.decode(file, 9), images)))
     (low, psnrs_low), (high, psnrs_high) = files
+    assert psnrs_low.min() > 15  # each image comes back in its place
     bits, psnrs, _ = codecs.interpolate(images, "JPEG", low + share * (high - low))
     share = min(max(share, 0), 1)
     assert bits == low + share * (high - low)

@@ -255,33 +255,20 @@ def test_a_run_ends_before_it_saves_what_is_not_finite(arguments, main):
 
 # Batches
 
-@pytest.fixture
-def shown(change):
-    """shown(...) -> which images are in each batch of an epoch. Pixels of image i are i."""
+def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(change):
     images = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
 
-    def batches(stage=1, epoch=1, steps=5, **constants):
-        defaults = dict(BATCH_SIZE=4, ACCUMULATE=1, FLIP=False, SEED=SEED, IMAGE_SIZE=16, rank=0, ranks=1)
-        change(train, **defaults | constants)
-        return [(x[:, 0, 0, 0] * 255).round().int().tolist() for x in train.epoch_batches(images, stage, epoch, steps)]
+    def shown(stage=1, epoch=1, steps=5, seed=SEED):
+        """The images of an epoch in their order. Pixels of image i are i."""
+        change(train, SEED=seed, BATCH_SIZE=4, ACCUMULATE=1, FLIP=False, IMAGE_SIZE=16)
+        return (torch.cat([*train.epoch_batches(images, stage, epoch, steps)])[:, 0, 0, 0] * 255).round().tolist()
 
-    return batches
-
-
-def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(shown):
-    orders = [sum(shown(**change), []) for change in ({}, {"epoch": 2}, {"stage": 2}, {"SEED": SEED + 1})]
-    twice = sum(shown(steps=10), [])  # a small dataset is shown again, of a large one a part
+    orders = [shown(**options) for options in ({}, {"epoch": 2}, {"stage": 2}, {"seed": SEED + 1})]
+    twice = shown(steps=10)  # a small dataset is shown again, of a large one a part
     for order in (*orders, twice[:20], twice[20:]):
         assert sorted(order) == [*range(20)]
-    assert sum(shown(), []) == orders[0] and sum(shown(steps=3), []) == orders[0][:12]
+    assert shown() == orders[0] and shown(steps=3) == orders[0][:12]
     assert len({*map(tuple, orders)}) == 4
-
-
-def test_processes_and_micro_batches_share_the_images_of_a_step(shown):
-    first, second = (shown(rank=rank, ranks=2, ACCUMULATE=2) for rank in (0, 1))
-    for step, batch in enumerate(shown()):
-        micro_batches = first[2 * step : 2 * step + 2] + second[2 * step : 2 * step + 2]
-        assert sum(micro_batches, []) == batch and {*map(len, micro_batches)} == {1}
 
 
 def test_crops_of_several_sizes_take_turns(folder, change):
