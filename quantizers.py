@@ -439,7 +439,7 @@ class Library(Quantizer):
         # the class names one size for all codebooks, or the sizes of one group's codebooks, and all groups are alike
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
         codebooks = indices.numel() // 2  # each of the two tokens has an index in each codebook
-        super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=code_dim > 0)
+        super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=bool(code_dim))
         self.kind, self.module, self.arguments = kind, module, arguments
         # The class's indices are (B, N), (B, N, codebooks) or, of grouped codebooks, (groups, B, N, codebooks).
         self.axes, self.groups = indices.ndim, len(indices)

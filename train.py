@@ -321,8 +321,8 @@ def build_model(pretrained: bool = True) -> VQRAE:
         for name, value in model.config.items():
             known = start.config[name]
             if name == "quantizer_options":  # without two that follow from BATCH_SIZE
-                dependent = dict.fromkeys(("frac_per_sample_entropy", "threshold_ema_dead_code"))
-                value, known = value | dependent, known | dependent
+                for option in ("frac_per_sample_entropy", "threshold_ema_dead_code"):
+                    value, known = ({k: x for k, x in options.items() if k != option} for options in (value, known))
             check(value == known or name in ("image_size", "grid"), name.upper(), value,
                   f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
         if pretrained:  # without, the model is on the meta device and has no weights
@@ -359,7 +359,7 @@ def main():
     with first_process_first():  # it downloads the images, the others find them
         dataset, files = find_dataset(DATASET)
     constants["DATASET"] = Path(dataset).resolve().name  # a folder may move: `files` says what is in it
-    key = utils.digest((sorted(constants.items()), files, START_CHECKPOINT and os.path.getmtime(START_CHECKPOINT)))
+    key = utils.digest((sorted(constants.items()), files, utils.digest_file(START_CHECKPOINT)))
     name = f"{constants['DATASET']}_{Path(config['encoder']).name.replace(':', '_')}_{config['quantizer']}_{key}"
     run = utils.Run(name, rank == 0)
     utils.check_agreement("the run", (name, run.finished, run.stage, run.epoch))

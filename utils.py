@@ -203,6 +203,7 @@ def progress(iterable: Iterable, text: str) -> tqdm:
 
 def check_images(images: Tensor, values: bool = True) -> Tensor:
     """Images in fp32. InputError unless they are floats (B, 3, H, W) and, if `values`, in [0, 1]."""
+    require(isinstance(images, Tensor), f"Images must be a tensor, not {type(images).__name__}.")
     valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point() and images.numel()
     require(valid, f"Images must be floats (B, 3, H, W), not {images.dtype} {tuple(images.shape)}.")
     if values:
@@ -333,6 +334,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
+def digest_file(path: str | Path) -> str:
+    """The hash of a file's content, which stays if the file is copied. "" for the path ""."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:12] if path else ""
+
+
 def seed_everything(*numbers: int):
     """Seed torch with a hash of these numbers."""
     torch.manual_seed(int(digest(numbers), 16))
@@ -359,9 +365,12 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_torch(path: str | Path, content: dict):
-    """Write what load_torch reads. OSError as in replace_file."""
-    with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):  # a full disk is a RuntimeError
-        torch.save(content, draft)
+    """Write what load_torch reads. OSError as in replace_file, InputError for NumPy's numbers, paths or functions."""
+    with replace_file(path) as draft:
+        with errors_as(OSError, "torch.save failed"):  # a full disk is a RuntimeError
+            torch.save(content, draft)
+        with errors_as(InputError, f"{path} takes tensors, and numbers and texts of Python, or it could not be loaded"):
+            torch.load(draft, "meta", weights_only=True)  # this reads no weights, so it takes milliseconds
 
 
 def load_torch(path: str | Path, *keys: str) -> dict:

@@ -106,8 +106,10 @@ def train_run(arguments: list[str]) -> str:
 def measure_run(run: str) -> dict:
     """A finished run's results, of all test images, its bits a token, and figures of PROBE_IMAGES images."""
     results = json.loads(Path("outputs", run, "results.json").read_text("utf-8"))
-    model = load_checkpoint(max(Path("checkpoints", run).glob("*_best.pt")))  # the last stage's
-    image_size = model.config["image_size"]
+    files = sorted(Path("checkpoints", run).glob("*_best.pt"))
+    require(files, f"checkpoints/{run} has lost its *_best.pt. Delete outputs/{run}, and the same command trains it.")
+    model, size = load_checkpoint(files[-1]), results["constants"]["IMAGE_SIZE"]  # of the last stage
+    image_size = max(size) if isinstance(size, list) else size  # the largest, as train.py measures
     parts = load_dataset(DATASET, image_size)
     data = Dataset(*(part if part is None else part[:PROBE_IMAGES] for part in parts))  # a folder may have no labels
     figures = measure(model, data, load_judges(image_size))

@@ -21,7 +21,7 @@ from data import Dataset, find_dataset, load_dataset
 from extras.measure import frechet_distance, linear_probe, load_judges, pooled_features
 from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock, load_checkpoint, load_model, shorten
 from muon import adamw_and_muon, take_step
-from quantizers import check, check_range, join_indices, require, split_indices
+from quantizers import FSQ, check, check_range, join_indices, require, split_indices
 from utils import device, progress, to_float
 
 gpu = device == "cuda"
@@ -168,9 +168,8 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
     """Train from the first epoch or where the run was stopped. Each epoch is measured, and writes samples and files."""
     optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
     state, steps = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)  # of an epoch
-    judges = {}
-    for name, judge in load_judges(data.test_images.shape[3]).items():
-        judges[name] = judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images)
+    judges = {name: (judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images))
+              for name, judge in load_judges(data.test_images.shape[3]).items()}
     for epoch in range(run.resume(state), EPOCHS + 1):  # resume loads the state, if the run was stopped
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
         log = []
@@ -253,12 +252,13 @@ def main():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
     vqrae = load_checkpoint(os.path.expanduser(CHECKPOINT)).to(device)
-    sizes = list(getattr(vqrae.quantizer, "levels", vqrae.quantizer.codebook_sizes))  # FSQ's levels are digits
+    quantizer = vqrae.quantizer
+    sizes = list(quantizer.levels if isinstance(quantizer, FSQ) else quantizer.codebook_sizes)  # levels are digits
     require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
     constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}  # folders may move
-    key = utils.digest((sorted(constants.items()), files, os.path.getmtime(os.path.expanduser(CHECKPOINT))))
+    key = utils.digest((sorted(constants.items()), files, utils.digest_file(CHECKPOINT)))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")

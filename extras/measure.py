@@ -43,6 +43,7 @@ TRAIN_IMAGES = 50_000  # the probes learn from at most so many; 0: no probes
 IMAGE_SIZE = 0  # pixels a side; 0: as in training, the smallest if there were several
 METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
 
+kinds = {int: "TRAIN_IMAGES IMAGE_SIZE", str: "DATASET METRICS"}
 COLUMNS = {  # title: key in measure's figures, format
     "PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
     "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
@@ -77,7 +78,7 @@ def load_models(namespace: dict) -> dict[str, VQRAE]:
             paths[word] = path
         else:
             constants.append(word)
-    read_constants(namespace, constants)
+    read_constants(namespace, constants, namespace.get("kinds"))
     if not paths:
         paths = {path.stem: path for path in sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))}
     return {name: load_checkpoint(path) for name, path in paths.items()}

@@ -209,6 +209,7 @@ def test_measure_finds_what_the_run_measured(run, trained):
 
 
 @pytest.mark.parametrize("script, word, values, message", [
+    (measure, "fsq.pt", {"IMAGE_SIZE": (32, 64)}, "IMAGE_SIZE = .*allowed"),
     (measure, "fsq.pt", {"IMAGE_SIZE": 8}, "IMAGE_SIZE = 8"), (codecs, "fsq.pt", {"COUNT": 0}, "COUNT = 0"),
     (measure, "fsq.pt", {"METRICS": "fid"}, "METRICS = 'fid'"), (codecs, "fsq.pt", {"PHOTOS": "."}, "no images"),
     (codecs, "none.pt", {}, "no codes"), (compare, "FLIP=True", {"PROBE_IMAGES": 0}, "PROBE_IMAGES = 0"),
@@ -297,6 +298,19 @@ def test_a_run_of_the_table_is_measured_once(trained, folder, change):
     assert 0 <= figures["probe_z_q"] <= 1
     change(compare, measure_run=None)
     assert compare.run_and_measure([]) == figures
+
+
+def test_a_run_of_several_sizes_is_measured_at_the_largest_as_train_does(trained, folder, change):
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
+    file, = Path("outputs").glob("*/results.json")
+    results = json.loads(file.read_text())
+    results["constants"]["IMAGE_SIZE"] = [32, 64]
+    file.write_text(json.dumps(results))
+    change(compare, DATASET=str(folder), PROBE_IMAGES=10)
+    assert compare.measure_run(file.parent.name)["bits"] == 16 * 16 * 6
+    shutil.rmtree("checkpoints")
+    with refused("has lost its .*_best.pt"):
+        compare.measure_run(file.parent.name)
 
 
 @pytest.mark.parametrize("line", compare.LINES)

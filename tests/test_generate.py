@@ -18,7 +18,7 @@ import utils
 from data import Dataset
 from extras.generate import Prior, draw_masks, load_prior, measure_bits
 from models import PRETRAINED_DIR, VQRAE, save_checkpoint
-from quantizers import split_indices
+from quantizers import QUANTIZERS, ProductVQ, split_indices
 
 
 def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
@@ -275,10 +275,18 @@ def test_tokens_are_those_of_images_and_their_mirror_images():
     assert torch.equal(module.load_tokens(None, None, Path("tokens.pt"))["train"], tokens["train"])  # from the file
 
 
+class Levels(ProductVQ):
+    """A user's quantizer, whose attribute has the name of FSQ's."""
+
+    levels = 4
+
+
 @pytest.mark.parametrize("name, options, sizes", [
     ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
+    ("own", {"codebook_size": 16, "code_dim": 4}, (16, 16)),
     ("residual_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3)], ids=str)
-def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, change):
+def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, change, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "own", Levels)
     change(module, train=Mock(), load_tokens=Mock())
     save_checkpoint("other.pt", VQRAE("cifar", name, options, 16, 4, decoder_width=32, decoder_depth=1))
     main("CHECKPOINT=other.pt")

@@ -4,11 +4,13 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import shutil
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -379,6 +381,17 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
 def test_a_shipped_file_goes_on_with_the_constants_of_its_model_alone(constants, line, begin):
     start = {"START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_ema_vq.pt", "STAGES": [2]}
     assert begin(**start | constants).startswith(line)
+
+
+def test_another_start_checkpoint_makes_another_run_and_a_copy_does_not(begin):
+    start = {"START_CHECKPOINT": "start.pt", "STAGES": [2]}
+    shutil.copy(PRETRAINED_DIR / "vqrae_ema_vq.pt", "start.pt")
+    first = begin(**start)
+    os.utime("start.pt", (1, 1))
+    assert begin(**start) == first
+    with ZipFile("start.pt", "a") as file:
+        file.comment = b"another file"
+    assert begin(**start) != first
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

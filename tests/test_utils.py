@@ -186,6 +186,14 @@ def test_numbers_that_do_not_fit_16_bits_stay_as_they_are():
         assert torch.equal(models.shorten(weight), weight)
 
 
+@pytest.mark.parametrize("value", [np.float64(31.7), Path("a"), torch.tanh], ids=["numpy", "path", "function"])
+def test_what_could_not_be_loaded_again_is_not_saved(value, saved):
+    """A run would find it out at its end."""
+    with refused("^a.pt takes tensors, and numbers and texts of Python"):
+        models.save_checkpoint("a.pt", saved[0], metrics={"psnr": value})
+    assert not Path("a.pt").exists()
+
+
 def test_a_compiled_or_wrapped_model_is_saved_as_it_is(saved):
     model = copy.deepcopy(saved[0])
     model.decoder = torch.compile(model.decoder)
