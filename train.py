@@ -321,8 +321,10 @@ def build_model(pretrained: bool = True) -> VQRAE:
         for name, value in model.config.items():
             known = start.config[name]
             if name == "quantizer_options":  # without two that follow from BATCH_SIZE
-                for option in ("frac_per_sample_entropy", "threshold_ema_dead_code"):
-                    value, known = ({k: x for k, x in options.items() if k != option} for options in (value, known))
+                value, known = dict(value), dict(known)
+                for options in (value, known):
+                    options.pop("frac_per_sample_entropy", None)
+                    options.pop("threshold_ema_dead_code", None)
             check(value == known or name in ("image_size", "grid"), name.upper(), value,
                   f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
         if pretrained:  # without, the model is on the meta device and has no weights
