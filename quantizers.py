@@ -98,17 +98,7 @@ class Quantizer(nn.Module, ABC):
         InputError for another shape, for NaNs or magnitudes above 1e12, and for a quantizer of more than 2**24 codes.
         """
         tokens, shape = to_tokens(z_q, self.dim, "z_q")
-        check_range(tokens, -1e12, 1e12, "z_q")
-        check(self.codebook_size <= 2**24, "codebook_size", self.codebook_size, "up to 2**24 here")
-        least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
-        with torch.autocast(tokens.device.type, enabled=False):
-            for block in torch.arange(self.codebook_size, device=tokens.device).split(2**13):  # to bound the memory
-                codes = self.get_codebook_entry(block)
-                nearest = nearest_code(tokens, codes)
-                distances = (tokens - codes[nearest]).square().sum(-1)
-                indices = torch.where(distances < least, block[nearest], indices)
-                least = distances.clamp(max=least)
-        return indices.view(shape)
+        return nearest_index(self, tokens).view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
         """Indices, as a tensor, a list or an array -> an int64 tensor on the quantizer's device.
@@ -127,11 +117,7 @@ class Quantizer(nn.Module, ABC):
 
     def _apply(self, function, recurse: bool = True):
         """half(), to() and others call this. Weights keep their type: rounded ones would give other indices."""
-        def move(x: Tensor) -> Tensor:
-            moved = function(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(lambda x: keep_type(x, function(x)), recurse)
 
 
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
@@ -563,6 +549,27 @@ def grouped_argmax(scores: Tensor) -> Tensor:
     best = groups.amax(2).argmax(1)
     columns = groups.take_along_dim(best[:, None, None], 1)[:, 0]
     return best * size + columns.argmax(1)
+
+
+def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) -> the indices (B, N) of the nearest z_q. Blocks of codes bound the memory."""
+    size = quantizer.codebook_size
+    check_range(tokens, -1e12, 1e12, "z_q")
+    check(size <= 2**24, "codebook_size", size, "up to 2**24 here")
+    least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
+    with torch.autocast(tokens.device.type, enabled=False):
+        for block in torch.arange(size, device=tokens.device).split(2**13):
+            codes = quantizer.get_codebook_entry(block)
+            nearest = nearest_code(tokens, codes)
+            distances = (tokens - codes[nearest]).square().sum(-1)
+            indices = torch.where(distances < least, block[nearest], indices)
+            least = distances.clamp(max=least)
+    return indices
+
+
+def keep_type(x: Tensor, moved: Tensor) -> Tensor:
+    """`moved`, unless its type is another than x's: then x on the device of `moved`."""
+    return moved if moved.dtype == x.dtype else x.to(moved.device)
 
 
 def count_processes() -> int:
