@@ -355,6 +355,8 @@ def main():
     """Train with the constants above, or NAME=value from the command line."""
     constants = utils.read_constants(globals(), sys.argv[1:], kinds)
     check_constants(constants)
+    with errors_as(InputError, "The constants do not fit into results.json"):
+        json.dumps(constants)
     start_process()
     with torch.device("meta"):  # without weights: a wrong constant fails before any download
         config = build_model(pretrained=False).config
@@ -450,8 +452,8 @@ def check_constants(constants: dict):
     for name, least in {"GRID": 1, "BATCH_SIZE": 1, "ACCUMULATE": 1, "CODEBOOKS": 1, "CODEBOOK_SIZE": 2}.items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(sizes()[0] >= 16, "IMAGE_SIZE", IMAGE_SIZE, "16 or more, for the losses and SSIM")
-    check(QUANTIZER != "library" or "kind" in LIBRARY and "dim" not in LIBRARY, "LIBRARY", LIBRARY,
-          'a "kind", and options of this class except "dim"')
+    valid = all(isinstance(key, str) for key in LIBRARY) and "kind" in LIBRARY and "dim" not in LIBRARY
+    check(QUANTIZER != "library" or valid, "LIBRARY", LIBRARY, 'a "kind", and options of this class except "dim"')
     check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(SEED < 10**12, "SEED", SEED, "below 10**12")  # epoch_batches multiplies it, and a seed has 64 bits

@@ -383,6 +383,13 @@ def test_a_shipped_file_goes_on_with_the_constants_of_its_model_alone(constants,
     assert begin(**start | constants).startswith(line)
 
 
+@pytest.mark.parametrize("constants, line", [
+    ({"MINE": b"bytes"}, "train.py: The constants do not fit into results.json: "),
+    ({"QUANTIZER": "library", "LIBRARY": {1: 2, "kind": "FSQ"}}, "train.py: LIBRARY = {1: 2, 'kind': 'FSQ'}, allowed")])
+def test_constants_that_no_file_or_class_takes_are_refused_before_training(constants, line, begin):
+    assert begin(**constants).startswith(line)
+
+
 def test_another_start_checkpoint_makes_another_run_and_a_copy_does_not(begin):
     start = {"START_CHECKPOINT": "start.pt", "STAGES": [2]}
     shutil.copy(PRETRAINED_DIR / "vqrae_ema_vq.pt", "start.pt")
