@@ -333,7 +333,7 @@ def build_model(pretrained: bool = True) -> VQRAE:
 
 
 def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Module | None, nn.Module | None]:
-    """The teacher and LPIPS's network, either of them None where objective's docstring says so."""
+    """Returns the teacher and LPIPS's network. Each is None where objective's docstring says so."""
     teacher = lpips = None
     if not model.from_scratch:
         teacher = build_encoder(ENCODER, model.token_size, ENCODER_LAYERS, pretrained)
@@ -363,7 +363,7 @@ def main():
     with first_process_first():  # it downloads the images, the others find them
         dataset, files = find_dataset(DATASET)
     constants["DATASET"] = Path(dataset).resolve().name  # a folder may move: `files` says what is in it
-    key = utils.digest((sorted(constants.items()), files, utils.digest_file(START_CHECKPOINT)))
+    key = utils.digest((sorted(constants.items()), files, START_CHECKPOINT and utils.digest_file(START_CHECKPOINT)))
     name = f"{constants['DATASET']}_{Path(config['encoder']).name.replace(':', '_')}_{config['quantizer']}_{key}"
     run = utils.Run(name, rank == 0)
     utils.check_agreement("the run", (name, run.finished, run.stage, run.epoch))

@@ -335,8 +335,9 @@ def digest(value: object) -> str:
 
 
 def digest_file(path: str | Path) -> str:
-    """The hash of a file's content, which stays if the file is copied. "" for the path ""."""
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:12] if path else ""
+    """The hash of a file's content, which a copy keeps: twelve hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def seed_everything(*numbers: int):

@@ -28,6 +28,7 @@ from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
 COUNT = 961  # at most so many photographs or images; of images, a square number makes one picture
+kinds = {str: "DATASET PHOTOS", int: "COUNT"}
 CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
           "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
 TABLE = {**measure.COLUMNS, "bits a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),

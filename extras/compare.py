@@ -17,6 +17,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from data import Dataset, load_dataset
 from extras.measure import COLUMNS, format_table, load_judges, measure
 from models import load_checkpoint
@@ -60,7 +62,7 @@ def main():
     names = {"-h", "--help", "DATASET", "PROBE_IMAGES", "BITS", "WIDTHS", "SEEDS"}
     own = [word for word in sys.argv[1:] if word.partition("=")[0] in names]
     others = [word for word in sys.argv[1:] if word not in own]  # train.py checks them
-    read_constants(globals(), own, {tuple[int, ...]: "BITS SEEDS"})
+    read_constants(globals(), own, {str: "DATASET", int: "PROBE_IMAGES", tuple[int, ...]: "BITS SEEDS"})
     check({*BITS} <= {*SIZES}, "BITS", BITS, "10, 13 and 16")
     check(PROBE_IMAGES >= 2, "PROBE_IMAGES", PROBE_IMAGES, "2 or more")
     rows, (lines, points) = {}, (WIDTH_LINES, WIDTHS) if WIDTHS else (LINES, BITS)
@@ -108,8 +110,8 @@ def measure_run(run: str) -> dict:
     results = json.loads(Path("outputs", run, "results.json").read_text("utf-8"))
     files = sorted(Path("checkpoints", run).glob("*_best.pt"))
     require(files, f"checkpoints/{run} has lost its *_best.pt. Delete outputs/{run}, and the same command trains it.")
-    model, size = load_checkpoint(files[-1]), results["constants"]["IMAGE_SIZE"]  # of the last stage
-    image_size = max(size) if isinstance(size, list) else size  # the largest, as train.py measures
+    model = load_checkpoint(files[-1])  # the last stage's
+    image_size = int(np.max(results["constants"]["IMAGE_SIZE"]))  # of several the largest, as train.py measures
     parts = load_dataset(DATASET, image_size)
     data = Dataset(*(part if part is None else part[:PROBE_IMAGES] for part in parts))  # a folder may have no labels
     figures = measure(model, data, load_judges(image_size))

@@ -258,7 +258,7 @@ def main():
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
     constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}  # folders may move
-    key = utils.digest((sorted(constants.items()), files, utils.digest_file(CHECKPOINT)))
+    key = utils.digest((sorted(constants.items()), files, utils.digest_file(os.path.expanduser(CHECKPOINT))))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")

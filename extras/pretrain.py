@@ -62,7 +62,8 @@ def initialize(encoder: ConvEncoder, images: Tensor):
 
 
 def main():
-    read_constants(globals(), sys.argv[1:], {tuple[float, float]: "LEARNING_RATE"})
+    read_constants(globals(), sys.argv[1:], {str: "DATASET OUT", int: "EPOCHS BATCH_SIZE SEED",
+                                             tuple[float, float]: "LEARNING_RATE"})
     if device == "cpu":
         prepare_cpu()
     data = load_dataset(DATASET)

@@ -211,8 +211,10 @@ def test_measure_finds_what_the_run_measured(run, trained):
 @pytest.mark.parametrize("script, word, values, message", [
     (measure, "fsq.pt", {"IMAGE_SIZE": (32, 64)}, "IMAGE_SIZE = .*allowed"),
     (measure, "fsq.pt", {"IMAGE_SIZE": 8}, "IMAGE_SIZE = 8"), (codecs, "fsq.pt", {"COUNT": 0}, "COUNT = 0"),
+    (codecs, "fsq.pt", {"COUNT": 2.5}, "COUNT = 2.5, allowed"), (codecs, "fsq.pt", {"PHOTOS": None}, "PHOTOS = None"),
     (measure, "fsq.pt", {"METRICS": "fid"}, "METRICS = 'fid'"), (codecs, "fsq.pt", {"PHOTOS": "."}, "no images"),
     (codecs, "none.pt", {}, "no codes"), (compare, "FLIP=True", {"PROBE_IMAGES": 0}, "PROBE_IMAGES = 0"),
+    (compare, "FLIP=True", {"PROBE_IMAGES": 9.5}, "PROBE_IMAGES = 9.5, allowed"),
     (compare, "SEED=3", {}, "'SEED=3', allowed"), (compare, "QUANTIZER=fsq", {}, "'QUANTIZER=fsq', allowed")])
 def test_what_cannot_be_measured_is_refused_before_the_work(script, word, values, message, run, monkeypatch):
     """The lines and seeds of a table set SEED, QUANTIZER and others themselves."""

@@ -109,7 +109,8 @@ def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
 
 @pytest.mark.parametrize("images", [
     torch.zeros(1, 3, 3, 32), torch.zeros(1, 1, 32, 32), torch.zeros(3, 3, 32), torch.full((1, 3, 32, 32), 1.5),
-    torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+    torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+    torch.zeros(1, 3, 32, 32).numpy()])
 def test_images_of_another_shape_range_or_type_are_refused(images):
     with refused("[Ii]mages "):
         build().encode_to_indices(images)

@@ -361,6 +361,11 @@ def test_z_q_is_the_output_of_the_librarys_class(kind):
     assert torch.allclose(z_q.flatten(2).mT, theirs, atol=1e-5)
 
 
+def test_a_library_quantizer_without_a_code_dim_is_as_wide_as_the_tokens():
+    for code_dim in (0, None):
+        assert build_quantizer("library", DIM, kind="LFQ", codebook_size=16, code_dim=code_dim).code_dim == DIM
+
+
 def test_arguments_of_the_librarys_forward():
     z, losses = torch.randn(2, 50, DIM), []
     for temperature in (100.0, 1.0):
