@@ -541,7 +541,7 @@ class PatchDiscriminator(nn.Module):
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
     """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics.
 
-    small: matrices and kernels have 8 bits, other numbers 16: a quarter of the size, for less than 0.01 dB
+    small: matrices and kernels have 8 bits, other numbers 16: a quarter of the size, for about 0.01 dB
     """
     model = next(m for m in model.modules() if isinstance(m, VQRAE))  # torch.compile and DDP wrap a model
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}

@@ -24,7 +24,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 # OpenMP's waiting threads spin, which slows a busy machine. With GOMP_SPINCOUNT, which torch's import reads, they soon
-# sleep. Beside one busy program, on two cores, a step takes 2.3 s instead of 4.1 s. Alone it takes 0.9 s, either way.
+# sleep. Beside one busy program, on two cores, a step takes 2.3 s instead of 4.2 s. Alone it takes 0.9 s, either way.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
