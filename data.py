@@ -73,7 +73,7 @@ class ImageFiles:
         crops = []
         for i, size in samples:
             image = self.read_or_next(i)
-            least = min(1, size**2 / image[0].numel())  # a crop with this share of the area needs no enlarging
+            least = min(1, size**2 / image[0].numel())  # the share of the area that size x size pixels have
             crops.append(RandomResizedCrop(size, (least, 1), interpolation=InterpolationMode.BICUBIC)(image))
         return crops
 
@@ -166,16 +166,22 @@ def load_cifar10() -> list[CIFAR10]:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted. Prints what is ignored: other files, folders that cannot be read."""
+    """All image files below a folder, sorted, without hidden ones (".name"), of which Jupyter and macOS make copies.
+
+    Prints what else is ignored: other files, and folders that cannot be read.
+    """
     folder = Path(os.path.expanduser(folder))
-    files, errors = [], []
-    seen = {folder.resolve(), *folder.resolve().parents}  # no link leads into a folder again
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        links_first = sorted(folders, key=lambda name: (not os.path.islink(Path(root, name)), name))
-        found = {Path(root, name).resolve(): name for name in links_first}  # a folder's own name replaces a link's
-        folders[:] = [name for path, name in found.items() if path not in seen and name[0] != "."]
-        seen.update(found)
-        files += [Path(root, name) for name in names if name[0] != "."]  # Jupyter and macOS hide copies
+    files, errors, seen = [], [], {*folder.resolve().parents}  # each folder is read once, and no link leads above
+    starts = [folder]
+    for start in starts:  # links join this list: a folder is read under its own name before links to it are followed
+        for root, folders, names in os.walk(start, onerror=errors.append):  # it follows no links itself
+            if Path(root).resolve() in seen:
+                folders.clear()
+                continue
+            seen.add(Path(root).resolve())
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            files += [Path(root, name) for name in names if name[0] != "."]
+            starts += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
     formats = Image.registered_extensions()  # {".jpg": "JPEG", ...}
     # a link may lead nowhere
     images = [file for file in files if formats.get(file.suffix.lower()) in FORMATS and file.exists()]
@@ -212,7 +218,8 @@ def load_folder(folder: str, image_size: int | tuple[int, ...]) -> Dataset:
     test_classes, test_labels = np.unique(list_split(folder, "test")[1], return_inverse=True)
     labels, test_labels = torch.tensor(labels), torch.tensor(test_labels)
     alone = sorted({*classes} ^ {*test_classes})
-    require(not alone, f"{folder}: both splits need the same class folders. Only one has {', '.join(alone[:9])}.")
+    require(not alone, f"{folder}: both splits need the same class folders. Only one has "
+            f"{', '.join(name or 'images outside them' for name in alone[:9])}.")
     if not isinstance(image_size, int) or len(files) * 3 * size**2 > DECODE_GB * 1e9:
         train_images = ImageFiles(files, size, labels)
     else:
@@ -327,7 +334,8 @@ def to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Imag
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
         description = ImageCms.getProfileDescription(source) if source else "sRGB"
         if "sRGB" not in description or "linear" in description.lower():
-            image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+            mode = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space, "RGB")  # the profile's
+            image = image if image.mode == mode else image.convert(mode)
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception as error:
         tqdm.write(f"{path}: its colour profile cannot be read and is ignored: {error}")

@@ -85,6 +85,24 @@ def test_a_colour_profile_is_converted_to_srgb(capsys):
     assert "a.png: its colour profile" in capsys.readouterr().out
 
 
+def test_a_grey_profile_is_converted_also_with_transparency(capsys):
+    """In this one numbers are proportional to light. sRGB shows x with 1.055 x^(1 / 2.4) - 0.055."""
+    white = b"XYZ " + bytes(4) + bytes.fromhex("0000f6d6000100000000d32d")
+    name = b"desc" + bytes(7) + b"\5grey\0" + bytes(79)
+    tags = {b"wtpt": white, b"kTRC": b"curv" + bytes(8), b"desc": name}
+    table, body = len(tags).to_bytes(4, "big"), b""
+    for tag, content in tags.items():
+        table += tag + (168 + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")  # 168 = 128 + 4 + 3 * 12
+        body += content
+    head = bytes(4) + bytes.fromhex("02100000") + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
+    profile = (168 + len(body)).to_bytes(4, "big") + head + bytes(128 - 4 - len(head)) + table + body
+    for mode, pixel in (("L", 100), ("LA", (100, 255))):
+        Image.new(mode, (4, 4), pixel).save("a.png", icc_profile=profile)
+        grey = 255 * (1.055 * (100 / 255) ** (1 / 2.4) - 0.055)
+        assert read_image("a.png")[:, 0, 0].tolist() == pytest.approx([grey] * 3, abs=1)
+    assert "profile" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("kind, content", [
     (b"eXIf", b"garbage"), (b"pHYs", b"short"), (b"tEXt", None),
@@ -173,12 +191,14 @@ def test_a_folder_that_is_no_dataset_is_refused(files, message):
 
 
 def test_each_folder_is_read_once():
-    """Links may lead to the same folder, in circles, above, or nowhere. A folder's own name counts."""
-    write_images("pets", ["train/ant/a", "train/cat/b", "test/c"])
-    for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("zebra", "train/cat")):
+    """Links may lead to the same folder, in circles, above, or nowhere. A folder's own name counts, unless hidden."""
+    write_images("pets", ["train/ant/a", "train/cat/b", "train/cat/old/d", "train/.store/e", "test/c"])
+    for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("zebra", "train/cat"),
+                         ("ant/old", "train/cat/old"), ("fox", "train/.store")):
         Path("pets/train", link).symlink_to(Path("pets", target).absolute())
     Path("pets/train/ant/b.png").symlink_to("nowhere.png")
-    assert module.find_images("pets/train") == [Path("pets/train/ant/a.png"), Path("pets/train/cat/b.png")]
+    files = [file.as_posix() for file in module.find_images("pets/train")]
+    assert files == [f"pets/train/{name}.png" for name in ("ant/a", "cat/b", "cat/old/d", "fox/e")]
 
 
 def test_rare_suffixes_are_read_and_other_files_listed(tmp_path, capsys):
