@@ -15,7 +15,7 @@ from quantizers import Quantizer, build_quantizer
 from utils import one_line_errors, read_constants, save_figure
 
 STEPS = 400
-KINDS = {
+examples = {
     "EMA-VQ": ("ema_vq", dict(codebook_size=64, decay=0.9, project=False)),
     "FSQ, 8 x 8": ("fsq", dict(levels=[8, 8])),
     "SimVQ, matched": ("simvq", dict(codebook_size=64, project=False)),
@@ -70,7 +70,7 @@ def main():
     torch.manual_seed(0)
     vectors = draw_vectors(5000)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (title, (name, options)) in zip(figure.subplots(1, len(KINDS)), KINDS.items()):
+    for axes, (title, (name, options)) in zip(figure.subplots(1, len(examples)), examples.items()):
         draw(axes, title, learn(name, options), vectors)
     save_figure("outputs/cells.png", figure)
 

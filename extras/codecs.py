@@ -29,10 +29,11 @@ DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
 COUNT = 961  # at most so many photographs or images; of images, a square number makes one picture
 kinds = {str: "DATASET PHOTOS", int: "COUNT"}
-CODECS = {"JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
-          "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
-TABLE = {**measure.COLUMNS, "bits a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),
-         "+-": ("error", ".2f")}
+codec_options = {
+    "JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
+    "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
+columns = {**measure.measured_columns, "bits a pixel": ("bits_a_pixel", ".3f"), "to AVIF": ("difference", "+.2f"),
+           "+-": ("error", ".2f")}
 
 
 def main():
@@ -45,7 +46,7 @@ def main():
     if PHOTOS:
         pictures = photographs(max(11, *(model.token_size for model in models.values())))
     else:
-        images = load_dataset(DATASET, sizes.pop()).test_images
+        images = load_dataset(DATASET, max(sizes)).test_images
         pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
     figures = defaultdict(list)  # by rows of the table: each picture's bits, pixels, PSNR (n * n,) and SSIM (n * n,)
     for images in pictures:
@@ -53,14 +54,14 @@ def main():
             _, counts, decoded = evaluate(model.to(device), images, measure.batch_size(images))
             bits, pixels = int(counts.sum()) * math.log2(model.quantizer.codebook_size), images[:, 0].numel()
             figures[name].append((bits, pixels, psnr(decoded, images), ssim(decoded, images)))
-            for codec in CODECS:
+            for codec in codec_options:
                 codec_bits, psnrs, ssims = interpolate(images, codec, bits)
                 figures[f"{codec}, as {name}"].append((codec_bits, pixels, psnrs, ssims))
     rows = {}
     for name in models:
-        for row in (name, *(f"{codec}, as {name}" for codec in CODECS)):
+        for row in (name, *(f"{codec}, as {name}" for codec in codec_options)):
             rows[row] = average(figures[row], figures[f"AVIF, as {name}"])
-    print(measure.format_table(rows, TABLE, "images from"))
+    print(measure.format_table(rows, columns, "images from"))
 
 
 def photographs(least: int) -> Iterator[Tensor]:
@@ -101,7 +102,7 @@ def encode(images: Tensor, codec: str, quality: int) -> bytes:
     """The file of images, uint8 (n * n, 3, H, W), as one picture."""
     picture, file = make_grid(images, math.isqrt(len(images)), padding=0), io.BytesIO()
     with errors_as(InputError, f"{codec} cannot encode {picture.shape[2]} x {picture.shape[1]} pixels"):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, codec, quality=quality, **CODECS[codec])
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, codec, quality=quality, **codec_options[codec])
     return file.getvalue()
 
 

@@ -8,7 +8,6 @@ Samples and figures go to outputs/<run>/, prior.pt goes to checkpoints/<run>/. T
 """
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from quantizers import FSQ, check, check_range, join_indices, require, split_ind
 from utils import device, progress, to_float
 
 gpu = device == "cuda"
-CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")
+CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # the tokenizer
 DATASET = "auto"  # as in train.py
 DIM = 192  # the prior's width
 DEPTH = 3  # pairs of a convolutional and a transformer block
@@ -251,14 +250,15 @@ def main():
     for name, least in dict(DEPTH=1, EPOCHS=1, BATCH_SIZE=1, STEPS=1, GUIDANCE=1, SAMPLES=2).items():
         check(constants[name] >= least, name, constants[name], f"{least} or more")
     check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
-    vqrae = load_checkpoint(os.path.expanduser(CHECKPOINT)).to(device)
+    vqrae = load_checkpoint(CHECKPOINT).to(device)
     quantizer = vqrae.quantizer
     sizes = list(quantizer.levels if isinstance(quantizer, FSQ) else quantizer.codebook_sizes)  # levels are digits
     require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
             "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     dataset, files = find_dataset(DATASET)
-    constants |= {"CHECKPOINT": Path(CHECKPOINT).name, "DATASET": Path(dataset).resolve().name}  # folders may move
-    key = utils.digest((sorted(constants.items()), files, utils.digest_file(os.path.expanduser(CHECKPOINT))))
+    # folders may move, and prior.pt tells which file's tokens it has learned
+    constants |= {"CHECKPOINT": utils.digest_file(CHECKPOINT), "DATASET": Path(dataset).resolve().name}
+    key = utils.digest((sorted(constants.items()), files))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
         print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")

@@ -44,7 +44,7 @@ IMAGE_SIZE = 0  # pixels a side; 0: as in training, the smallest if there were s
 METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
 
 kinds = {int: "TRAIN_IMAGES IMAGE_SIZE", str: "DATASET METRICS"}
-COLUMNS = {  # title: key in measure's figures, format
+measured_columns = {  # title: key in measure's figures, format
     "PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
     "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
     "Lite0 error": ("distance_lite0", ".4f"), "rFID": ("frechet_rfid", ".2f"), "LPIPS": ("distance_lpips", ".4f"),
@@ -66,11 +66,14 @@ def main():
     check(size >= token_size, "IMAGE_SIZE", size, f"at least a token's {token_size} pixels")
     judges, data = load_judges(size, METRICS), load_dataset(DATASET, size)
     rows = {name: measure(model, data, judges) for name, model in models.items()}
-    print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, COLUMNS, 'checkpoint')}")
+    print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, measured_columns, 'checkpoint')}")
 
 
 def load_models(namespace: dict) -> dict[str, VQRAE]:
-    """Read the command line: constants go into the namespace, checkpoints are loaded; without any, those that ship."""
+    """Read the command line, and load its checkpoints, or those that ship. NAME=value sets the namespace's constants.
+
+    A word is a checkpoint if it ends in .pt, is a file, or has neither "=" nor a dash in front.
+    """
     paths, constants = {}, []
     for word in sys.argv[1:]:
         path = Path(word).expanduser()
@@ -109,7 +112,7 @@ def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
 
 @torch.no_grad()
 def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[str, float]:
-    """Measure a model on data's test images, with load_judges's networks. The figures' names are those of COLUMNS."""
+    """Measure a model on data's test images, with load_judges's networks. measured_columns has the figures' names."""
     model, images, labels = model.to(device).eval(), data.test_images, data.train_labels
     test = look(model, images, len(images), judges)
     figures = evaluate(model, images, batch_size(images), test["indices"])[0]
@@ -137,6 +140,7 @@ def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str
     """Reconstruct the first `count` images, uint8 (N, 3, H, W), and let the judges look at images and reconstructions.
 
     Returns "indices" (N, h, w), mean features (N, C) such as "z_q" and "image_cifar", and "distance_cifar" (N,).
+    Features alone have two dimensions.
     """
     found = defaultdict(list)
     for batch in batches(images, count):
@@ -208,7 +212,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def format_table(rows: dict[str, dict], columns: dict[str, tuple[str, str]], first: str) -> str:
-    """A Markdown table of named rows. columns: as COLUMNS. A column without any figure is left out."""
+    """A Markdown table of named rows, without empty columns. columns: {title: (a figure's name, its format)}."""
     columns = {title: key for title, key in columns.items() if any(key[0] in row for row in rows.values())}
     cells = [[first, *columns]]
     for name, row in rows.items():

@@ -186,7 +186,7 @@ def test_images_that_cannot_be_measured_are_refused(metric, images, message):
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """run(module, *arguments, NAME=value, ...) runs a script on `folder`, and returns the rows of its table."""
-    monkeypatch.setattr(codecs, "CODECS", {"AVIF": {"speed": 10}})
+    monkeypatch.setattr(codecs, "codec_options", {"AVIF": {"speed": 10}})
 
     def run(module, *arguments, **values):
         for name, value in {"DATASET": str(folder), **values}.items():
@@ -283,7 +283,7 @@ def test_a_row_is_the_mean_of_a_line_trained_with_each_seed(run, change):
     """A line that is half a decibel behind the best after the first seed is not run again."""
     figures = [{"psnr": x, "run": "a name has no mean"} for x in (21.0, 22.0, 23.0)]
     lines = {"DDCL": ("QUANTIZER=ddcl", {10: 0.5}), "FSQ": ("FSQ_LEVELS=*", {10: "(8,)"})}
-    change(compare, run_and_measure=Mock(side_effect=figures), LINES=lines)
+    change(compare, run_and_measure=Mock(side_effect=figures), bit_lines=lines)
     table = run(compare, "EPOCHS=3", BITS=(10,), SEEDS=(3, 4))
     assert [" ".join(call.args[0][1:]) for call in compare.run_and_measure.call_args_list] == [
         "EPOCHS=3 QUANTIZER=ddcl SEED=3", "EPOCHS=3 FSQ_LEVELS=(8,) SEED=3", "EPOCHS=3 FSQ_LEVELS=(8,) SEED=4"]
@@ -315,9 +315,9 @@ def test_a_run_of_several_sizes_is_measured_at_the_largest_as_train_does(trained
         compare.measure_run(file.parent.name)
 
 
-@pytest.mark.parametrize("line", compare.LINES)
+@pytest.mark.parametrize("line", compare.bit_lines)
 def test_the_lines_have_as_many_bits_as_their_columns_say(line, change):
-    words, values = compare.LINES[line]
+    words, values = compare.bit_lines[line]
     for bits, value in values.items():
         arguments = words.replace("*", str(value)).split()
         change(train, **utils.read_constants(dict(vars(train)), arguments, train.kinds))

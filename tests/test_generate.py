@@ -222,6 +222,11 @@ def test_samples_are_decoded_images_of_their_classes():
 
 # The script
 
+def test_the_prior_that_ships_has_learned_the_tokens_of_the_file_that_ships():
+    constants = utils.load_torch(PRETRAINED_DIR / "prior.pt", "constants")["constants"]
+    assert constants["CHECKPOINT"] == utils.digest_file(PRETRAINED_DIR / "vqrae_fsq.pt")
+
+
 @pytest.fixture
 def main(folder, change, monkeypatch):
     """main("NAME=value", ...) runs two short epochs on tokens of an untrained model. Returns the run's folders."""
