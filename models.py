@@ -95,7 +95,7 @@ def pad(images: Tensor, n: int, mode: str) -> Tensor:
 
 
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """Resize images (B, 3, H, W) so that a token, which had `token` pixels a side, has `patch` pixels a side."""
+    """Pad images (B, 3, H, W) to whole tokens of `token` pixels a side, then resize them to `patch` pixels a token."""
     images = pad(images, token, "reflect")
     if token == patch:
         return images
@@ -195,7 +195,8 @@ class ViTEncoder(nn.Module):
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
         check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # SigLIP's pooling goes after loading: for a ViT without it, timm does not check that weights are complete.
+        # SigLIP's pooling is removed after loading. For a ViT built without it, timm does not check that weights are
+        # complete.
         vit.reset_classifier(0, global_pool="")
         # the pretrained norm suits the last layer alone
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
@@ -215,8 +216,8 @@ class ViTEncoder(nn.Module):
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    Maps are brought to the tokens' grid: a coarser one is repeated, a finer one averaged. A token gets up to 4 x 4
-    averages of the finest map, as channels, since it tells most of the pixels. Each map is normalised.
+    Maps are brought to the tokens' grid: a coarser one is repeated, a finer one averaged. The finest map tells most
+    about pixels, so a token gets up to 4 x 4 averages of it as channels. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -279,7 +280,10 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Residual blocks: `depth` on the tokens' grid, then one after each doubling, which halves channels, down to 32."""
+    """`depth` residual blocks on the tokens' grid, then one after each upsampling by 2.
+
+    An upsampling halves the number of channels, but leaves at least 32.
+    """
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
@@ -331,8 +335,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
     post_quant_kernel: the size of a convolution after the quantizer; 0: none
     post_quant_norm: whether a norm follows
-    decoder_width, decoder_depth, decoder_heads: of a ViT decoder, which a ViT encoder gets; 0: as the encoder.
-    Other encoders get a convolutional decoder: 0 is a width of 192 and a depth of 2, and heads are ignored.
+    decoder_width, decoder_depth, decoder_heads: the size of the decoder. Behind a ViT it is a ViT, and 0 stands for the
+    encoder's number. Else it is convolutional, 0 stands for a width of 192 and a depth of 2, and heads are ignored.
     stage, constants: the training stage, and train.py's constants, which a file keeps and the model does not use
     """
 
@@ -513,7 +517,8 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
     for top in range(0, h, rows):
         start = max(0, top - radius) // 2 * 2
         strip = function(x[..., start * rows_in : (top + rows + radius) * rows_in, :])
-        strips.append(strip[..., (top - start) * rows_out :, :][..., : rows * rows_out, :])
+        first = (top - start) * rows_out
+        strips.append(strip[..., first : first + rows * rows_out, :])
     return torch.cat(strips, -2)
 
 
@@ -543,7 +548,9 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
 
     small: matrices and kernels have 8 bits, other numbers 16: a quarter of the size, for about 0.01 dB
     """
-    model = next(m for m in model.modules() if isinstance(m, VQRAE))  # torch.compile and DDP wrap a model
+    found = [m for m in model.modules() if isinstance(m, VQRAE)]  # torch.compile and DDP wrap a model
+    require(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
+    model = found[0]
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
     if small:
         weights = {name: shorten(weight) for name, weight in weights.items()}

@@ -8,9 +8,9 @@
     quantizer.codebook_size                 # the number of codes, of all codebooks together
 
 Here a token is the vector of C numbers at one position of the grid. project_in maps it to code_dim numbers, the
-nearest code replaces these, and project_out maps the code to z_q. code_dim=0 means as wide as the tokens.
-project=False leaves out both maps, and code_dim with them.
-This file needs torch alone: copy it into your project, and add the loss to yours.
+nearest code replaces these, and project_out maps the code to z_q. code_dim=0 makes codes as wide as tokens, and so does
+project=False, which leaves out both maps. "simvq" is our variant of SimVQ, and "simvq_learned" is the paper's.
+Copy this file into your project, and add the loss to yours. It needs torch alone (Library: vector-quantize-pytorch).
 """
 import contextlib
 import importlib
@@ -82,7 +82,7 @@ class Quantizer(nn.Module, ABC):
         valid = depth is None or (self.residual and depth in range(1, len(self.codebook_sizes) + 1))
         check(valid, "depth", depth, "None, or 1 to the number of residual codebooks")
         indices = self.check_indices(indices, 2, 3)
-        options = {} if depth is None else {"depth": depth}
+        options = {} if depth is None else {"depth": depth}  # the lookup of residual codebooks alone takes a depth
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.lookup(indices.flatten(1), **options)
             return to_grid(self.project_out(codes), indices.shape)
@@ -108,7 +108,7 @@ class Quantizer(nn.Module, ABC):
         """
         indices = torch.as_tensor(indices)
         integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-        check(integers, "dtype of indices", indices.dtype, "integers")
+        require(integers, f"indices are {indices.dtype}, but integers are needed.")
         require(not dims or indices.ndim in dims, f"indices have the shape {tuple(indices.shape)}, but "
                 f"{' or '.join(map(str, dims))} dimensions are needed.")
         indices = indices.to([*self.parameters(), *self.buffers(), indices][0].device).long()
@@ -116,7 +116,7 @@ class Quantizer(nn.Module, ABC):
         return indices
 
     def _apply(self, function, recurse: bool = True):
-        """half(), to() and others call this. Weights keep their type: rounded ones would give other indices."""
+        """to(), half() and others call this. It keeps the weights' dtype: rounded, they would give other indices."""
         return super()._apply(lambda x: keep_type(x, function(x)), recurse)
 
 
@@ -160,12 +160,12 @@ class FSQ(Quantizer):
 class DDCL(FSQ):
     """Differentiable discrete communication (Freed et al., AAAI 2020; 2511.01554): subtractive dither of step delta.
 
-    project_in and tanh make four numbers x in [-1, 1] of a token. Encoder and decoder share noise u, uniform in
-    [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder receives
+    project_in and tanh turn a token into four numbers x in [-1, 1]. Encoder and decoder share noise u, uniform in
+    [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder computes
     m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u
-    is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1) bits,
-    summed over the four numbers and averaged over tokens. The message has E|m| = |x| / delta, so by Jensen its expected
-    length E log2(2 |m| + 1) is at most so many bits.
+    is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1), summed
+    over the four numbers and averaged over tokens. It bounds the expected length of m in bits, E log2(2 |m| + 1), from
+    above, by Jensen's inequality and E|m| = |x| / delta.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -214,11 +214,13 @@ class SimVQ(Quantizer):
 class MatchedSimVQ(SimVQ):
     """SimVQ whose map is computed instead of learned, so that codes of any width stay in use.
 
-    A code is A g + m, with a frozen random g and the tokens' running mean m. Imagine that tokens are Gaussian with the
-    covariance C. One of K codes can tell log K nats about a token. A copy of the token with noise of variance s tells
-    log det(I + C / s) / 2 nats. We choose s so that both are equal. The best estimate of the token from this copy has
-    the covariance C (C + s I)^-1 C (Cover and Thomas, chapter 9), and A gives codes this covariance. Along directions
-    weaker than the noise, codes hardly differ. If all are equally strong, this is Shannon's random code (10.3).
+    A code is A g + m, with a frozen random g and the tokens' running mean m. A follows from the tokens' covariance C:
+    1. The index of one of K codes carries at most log K nats about a token.
+    2. If tokens are Gaussian, a token plus noise of variance s carries log det(I + C / s) / 2 nats about the token
+       (Cover and Thomas, chapter 9). We choose the s for which this is log K.
+    3. The best estimate of the token from its noisy copy has the covariance C (C + s I)^-1 C. We choose A so that codes
+       have this covariance. Along directions in which tokens vary less than the noise, codes hardly differ.
+    If tokens vary equally in all directions, this is the random code of Shannon's rate-distortion theorem (10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -261,6 +263,7 @@ class MatchedSimVQ(SimVQ):
         # A g has the covariance A A' / n (' transposes), as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes
         # it R' R, which is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
         n, s = self.code_dim, self.noise_ratio * self.variance()
+        # unlike cholesky, cholesky_ex does not wait for the GPU to look for an error
         factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=x.device))  # L
         root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
         self.code_transform.weight.copy_(n**0.5 * root.T)
@@ -276,14 +279,15 @@ class MatchedSimVQ(SimVQ):
 class EMAVQ(Quantizer):
     """VQ-VAE with moving averages (1711.00937, appendix A.1; 1906.00446): the nearest code by Euclidean distance.
 
-    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. N_i is a moving average of n_i, e_i of its tokens:
+    In step t = 0, 1, ... code e_i gets n_i tokens with the sum s_i. Then N_i and e_i become
         N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
-    with w = 9 / (t + 10), but at least 1 - decay: the first steps, when nothing has settled, are soon forgotten.
-    A code without tokens stays where it is, until it is dead. The loss is the commitment loss.
+    This is the papers' e_i = m_i / N_i with m_i = (1 - w) m_i + w s_i, but nothing has to keep m_i. The weight w is
+    9 / (t + 10), but at least 1 - decay, so that the first steps, when nothing has settled, are soon forgotten. A code
+    without tokens stays where it is, until it is dead. The loss is the commitment loss.
 
-    mean_count is the same moving average of the mean n_i of all codes. Codes with N_i below 0.1 mean_count are dead, at
-    first nearly all. They restart at random tokens, with N_i = 0.2 mean_count. A step restarts at most as many codes as
-    a process has tokens on average. Some of these draw the same token.
+    mean_count is the same moving average, of the number of tokens per code. A code with N_i below 0.1 mean_count is
+    dead. It restarts at a random token, with N_i = 0.2 mean_count. At first nearly all codes of a large codebook are
+    dead. A step restarts at most as many as a process has tokens on average. Several may restart at the same token.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -428,10 +432,11 @@ class Library(Quantizer):
         super().__init__(dim, code_dim, sizes * (codebooks // len(sizes)), project=bool(code_dim))
         self.kind, self.module, self.arguments = kind, module, arguments
         # The class's indices are (B, N), (B, N, codebooks) or, of grouped codebooks, (groups, B, N, codebooks).
-        self.axes, self.groups = indices.ndim, len(indices)
+        self.axes, self.groups = indices.ndim, len(indices)  # groups is for indices of four axes alone
 
     def quantize(self, x: Tensor) -> Quantized:
-        check(self.kind == "LFQ" or not torch.compiler.is_exporting(), "quantizer", self.kind, "LFQ in an export")
+        exports = self.kind == "LFQ" or not torch.compiler.is_exporting()
+        require(exports, f"Of vector-quantize-pytorch's classes LFQ alone can be exported, not {self.kind}.")
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
         if self.axes == 4:
@@ -452,7 +457,7 @@ class Library(Quantizer):
 
 
 def read_codes(module: nn.Module, indices: Tensor) -> Tensor:
-    """The codes (B, N, C) with these indices, in the module's own form, of a module of vector-quantize-pytorch."""
+    """Codes (B, N, C) of a module of vector-quantize-pytorch. Indices have the shape that its forward returns."""
     if hasattr(module, "get_output_from_indices"):
         return module.get_output_from_indices(indices)
     return module.indices_to_codes(indices)
@@ -487,7 +492,7 @@ def errors_as(kind: type[Exception], message: str):
 
 
 def check_range(x: Tensor, low: float, high: float, name: str):
-    """Raise InputError unless x has values, all in [low, high]. Compiled and exported code has none to check."""
+    """Raise InputError unless x has values, all in [low, high]. torch.compile and export leave this check out."""
     if not torch.compiler.is_compiling():
         require(x.numel(), f"There are no {name}.")
         least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
@@ -555,20 +560,21 @@ def nearest_index(quantizer: Quantizer, tokens: Tensor) -> Tensor:
     """Tokens (B, N, C) -> the indices (B, N) of the nearest z_q. Blocks of codes bound the memory."""
     size = quantizer.codebook_size
     check_range(tokens, -1e12, 1e12, "z_q")
-    check(size <= 2**24, "codebook_size", size, "up to 2**24 here")
-    least, indices = torch.inf, 0  # of each token so far: soon tensors (B, N)
+    require(size <= 2**24, f"The nearest of {size:,} codes would take too long to find: at most 2**24 are compared.")
+    least = torch.full_like(tokens[..., 0], torch.inf)  # each token's smallest squared distance so far
+    indices = torch.zeros_like(least, dtype=torch.int64)
     with torch.autocast(tokens.device.type, enabled=False):
         for block in torch.arange(size, device=tokens.device).split(2**13):
             codes = quantizer.get_codebook_entry(block)
             nearest = nearest_code(tokens, codes)
             distances = (tokens - codes[nearest]).square().sum(-1)
             indices = torch.where(distances < least, block[nearest], indices)
-            least = distances.clamp(max=least)
+            least = torch.minimum(least, distances)
     return indices
 
 
 def keep_type(x: Tensor, moved: Tensor) -> Tensor:
-    """`moved`, unless its type is another than x's: then x on the device of `moved`."""
+    """`moved`, or if its dtype is not x's, x on the device of `moved`."""
     return moved if moved.dtype == x.dtype else x.to(moved.device)
 
 
@@ -618,8 +624,11 @@ def config_of(kind: type[Quantizer], arguments: tuple, options: dict) -> dict:
     """The name and all options, also defaults, with which build_quantizer builds kind(*arguments, **options)."""
     parameters = inspect.signature(kind.__init__).parameters
     names = list(parameters)[1:]  # dim and the options, without self
+    named = names and all(parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL for name in names)
+    require(named, f"{kind.__name__}.__init__ has to take dim first, and then options by name, which a file keeps.")
     chosen = {name: x.default for name, x in parameters.items() if x.default is not x.empty}
     chosen |= dict(zip(names, arguments)) | options
+    # options are compared with those of a file, and a list never equals a tuple
     chosen = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
     chosen.pop(names[0], None)  # the model that builds the quantizer knows dim
     known = [name for name in QUANTIZERS if QUANTIZERS[name] is kind]

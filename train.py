@@ -80,7 +80,7 @@ SEED = 0
 COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
 # defaults for a GPU and for a CPU; a pair is for stages 1 and 2, a single number for both
 DEVICE = ""  # "": CUDA's GPU, or else the CPU; "cpu" or "cuda:1" chooses; "mps" and "xpu" are untested
-device = utils.choose_device(DEVICE)  # also from the command line, as the defaults below depend on it
+device = utils.choose_device(DEVICE)  # it looks at the command line, too: the defaults below depend on the device
 gpu = device.startswith("cuda")
 EPOCHS = (30, 10) if gpu else (6, 4)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
@@ -119,11 +119,11 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
         teacher_z = teacher(images) if teacher else None  # features (B, C, h, w)
     z = teacher_z if model.encoder_frozen else model.encoder(images)  # a frozen encoder has the teacher's weights
     z_q, quantizer_loss, _ = model.quantize(z)
-    output = model.decode(z_q)
+    output = model.decode(z_q, images.shape[2:])
     l2_loss = F.mse_loss(output, images)
     perceptual_loss = distill_loss = gan_loss = discriminator_loss = torch.zeros_like(l2_loss)
     if teacher:
-        distill_loss = model.compute_distillation_loss(z, teacher_z)
+        distill_loss = model.compute_distillation_loss(z, teacher_z)  # 0 while the encoder is frozen
     if perceptual_weight and lpips:
         perceptual_loss = lpips(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and teacher:  # every second image is enough, and saves time
@@ -131,11 +131,11 @@ def objective(model: VQRAE, images: Tensor, teacher: nn.Module | None, lpips: nn
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + distill_weight * distill_loss
     if discriminator:
-        # Both losses share this pass. Nothing is detached: each is differentiated for one network's parameters.
+        # Both losses share this pass. losses_and_gradients differentiates each by its own network's parameters alone.
         real, fake = discriminator(torch.cat([images, output])).float().chunk(2)
         gan_loss = -fake.mean()
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
-        # balance gives the GAN's gradient at the decoder's last layer the L2 loss's norm (VQGAN, 2012.09841, eq. 7)
+        # At the decoder's last layer, both losses' gradients get the same norm (VQGAN, 2012.09841, equation 7).
         last_layer = model.decoder.head.weight
         l2_gradient = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)[0]
         gan_gradient = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)[0]
@@ -202,7 +202,8 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, lpips: nn.M
     compute = partial(function, model, teacher, lpips)
     epochs = stage_value(EPOCHS, stage)
     steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE
-    for epoch in range(run.resume(state, stage), epochs + 1):  # resume loads the state, if this stage was begun
+    first_epoch = run.resume(state, stage)  # it also loads the state, if this stage was begun before
+    for epoch in range(first_epoch, epochs + 1):
         utils.seed_everything(SEED, stage, epoch, rank)  # a resumed run sees the same batches
         start = time.time()
         batches = epoch_batches(data.train_images, stage, epoch, steps)
@@ -252,8 +253,10 @@ def epoch_batches(images: Tensor | ImageFiles, stage: int, epoch: int, steps: in
     generator = torch.Generator().manual_seed(SEED * 10**5 + stage * 10**4 + epoch)  # equal in all processes
     passes = math.ceil(steps * BATCH_SIZE / len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)]).to(images.device)
-    order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)[:, rank]  # indices (steps, ACCUMULATE, B)
-    batches = [(index, size) for micro_batches, size in zip(order, cycle(sizes())) for index in micro_batches]
+    order = order[: steps * BATCH_SIZE].view(steps, ranks, ACCUMULATE, -1)
+    batches = []
+    for micro_batches, size in zip(order[:, rank], cycle(sizes())):  # a step's indices (ACCUMULATE, B)
+        batches += [(index, size) for index in micro_batches]
     return load_batches(images, batches, FLIP, device)
 
 
@@ -318,15 +321,12 @@ def build_model(pretrained: bool = True) -> VQRAE:
         check(start.stage <= STAGES[0], "START_CHECKPOINT", START_CHECKPOINT, 'a file of stage 1, or "STAGES=(2,)"')
         check(start.token_size == model.token_size, "IMAGE_SIZE / GRID", model.token_size,
               f"{start.token_size} with START_CHECKPOINT")
-        for name, value in model.config.items():
-            known = start.config[name]
-            if name == "quantizer_options":  # without two that follow from BATCH_SIZE
-                value, known = dict(value), dict(known)
-                for options in (value, known):
-                    options.pop("frac_per_sample_entropy", None)
-                    options.pop("threshold_ema_dead_code", None)
-            check(value == known or name in ("image_size", "grid"), name.upper(), value,
-                  f"{known} with START_CHECKPOINT = {START_CHECKPOINT}")
+        free = {"image_size", "grid", "quantizer_options"}  # the options are compared one by one
+        free |= {"frac_per_sample_entropy", "threshold_ema_dead_code"}  # these follow from BATCH_SIZE
+        known = start.config | start.config["quantizer_options"]
+        for name, value in (model.config | model.config["quantizer_options"]).items():
+            check(name in free or value == known.get(name), name.upper(), value,
+                  f"{known.get(name)} with START_CHECKPOINT = {START_CHECKPOINT}")
         if pretrained:  # without, the model is on the meta device and has no weights
             model.load_state_dict(start.state_dict())
     return model
@@ -353,7 +353,7 @@ def build_loss_networks(model: VQRAE, pretrained: bool = True) -> tuple[nn.Modul
 
 def main():
     """Train with the constants above, or NAME=value from the command line."""
-    constants = utils.read_constants(globals(), sys.argv[1:], kinds)
+    constants = utils.read_constants(globals(), sys.argv[1:], kinds)  # it also sets the constants above
     check_constants(constants)
     with errors_as(InputError, "The constants do not fit into results.json"):
         json.dumps(constants)
@@ -397,7 +397,10 @@ def main():
 
 
 def start_process():
-    """Prepare this process's GPU or CPU, and connect the processes of torchrun. InputError without the device."""
+    """Prepare this process's GPU or CPU, and connect the processes of torchrun, of which the first alone prints.
+
+    It sets `device` and `bf16`. InputError without the device.
+    """
     global device, bf16
     with errors_as(InputError, f"DEVICE = {DEVICE!r}, allowed: a device that torch finds here, one for each process"):
         chosen = torch.device(device)
@@ -457,9 +460,9 @@ def check_constants(constants: dict):
     check(0 < EMA_DECAY < 1, "EMA_DECAY", EMA_DECAY, "between 0 and 1")
     check(all(stage_value(EPOCHS, stage) >= 1 for stage in STAGES), "EPOCHS", EPOCHS, "1 or more")
     check(SEED < 10**12, "SEED", SEED, "below 10**12")  # epoch_batches multiplies it, and a seed has 64 bits
-    check(BATCH_SIZE % (ranks * ACCUMULATE) == 0 and BATCH_SIZE <= (EPOCH_IMAGES or BATCH_SIZE), "BATCH_SIZE",
-          BATCH_SIZE, f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}"
-                      f"{f', at most EPOCH_IMAGES = {EPOCH_IMAGES}' if EPOCH_IMAGES else ''}")
+    check(BATCH_SIZE % (ranks * ACCUMULATE) == 0, "BATCH_SIZE", BATCH_SIZE,
+          f"a multiple of processes x ACCUMULATE = {ranks} x {ACCUMULATE}")
+    check(BATCH_SIZE <= EPOCH_IMAGES or not EPOCH_IMAGES, "BATCH_SIZE", BATCH_SIZE, f"at most {EPOCH_IMAGES = }")
     check(not START_CHECKPOINT or os.path.isfile(START_CHECKPOINT), "START_CHECKPOINT", START_CHECKPOINT,
           "a file that exists")
     check(START_CHECKPOINT or 1 in STAGES, "STAGES", STAGES, "(1,) or (1, 2) without a START_CHECKPOINT")

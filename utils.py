@@ -63,6 +63,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
 
     namespace: the script's globals(). Each name in capitals with a plain value is a constant.
     kinds: {type: "NAME NAME ..."}. A constant that it does not name has the type of its value in the file.
+    A "~" at the beginning of a text stands for the home folder.
     Values in the file and on the command line pass the same checks. InputError for an unknown name, for another type,
     and for a negative or infinite number, unless it stands in a dict.
     """
@@ -91,7 +92,7 @@ def read_constants(namespace: dict, arguments: list[str], kinds: dict | None = N
         check(fits(value, kind), name, value, describe(kind))
         if kind is float or float in getattr(kind, "__args__", ()):  # 3 and 3.0 are one run
             value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
-        constants[name] = value
+        constants[name] = os.path.expanduser(value) if isinstance(value, str) else value
     namespace.update(constants)
     return constants
 
@@ -133,7 +134,7 @@ def print_help(namespace: dict, constants: dict):
     print(namespace["__doc__"])
     source = Path(namespace["__file__"]).read_text("utf-8")
     # a line with a comment perhaps, then the constant with a comment perhaps
-    for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_]*) = .*?(  # .*)?$", source):
+    for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_0-9]*) = .*?(  # .*)?$", source):
         if name in constants:
             print(f"{heading}{name} = {constants[name]!r}{comment}", flush=True)  # here a closed pipe is still caught
 
@@ -219,19 +220,20 @@ def to_float(images: Tensor) -> Tensor:
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratios (B,) in dB, at most 100, of images (B, 3, H, W), uint8 or in [0, 1]."""
-    require(images.shape == targets.shape, f"PSNR compares equal shapes, not {images.shape} and {targets.shape}.")
+    require(images.shape == targets.shape, f"PSNR compares equal shapes, not {[*images.shape]} and {[*targets.shape]}.")
     return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
                                    reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], from 11 x 11 pixels on."""
-    require(images.shape == targets.shape, f"SSIM compares equal shapes, not {images.shape} and {targets.shape}.")
-    (count, _, height, width), total = images.shape, 0
+    require(images.shape == targets.shape, f"SSIM compares equal shapes, not {[*images.shape]} and {[*targets.shape]}.")
+    images, targets = to_float(images), to_float(targets)
+    count, _, height, width = images.shape
     require(min(height, width) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
-    rows = max(1, 2**20 // (count * width))  # of windows, 11 x 11 pixels each; strips bound the memory
+    total, rows = 0, max(1, 2**20 // (count * width))  # so many rows of windows at a time, to bound the memory
     for top in range(0, height - 10, rows):
-        strips = [to_float(x[:, :, top : top + rows + 10]) for x in (images, targets)]
+        strips = [x[:, :, top : top + rows + 10] for x in (images, targets)]
         _, similarity = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none",
                                                             return_full_image=True)
         total = total + similarity[..., 5:-5, 5:-5].sum((1, 2, 3))  # without the border, which torchmetrics pads
@@ -248,7 +250,7 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250,
     over images, psnr_of_mse is the PSNR of the mean squared error of all images. They are measured before rounding to
     uint8. usage and perplexity are get_codebook_usage's. InputError for other images.
     """
-    require(images.dtype == torch.uint8 and len(images), f"{len(images)} images of {images.dtype} cannot be measured.")
+    require(images.dtype == torch.uint8 and len(images), f"Take uint8 images, not {len(images)} of {images.dtype}.")
     training, device = model.training, next(model.parameters()).device
     tokens, figures, reconstructions = [], [], torch.empty_like(images)
     try:
@@ -380,7 +382,8 @@ def load_torch(path: str | Path, *keys: str) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
             require(not archive.testzip(), "its checksum is wrong")
         content = torch.load(path, "cpu", weights_only=True)
-        require(isinstance(content, dict) and content.keys() >= {*keys}, f"it is no dict with the keys {keys}")
+        complete = isinstance(content, dict) and content.keys() >= {*keys}
+        require(complete, f"it is a file of another kind, without {', '.join(keys)}")
         return content
 
 
@@ -405,7 +408,8 @@ class Run:
                 draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
         if self.last.exists() and not self.finished:
-            self.saved = load_torch(self.last, *self.saved.keys())
+            with errors_as(InputError, f"{self.last} is damaged. Delete it to start this run anew"):
+                self.saved = load_torch(self.last, *self.saved.keys())
             require(self.saved["run"] == name, f"{self.last} belongs to the run {self.saved['run']}. Delete it.")
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
@@ -415,7 +419,8 @@ class Run:
             return 1
         with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):
             for name, module in state.items():
-                module.load_state_dict(self.saved.pop(name))  # pop frees the memory
+                module.load_state_dict(self.saved[name])
+                del self.saved[name]  # frees the memory
         return self.epoch + 1
 
     def check_folder(self):

@@ -338,8 +338,19 @@ def test_empty_tokens_and_values_that_are_not_finite_are_refused():
     fsq = build_quantizer("fsq", DIM, levels=[2])
     with refused("at least one"):
         fsq(torch.zeros(0, 9, DIM))
+    z = torch.full((1, 1, DIM), math.nan)
     with refused("The values of z_q"):
-        fsq.codes_to_indices(torch.full((1, 1, DIM), math.nan))
+        fsq.codes_to_indices(z)
+    assert fsq(z)[0].isnan().all()  # train mode does not look at values
+
+
+def test_a_quantizer_whose_options_no_file_can_name_is_refused():
+    class Own(FSQ):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+
+    with refused("Own.__init__ has to take dim first"):
+        Own(DIM, [5, 5])
 
 
 def test_the_file_needs_torch_alone():
@@ -380,7 +391,7 @@ def test_of_the_library_lfq_is_exported_and_others_say_that_they_are_not():
     lfq = build("lfq").eval()
     exported = torch.export.export(lfq, (z,), dynamic_shapes=axes).module()
     assert torch.allclose(exported(z.repeat(3, 1, 1))[0], lfq(z.repeat(3, 1, 1))[0], atol=1e-5)
-    with pytest.raises(InputError, match="LFQ in an export"):
+    with pytest.raises(InputError, match="LFQ alone can be exported, not VectorQuantize"):
         torch.export.export(build("rotation_vq").eval(), (z,), dynamic_shapes=axes)
 
 

@@ -375,7 +375,8 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
     ({}, "tiny_cifar_ema_vq_"), ({"QUANTIZER": "fsq"}, "train.py: QUANTIZER = 'fsq', allowed: ema_vq"),
     ({"QUANTIZER": "fsq", "START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_fsq.pt"}, "tiny_cifar_fsq_"),
     ({"ENCODER": "cnn"}, "train.py: ENCODER = 'cnn', allowed: cifar"),
-    ({"CODE_DIM": 8}, "train.py: QUANTIZER_OPTIONS = {"), ({"GRID": 4}, "train.py: IMAGE_SIZE / GRID = 8, allowed: 4"),
+    ({"CODE_DIM": 8}, "train.py: CODE_DIM = 8, allowed: 16"),
+    ({"GRID": 4}, "train.py: IMAGE_SIZE / GRID = 8, allowed: 4"),
     ({"DECODER_WIDTH": 64}, "train.py: DECODER_WIDTH = 64, allowed: 192"),
     ({"STAGES": [1]}, "train.py: START_CHECKPOINT = ")])
 def test_a_shipped_file_goes_on_with_the_constants_of_its_model_alone(constants, line, begin):
