@@ -47,6 +47,13 @@ def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch):
         assert f"{float(printed):.1f}" == psnr
 
 
+def test_train_takes_readmes_quantizer(main, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "sign", None)
+    block, = (x for x in re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL) if "class Sign" in x)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert (main("QUANTIZER=sign") / "results.json").exists()
+
+
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "docs/SETTINGS.md", "docs/NOTES.md", "explore.ipynb"])
 def test_links_lead_to_files(name):
     for link in re.findall(r"]\(([^)#:]+)(?:#[\w-]*)?\)", (ROOT / name).read_text()):
