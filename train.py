@@ -89,7 +89,7 @@ LEARNING_RATE = (1e-3, 1e-4) if gpu else (1e-3, 1e-3)  # AdamW's; Muon's is twic
 FLIP = gpu  # mirror half of the training images, which helps if they repeat
 EVAL_IMAGES = 0 if gpu else 1_000  # test images measured after an epoch; 0: all, as at the end
 
-kinds = {  # types, which are checked in this file and on the command line
+kinds = {  # types, which are checked in this file and on the command line; constants of your own keep theirs
     str: "DATASET ENCODER QUANTIZER PERCEPTUAL START_CHECKPOINT OPTIMIZER COMPILE DEVICE",
     bool: "POST_QUANT_NORM FLIP",
     int: "ENCODER_LAYERS GRID CODEBOOK_SIZE CODE_DIM CODEBOOKS POST_QUANT_KERNEL DECODER_WIDTH DECODER_DEPTH "

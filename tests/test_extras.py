@@ -90,7 +90,7 @@ def fingerprint(train_x, train_y, test_x, test_y):
 
 
 @torch.no_grad()
-def test_measured_figures(change):
+def test_figures_are_of_images_reconstructions_and_features(change):
     """Judges see images and reconstructions. Probes get mean features of TRAIN_IMAGES images."""
     change(measure, TRAIN_IMAGES=10, batch_size=lambda images: 8, linear_probe=fingerprint)
     model = small("vit_tiny_patch16_224", encoder_layers=2, pretrained=False, decoder_heads=2).eval()

@@ -208,7 +208,7 @@ def test_decoding_is_a_conv_a_norm_the_decoder_and_in_eval_mode_a_clamp(kernel, 
     {"encoder": "mixer_s16_224"}, {"encoder": "resnet18", "encoder_layers": 6},
     {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13},
     {"encoder": "vit_small_patch16_18x2_224"}, {"encoder": "vit_tiny_patch16_224", "decoder_width": 100}], ids=str)
-def test_refused_options(options):
+def test_options_that_build_no_model_are_refused_with_their_value(options):
     with refused("^[^\n]+ = [^\n]+, allowed: "):
         VQRAE(**options, pretrained=False)
 

@@ -316,7 +316,7 @@ def test_without_a_quantizer_tokens_pass():
     ("library", {"kind": "PQ"}), ("library", {"kind": "LFQ", "levels": 8}),
     ("library", {"kind": "LFQ", "codebook_size": 60}), ("library", {"kind": "ResidualLFQ", **TWO, "spherical": True}),
     ("library", {"kind": "FSQ", "levels": [8], "arguments": {"inv_temperature": 1.0}})])
-def test_refused_options(name, options):
+def test_options_that_build_no_quantizer_are_refused_with_their_value(name, options):
     with refused(" = .*, allowed: | does not work with "):
         build_quantizer(name, **{"dim": DIM} | options)
 
@@ -377,7 +377,7 @@ def test_a_library_quantizer_without_a_code_dim_is_as_wide_as_the_tokens():
         assert build_quantizer("library", DIM, kind="LFQ", codebook_size=16, code_dim=code_dim).code_dim == DIM
 
 
-def test_arguments_of_the_librarys_forward():
+def test_the_librarys_forward_gets_its_arguments():
     z, losses = torch.randn(2, 50, DIM), []
     for temperature in (100.0, 1.0):
         torch.manual_seed(SEED)

@@ -165,7 +165,7 @@ def test_both_processes_end_where_the_first_finds_a_mistake(mistake, message, fo
 
 
 @pytest.mark.slow
-def test_torchrun(folder):
+def test_torchrun_starts_two_processes_which_print_once(folder):
     command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py", f"DATASET={folder}"]
     done = run_script(".", *command, *STEPS)
     assert done.returncode == 0 and done.stdout.count("2 x cpu") == 1, done.stderr

@@ -414,12 +414,14 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
 
 def test_other_names_or_sizes_of_images_make_another_run_and_another_place_or_time_does_not(folder, begin):
     shutil.copytree(folder, "tiny", copy_function=shutil.copy)  # with the time of today
-    names, (first, second) = [begin(DATASET="tiny")], (next(Path("tiny", x).rglob("*.png")) for x in ("train", "test"))
-    for edit in (lambda: first.write_bytes(b"another size"), lambda: second.rename(second.with_suffix(".jpg"))):
-        edit()
-        list_split.cache_clear()  # which is for one process
-        names.append(begin(DATASET="tiny"))
-    assert begin() == names[0] and len({*names}) == 3
+    first, second = (next(Path("tiny", split).rglob("*.png")) for split in ("train", "test"))
+    assert begin(DATASET="tiny") == begin()
+    first.write_bytes(b"another size")
+    list_split.cache_clear()  # which is for one process
+    resized = begin(DATASET="tiny")
+    second.rename(second.with_suffix(".jpg"))
+    list_split.cache_clear()
+    assert len({begin(), resized, begin(DATASET="tiny")}) == 3
 
 
 def test_device_cpu_means_the_same_run_on_a_machine_with_a_gpu(begin, monkeypatch):
