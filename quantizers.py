@@ -165,7 +165,7 @@ class DDCL(FSQ):
     m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u
     is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1), summed
     over the four numbers and averaged over tokens. It bounds the expected length of m in bits, E log2(2 |m| + 1), from
-    above, by Jensen's inequality and E|m| = |x| / delta.
+    above, by Jensen's inequality and E|m| = |E m| = |x| / delta, as m never has the opposite sign of x.
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
