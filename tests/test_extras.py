@@ -291,10 +291,13 @@ def test_a_row_is_the_mean_of_a_line_trained_with_each_seed(run, change):
     assert table["FSQ, 10 bits"]["max - min"] == "1.00"
 
 
-def test_a_run_of_the_table_is_measured_once(trained, folder, change):
+def test_a_run_of_the_table_is_measured_once(trained, folder, change, monkeypatch):
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     results, = Path("outputs").glob("*/results.json")
     change(compare, DATASET=str(folder), PROBE_IMAGES=10, train_run=lambda _: results.parent.name)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="^no network"):  # not: could not be written
+        patch.setattr(compare, "measure_run", Mock(side_effect=OSError("no network")))
+        compare.run_and_measure([])
     figures = compare.run_and_measure([])
     assert figures["token_bits"] == 6 and figures["psnr"] == json.loads(results.read_text())["psnr"]
     assert 0 <= figures["probe_z_q"] <= 1

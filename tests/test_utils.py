@@ -25,8 +25,9 @@ KINDS = {int | tuple[int, int]: "EPOCHS", tuple[int, ...]: "LEVELS", float: "RAT
 # Constants
 
 @pytest.mark.parametrize("argument, expected", [
-    ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("SIZE=64", 64), ("RATE=2", 2.0), ("RATE=1e-4", 1e-4), ("EPOCHS=5", 5),
-    ("EPOCHS=[2, 1]", (2, 1)), ("LEVELS=(4,)", (4,)), ("FLIP=False", False), ("OPTIONS={'b': [2]}", {"b": [2]})])
+    ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("NAME=~/a.pt", str(Path.home() / "a.pt")), ("SIZE=64", 64),
+    ("RATE=2", 2.0), ("RATE=1e-4", 1e-4), ("EPOCHS=5", 5), ("EPOCHS=[2, 1]", (2, 1)),
+    ("LEVELS=(4,)", (4,)), ("FLIP=False", False), ("OPTIONS={'b': [2]}", {"b": [2]})])
 def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expected):
     namespace, name = dict(CONSTANTS), argument.partition("=")[0]
     constants = read_constants(namespace, [argument], KINDS)
