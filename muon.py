@@ -47,8 +47,6 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            if not matrices:
-                continue
             for p in matrices:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)

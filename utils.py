@@ -408,7 +408,7 @@ class Run:
                 draft.unlink()
         self.saved = {"run": name, "stage": 0, "epoch": 0, "history": []}
         if self.last.exists() and not self.finished:
-            with errors_as(InputError, f"{self.last} is damaged. Delete it to start this run anew"):
+            with errors_as(InputError, f"{self.last} does not load. If it is damaged, delete it to begin anew"):
                 self.saved = load_torch(self.last, *self.saved.keys())
             require(self.saved["run"] == name, f"{self.last} belongs to the run {self.saved['run']}. Delete it.")
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))

@@ -291,6 +291,11 @@ def test_a_row_is_the_mean_of_a_line_trained_with_each_seed(run, change):
     assert table["FSQ, 10 bits"]["max - min"] == "1.00"
 
 
+def test_a_width_that_no_code_has_is_refused(run):
+    with refused("WIDTHS = "):
+        run(compare, WIDTHS=(16, -3))
+
+
 def test_a_run_of_the_table_is_measured_once(trained, folder, change, monkeypatch):
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     results, = Path("outputs").glob("*/results.json")

@@ -118,7 +118,8 @@ def test_a_last_pt_that_is_damaged_or_of_another_model_or_run_is_refused():
         Run("a", first_process=False).resume({"model": nn.Linear(2, 3)})
     content = Path("checkpoints/a/last.pt").read_bytes()
     Path("checkpoints/b").mkdir()
-    for damaged, message in ((content[:-9], "is damaged. Delete it"), (content, "belongs to the run a")):
+    for damaged, message in ((content[:-9], "does not load. If it is damaged, delete it to begin anew"),
+                             (content, "belongs to the run a")):
         Path("checkpoints/b/last.pt").write_bytes(damaged)
         with refused(f"checkpoints/b/last.pt {message}"):
             Run("b", first_process=False)

@@ -195,6 +195,11 @@ def test_what_could_not_be_loaded_again_is_not_saved(value, saved):
     assert not Path("a.pt").exists()
 
 
+def test_a_checkpoint_of_another_network_is_refused():
+    with refused("A checkpoint holds a VQRAE, not a Linear"):
+        models.save_checkpoint("model.pt", torch.nn.Linear(1, 1))
+
+
 def test_a_compiled_or_wrapped_model_is_saved_as_it_is(saved):
     model = copy.deepcopy(saved[0])
     model.decoder = torch.compile(model.decoder)
