@@ -469,10 +469,10 @@ class InputError(ValueError):
     """A mistake in the user's input. The message says in one line what to change."""
 
 
-def check(ok: bool, name: str, value: object, allowed: str):
-    """Unless ok, raise InputError("NAME = value, allowed: ..."). This form suits constants and arguments."""
+def check(ok: bool, sentence: str, value: object = None, allowed: str | None = None):
+    """Unless ok, raise InputError(sentence). The sentence says what happened and what to do."""
     if not ok:
-        raise InputError(f"{name} = {value!r:.300}, allowed: {allowed}")
+        raise InputError(sentence if allowed is None else f"{sentence} = {value!r:.300}, allowed: {allowed}")
 
 
 def require(ok: bool, sentence: str):
