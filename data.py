@@ -94,7 +94,7 @@ def load_folder(folder: Path, image_size: int, crop_sizes: tuple[int, ...]) -> D
         images, content = map_images(name, images.__getitem__, len(files), size, files)
     test_images, test_content = map_images(name, test_images.__getitem__, len(test_files), size, test_files)
     key = digest((content, labels.tolist(), test_content, test_labels.tolist()))
-    if classes == ["."]:
+    if classes == ["."]:  # no class folders
         labels, test_labels, classes = None, None, []
     return Dataset(images, labels, test_images, test_labels, classes, str(folder), key)
 
@@ -188,7 +188,7 @@ class ImageFiles:
     def read(self, i: int) -> Tensor:
         """Image i (3, H, W). If its file is broken, a warning says so, and the next image of its class is taken."""
         order = chain(range(i, len(self)), range(i))
-        for j in islice((j for j in order if self.labels[j] == self.labels[i]), 10):
+        for j in islice((j for j in order if self.labels[j] == self.labels[i]), 10):  # ten are enough
             path = os.fsdecode(bytes(self.paths[j].numpy()).rstrip(b"\0"))
             try:
                 return read_image(path)
@@ -234,6 +234,7 @@ def load_batches(images: Tensor | ImageFiles, batches: Iterable[tuple[Tensor, in
         workers = max(1, min(16, CORES // int(os.getenv("LOCAL_WORLD_SIZE", 1))))  # torchrun sets it
         # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
         start = "fork" if sys.platform == "linux" else None
+        # its own generator: where a resumed run starts its workers, training's random numbers stay the same
         source = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start,
                             pin_memory=device.startswith("cuda"), generator=torch.Generator())
     for batch in source:
