@@ -37,8 +37,7 @@ def colours(images):
 @pytest.mark.parametrize("name", ["RGB.png", "L.jpg", "CMYK.jpg", "1.png", "P.png", "RGB.webp"])
 def test_an_image_of_any_mode_and_format_is_read_in_rgb(name):
     Image.fromarray(random_pixels(7, 12, 3)).convert(name.split(".")[0]).save(name)
-    expected = to_tensor(Image.open(name).convert("RGB")) / 255
-    assert torch.equal(load_image(name), expected[None])
+    assert torch.equal(load_image(name)[0], to_tensor(Image.open(name).convert("RGB")) / 255)
 
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
@@ -71,8 +70,7 @@ def test_other_formats_and_more_bits_are_refused(mode, kind, reason):
 def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, width, rounding):
     image = Image.fromarray(random_pixels(6, 6, 3)).resize((width, height), Image.Resampling.BICUBIC)
     w, h = width * 20 // min(height, width), height * 20 // min(height, width)
-    centre = (w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2
-    expected = image.resize((w, h), Image.Resampling.BICUBIC).crop(centre)
+    expected = image.resize((w, h), Image.BICUBIC).crop(((w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2))
     assert (fit(to_tensor(image), 20).int() - to_tensor(expected).int()).abs().max() <= rounding
 
 
@@ -126,8 +124,10 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
         load_dataset("photos", 8)
     Path("data/mine.tmp").touch()
+    load_dataset("photos", 8)
+    monkeypatch.setattr(module, "digest_file", str)  # other code decodes anew
     data = load_dataset("photos", 8)
-    assert sorted(file.suffix for file in Path("data").iterdir()) == [".bin", ".bin", ".tmp"]
+    assert sorted(file.suffix for file in Path("data").iterdir()) == [".bin"] * 4 + [".tmp"]
     assert data.train_labels is data.test_labels is None and data.train_images.zero_().ndim == 4  # in memory alone
     monkeypatch.setattr(module, "read_image", None)
     assert (load_dataset("photos", 8).train_images[:, 0] == 200).all()
