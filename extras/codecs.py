@@ -11,6 +11,7 @@ import bisect
 import functools
 import io
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -20,15 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from data import ImageFiles, find_images, load_dataset
+from data import find_images, load_dataset, read_image
 from extras import measure
-from quantizers import InputError, check, errors_as, require
+from quantizers import InputError, check, errors_as
 from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 
 DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
 COUNT = 961  # at most so many photographs or images; of images, a square number makes one picture
-kinds = {str: "DATASET PHOTOS", int: "COUNT"}
 codec_options = {
     "JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
     "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
@@ -38,15 +38,13 @@ columns = {**measure.measured_columns, "bits a pixel": ("bits_a_pixel", ".3f"), 
 
 def main():
     models = measure.load_models(globals())
-    check(COUNT >= 1, "COUNT", COUNT, "1 or more")
+    check(COUNT >= 1, f"COUNT = {COUNT}, allowed: 1 or more")
     for name, model in models.items():
-        require(model.quantizer.codebook_size, f"{name} has no codes, so its images have no size in bits.")
-    sizes = {model.config["image_size"] for model in models.values()}
-    require(PHOTOS or len(sizes) == 1, f"Compare checkpoints of one image size, not of {sizes}.")
+        check(model.quantizer.codebook_size, f"{name} has no codes, so its images have no size in bits.")
     if PHOTOS:
         pictures = photographs(max(11, *(model.token_size for model in models.values())))
     else:
-        images = load_dataset(DATASET, max(sizes)).test_images
+        images = load_dataset(DATASET, max(model.config["image_size"] for model in models.values())).test_images
         pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
     figures = defaultdict(list)  # by rows of the table: each picture's bits, pixels, PSNR (n * n,) and SSIM (n * n,)
     for images in pictures:
@@ -57,6 +55,7 @@ def main():
             for codec in codec_options:
                 codec_bits, psnrs, ssims = interpolate(images, codec, bits)
                 figures[f"{codec}, as {name}"].append((codec_bits, pixels, psnrs, ssims))
+    check(figures, f"PHOTOS={PHOTOS} has no images to compare.")
     rows = {}
     for name in models:
         for row in (name, *(f"{codec}, as {name}" for codec in codec_options)):
@@ -65,19 +64,15 @@ def main():
 
 
 def photographs(least: int) -> Iterator[Tensor]:
-    """uint8 images (1, 3, H, W) in PHOTOS, of `least` pixels a side or more. All files are tried first."""
-    files = ImageFiles(find_images(PHOTOS)[:COUNT], size=0)
-    require(len(files), f"PHOTOS={PHOTOS} has no images.")
-    for i in range(len(files)):
-        image = files.read(i)
-        if image is not None:
-            sides = sorted(image.shape[1:])
-            require(sides[0] >= least and sides[1] < 2**14, f"{files.files[i]} has sides of {sides} pixels. Tokens and "
-                    f"SSIM need {least}, and WebP takes 16,383.")
-    files.report()
-    for i in progress(range(len(files)), "photographs"):
-        if not files.broken[i]:
-            yield files.read(i)[None]
+    """uint8 images (1, 3, H, W) in PHOTOS. A warning names those that cannot be read, or have sides below `least`."""
+    for file in progress(find_images(PHOTOS)[:COUNT], "photographs"):
+        try:
+            image = read_image(file)
+            check(min(image.shape[1:]) >= least, f"{file} has a side below the {least} pixels that are needed")
+        except InputError as error:
+            warnings.warn(f"{error}. It is left out.")
+        else:
+            yield image[None]
 
 
 def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor, Tensor]:
@@ -85,14 +80,12 @@ def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor,
 
     Files nearly always grow with their quality. If all are larger or smaller than `bits`, the nearest file counts.
     """
-    def size(quality: int) -> int:
-        return 8 * len(encode(images, codec, quality))
-
-    above = bisect.bisect_left(range(2, 100), bits, key=size) + 2  # the first quality whose file is as large, or 100
-    low, high, figures = size(above - 1), size(above), []
-    for quality in (above - 1, above):
-        decoded = decode(encode(images, codec, quality), len(images))
-        figures.append(torch.stack([psnr(decoded, images), ssim(decoded, images)]))
+    # the first quality whose file is as large, or 100
+    above = 2 + bisect.bisect_left(range(2, 100), bits, key=lambda quality: 8 * len(encode(images, codec, quality)))
+    files = [encode(images, codec, quality) for quality in (above - 1, above)]
+    low, high = (8 * len(file) for file in files)
+    decoded = [decode(file, len(images)) for file in files]
+    figures = [torch.stack([psnr(x, images), ssim(x, images)]) for x in decoded]
     share = min(1.0, max(0.0, (bits - low) / max(1, high - low)))
     return low + share * (high - low), *torch.lerp(*figures, share)
 
