@@ -3,10 +3,8 @@
     python -m extras.pretrain    writes OUT/cifar_encoder.pt, 16-bit weights with BatchNorm folded in
 
 Most of it comes from airbench (2404.00498): the network, whitened input, convolutions that start as the identity,
-label smoothing, alternating flips, and Muon with weights of a fixed norm. docs/NOTES.md says how the shipped encoder
-differs.
+label smoothing, alternating flips, and Muon with weights of a fixed norm. docs/NOTES.md has the differences.
 """
-import math
 import sys
 import time
 
@@ -19,7 +17,7 @@ from data import load_dataset
 from extras.measure import linear_probe, pooled_features
 from models import ConvEncoder, ConvPool
 from muon import Muon
-from quantizers import check, require
+from quantizers import check
 from utils import device, fast_bf16, one_line_errors, prepare_cpu, progress, read_constants, save_torch, to_float
 
 DATASET = "cifar10"  # or a folder of the same images
@@ -41,14 +39,13 @@ def augment(images: Tensor, mirror: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(encoder: ConvEncoder, images: Tensor):
-    """Set the first filters, which stay fixed, and initialise the others.
+    """Let the first filters, which stay fixed, whiten 3 x 3 patches of images (B, 3, H, W). Initialise the others.
 
-    The first filters whiten 3x3 patches of images (B, 3, H, W): the 12 largest principal components, with both signs.
     Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each.
     """
     weight, patches = encoder.whiten.weight, F.unfold((images - 0.5) / 0.25, 3).mT.flatten(0, 1)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    components = (components / (variances + 5e-4).sqrt()).T.flip(0)[: len(weight) // 2]
+    components = (components / (variances + 5e-4).sqrt()).T.flip(0)[: len(weight) // 2]  # the largest 12
     weight.copy_(torch.cat([components, -components]).view_as(weight))
     weight.requires_grad = False
     nn.init.zeros_(encoder.whiten.bias)
@@ -62,32 +59,26 @@ def initialize(encoder: ConvEncoder, images: Tensor):
 
 
 def main():
-    read_constants(globals(), sys.argv[1:], {str: "DATASET OUT", int: "EPOCHS BATCH_SIZE SEED",
-                                             tuple[float, float]: "LEARNING_RATE"})
+    read_constants(globals(), sys.argv[1:])
     if device == "cpu":
         prepare_cpu()
     data = load_dataset(DATASET)
-    require(data.train_labels is not None, f"DATASET={DATASET} has no classes to learn.")
-    count = len(data.train_images)
-    check(EPOCHS >= 1, "EPOCHS", EPOCHS, "1 or more")
-    check(1 <= BATCH_SIZE <= count, "BATCH_SIZE", BATCH_SIZE, f"1 to {count}, all images")
-    steps = count // BATCH_SIZE  # in an epoch
+    check(data.train_labels is not None, f"DATASET={DATASET} has no classes to learn.")
+    steps = len(data.train_images) // BATCH_SIZE  # in an epoch
     torch.manual_seed(SEED)
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
-    encoder = ConvEncoder()
+    images, labels, encoder = data.train_images.to(device), data.train_labels.to(device), ConvEncoder()
     initialize(encoder, to_float(data.train_images[:5000]))
-    encoder = encoder.to(device, memory_format=torch.channels_last)
-    class_head = nn.Linear(encoder.dim, len(data.classes)).to(device)
-    pixel_head = nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1).to(device)
+    class_head, pixel_head = nn.Linear(encoder.dim, len(data.classes)), nn.Conv2d(encoder.dim, 3 * encoder.patch**2, 1)
+    networks = nn.ModuleList([encoder, class_head, pixel_head]).to(device, memory_format=torch.channels_last)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
-    others = [p for p in nn.ModuleList([encoder, class_head, pixel_head]).parameters() if p not in {*filters}]
+    others = [p for p in networks.parameters() if p not in {*filters}]
     # airbench's rate is for Jordan et al.'s Muon; our updates of matrices (m, n), n >= m, are 0.2 sqrt(n) times larger
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
         optimizer, lambda step: min((step + 1) / 50, 1, 2 - 2 * step / (EPOCHS * steps))) for optimizer in optimizers]
-    start, mirror = time.time(), torch.rand(len(images), device=device) < 0.5
+    start, mirror = time.perf_counter(), torch.rand(len(images), device=device) < 0.5
     for epoch in range(1, EPOCHS + 1):
         mirror, total = ~mirror, 0  # alternating flips: two epochs show each image both ways
         order = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
@@ -98,16 +89,14 @@ def main():
                 logits, pixels = class_head(z.mean((2, 3))), pixel_head(z)
             class_loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.2)
             pixel_loss = F.mse_loss(F.pixel_shuffle(pixels.float(), encoder.patch), (batch - 0.5) / 0.25)
+            networks.zero_grad()
             (class_loss + pixel_loss).backward()
-            for optimizer, scheduler in zip(optimizers, schedulers):
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+            for each in (*optimizers, *schedulers):
+                each.step()
             for p in filters:  # BatchNorm cancels the weights' norm; a fixed norm keeps relative steps equal
                 p.data.mul_(len(p) ** 0.5 / p.data.norm())
             total += class_loss.detach()
-        require(math.isfinite(total), f"The loss of epoch {epoch} is {total}: try a lower LEARNING_RATE.")
-        print(f"epoch {epoch:3}  class loss {total / steps:.4f}  {time.time() - start:6.0f} s", flush=True)
+        print(f"epoch {epoch:3}  class loss {total / steps:.4f}  {time.perf_counter() - start:6.0f} s", flush=True)
     save_encoder(encoder.eval())
     train, test = pooled_features(encoder, images), pooled_features(encoder, data.test_images)
     probe = linear_probe(train, labels, test, data.test_labels.to(device))
@@ -119,9 +108,7 @@ def save_encoder(encoder: ConvEncoder):
     for module in encoder.modules():
         if isinstance(module, ConvPool):  # max pooling may stand between them, as BatchNorm's scale is positive
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
-    encoder.half()
-    save_torch(f"{OUT}/cifar_encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
-    encoder.float()  # with the file's weights
+    save_torch(f"{OUT}/cifar_encoder.pt", {name: w.half().cpu() for name, w in encoder.state_dict().items()})
 
 
 if __name__ == "__main__":
