@@ -54,15 +54,14 @@ def draw(axes, title: str, quantizer: Quantizer, vectors: Tensor):
     side = torch.linspace(-1.3, 1.3, 300)
     plane = torch.cartesian_prod(side, side).flip(1)[None]  # (1, 90000, 2): (x, y), row by row
     cells = quantizer(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours; FSQ's neighbours differ by 1 or 8
+    axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
     output, _, indices = quantizer(vectors[None])
     codes, used = quantizer.get_codebook_entry(torch.arange(quantizer.codebook_size)), indices.unique()
-    axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
     axes.scatter(*vectors[:1500].T.numpy(), s=2, c="grey")
     axes.scatter(*codes.T.numpy(), s=12, c="none", edgecolors="black")
     axes.scatter(*codes[used].T.numpy(), s=12, c="black")
-    summary = f"error {F.mse_loss(output[0], vectors):.4f}, {len(used)} of {len(codes)} codes used"
-    axes.set(title=f"{title}\n{summary}", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
-    print(f"{title:22} mean squared {summary}")
+    title = f"{title}\nerror {F.mse_loss(output[0], vectors):.4f}, {len(used)} of {len(codes)} codes used"
+    axes.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
 
 
 def main():
@@ -70,7 +69,7 @@ def main():
     torch.manual_seed(0)
     vectors = draw_vectors(5000)
     figure = Figure(figsize=(12, 3.9), layout="constrained")
-    figure.supxlabel("grey: vectors; black: codes, hollow if unused; a colour: what becomes the same code", size=11)
+    figure.supxlabel("grey: vectors; black: codes, hollow if unused; a colour: what becomes a code; error: mean squared")
     for axes, (title, (name, options)) in zip(figure.subplots(1, len(examples)), examples.items()):
         draw(axes, title, learn(name, options), vectors)
     save_figure("outputs/cells.png", figure)

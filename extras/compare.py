@@ -4,7 +4,7 @@
     python -m extras.compare QUANTIZER=ema_vq,sign "BITS=(16,)"  also EMA-VQ on the same images, at 16 bits alone
     python -m extras.compare                                     all lines below, as in RESULTS.md's table
 
-A run takes a minute: 80 steps of `setting`. Other arguments, such as EPOCHS=8, replace its constants or a line's.
+A run of 80 steps takes one or two minutes. Arguments for train.py, such as EPOCHS=8, replace those of `setting`.
 RESULTS.md's images are JPEG copies of CIFAR-10 (docs/NOTES.md), whose own pixels have about 0.6 dB less.
 outputs/quantizers.md gets a row after each line. The same command resumes, another one begins the table anew.
 """
@@ -122,8 +122,7 @@ def measure_run(run: str) -> dict[str, float]:
     files = Path("checkpoints", run).glob("*_best.pt")
     model = load_checkpoint(max(files, default=f"checkpoints/{run}/*_best.pt"))  # the last stage's
     size, crop_sizes = (results["constants"][name] for name in ("IMAGE_SIZE", "CROP_SIZES"))
-    data = load_dataset(DATASET, size, tuple(crop_sizes))
-    # [:n] also reads images that stay in files; a folder may have no labels
+    data = load_dataset(DATASET, size, tuple(crop_sizes))  # images and labels, which may be missing, and their names
     parts = {name: part[:PROBE_IMAGES] for name, part in zip(data._fields[:4], data) if part is not None}
     figures = measure.measure(model, data._replace(**parts), measure.load_judges(data.test_images.shape[-1]))
     figures |= {name: figure for name, figure in results.items() if isinstance(figure, float)}
