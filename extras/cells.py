@@ -69,7 +69,7 @@ def main():
     torch.manual_seed(0)
     vectors = draw_vectors(5000)
     figure = Figure(figsize=(12, 3.9), layout="constrained")
-    figure.supxlabel("grey: vectors; black: codes, hollow if unused; a colour: what becomes a code; error: mean squared")
+    figure.supxlabel("grey: vectors; black: codes, hollow if unused; colours: what becomes a code; error: mean squared")
     for axes, (title, (name, options)) in zip(figure.subplots(1, len(examples)), examples.items()):
         draw(axes, title, learn(name, options), vectors)
     save_figure("outputs/cells.png", figure)
