@@ -4,25 +4,25 @@
 """
 import os
 import re
+import shlex
 import sys
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 
+import train
 from quantizers import QUANTIZERS
 
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md")}
 
 
 def execute(dataset, folder):
-    """The notebook, executed in `folder` on images from `dataset`."""
     notebook = nbformat.read(ROOT / "explore.ipynb", as_version=4)
-    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    source = cell.source
-    assert '"auto"' in source
-    cell.source = source.replace('"auto"', repr(str(dataset)))
+    cell = next(cell for cell in notebook.cells if '"auto"' in cell.source)
+    source, cell.source = cell.source, cell.source.replace('"auto"', repr(str(dataset)))
     NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": folder}}).execute()
     cell.source = source
     return notebook
@@ -30,48 +30,55 @@ def execute(dataset, folder):
 
 def test_the_notebook_runs_and_shows_what_comes_out(folder, tmp_path):
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    stored = nbformat.read(ROOT / "explore.ipynb", as_version=4)
-    for notebook in (stored, execute(folder, tmp_path)):
+    for notebook in (stored := nbformat.read(ROOT / "explore.ipynb", as_version=4), execute(folder, tmp_path)):
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert {kind for output in outputs for kind in output.get("data", {})} >= {"image/png", "image/jpeg"}
         assert notebook is not stored or all(output.get("name") != "stderr" for output in outputs)  # these name paths
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), re.DOTALL))
-def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch):
+def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch, main):
     monkeypatch.setitem(QUANTIZERS, "sign", None)  # so that README's class is gone after the test
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "checkpoints/pretrained").parent.mkdir()
+    (tmp_path / "checkpoints/pretrained").symlink_to(ROOT / "checkpoints/pretrained")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     for psnr in re.findall(r"# ([\d.]+) dB", block):
-        printed = re.search(r"[\d.]+", capsys.readouterr().out)[0]
-        assert f"{float(printed):.1f}" == psnr
-
-
-def test_train_takes_readmes_quantizer(main, monkeypatch):
-    monkeypatch.setitem(QUANTIZERS, "sign", None)
-    block, = (x for x in re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL) if "class Sign" in x)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert (main("QUANTIZER=sign") / "results.json").exists()
+        assert f"{float(capsys.readouterr().out):.1f}" == psnr
+    assert "class Sign" not in block or (main("QUANTIZER=sign") / "results.json").exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "docs/SETTINGS.md", "docs/NOTES.md", "explore.ipynb"])
-def test_links_lead_to_files(name):
-    for link in re.findall(r"]\(([^)#:]+)(?:#[\w-]*)?\)", (ROOT / name).read_text()):
-        assert (ROOT / name).parent.joinpath(link).exists(), link
+def test_links_lead_to_files_and_headings(name):
+    for link, heading in re.findall(r"]\(([^)#:]*)#?([\w-]*)\)", (ROOT / name).read_text("utf-8")):
+        target = (ROOT / name).parent / link if link else ROOT / name
+        titles = re.findall("^#+ (.*)", target.read_text("utf-8"), re.MULTILINE) if heading else [""]
+        assert target.exists() and heading in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles]
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_commands_name_constants_and_quantizers_that_exist(name):
-    """Each NAME=value of a command is a constant of its script."""
-    text = TEXTS[name].replace("\\\n", " ")
-    for script, arguments in re.findall(r"(train\.py|-m extras\.\w+)([^`#\n]*)", text):
-        file = ROOT / (script if script.endswith(".py") else script[3:].replace(".", "/") + ".py")
-        known = file.read_text("utf-8")
-        if script == "-m extras.compare":  # which passes them on
-            known += (ROOT / "train.py").read_text("utf-8")
-        for constant, value in re.findall(r"\b([A-Z][A-Z_]+)=(\w*)", arguments):
+    for script, arguments in re.findall(r"(train\.py|-m extras\.\w+)([^`#\n]*)", TEXTS[name].replace("\\\n", " ")):
+        files = [script if script == "train.py" else script[3:].replace(".", "/") + ".py"]
+        files += ["train.py"] * (script == "-m extras.compare")  # which passes them on
+        known = "".join((ROOT / file).read_text("utf-8") for file in files)
+        for constant, value in re.findall(r"\b([A-Z][A-Z_]+)=(\$?\w*)", arguments):
             assert re.search(rf"^{constant} = ", known, re.MULTILINE), f"{script} {constant}"
-            assert constant != "QUANTIZER" or value in QUANTIZERS, value
+            assert constant != "QUANTIZER" or value in {*QUANTIZERS, "sign", "$QUANTIZER"}, value
+
+
+def test_texts_state_how_large_files_and_models_are(change):
+    for files, count in re.findall(r"(\[[^(]*\.py\)|extras/) \((\d+)", TEXTS["README.md"].replace(" and ", ", ")):
+        files = [ROOT / file for file in re.findall(r"\((\w+\.py)", files)] or (ROOT / "extras").glob("*.py")
+        assert abs(sum(file.read_text("utf-8").count("\n") for file in files) - int(count)) <= 15, f"{files} {count}"
+    text = TEXTS["docs/SETTINGS.md"].replace("\\\n", " ").replace("$QUANTIZER", "fsq")
+    text = text.replace("$XL", re.search('^XL="(.*?)"', text, re.MULTILINE)[1])
+    constants = {name: value for name, value in vars(train).items() if name.isupper()}
+    constants["VQRAE"] = lambda build=train.VQRAE, **options: build(**options | {"pretrained": False})
+    for count, arguments in re.findall(r"(\d+) M parameters.*?train\.py ([^`\n]*)", text, re.DOTALL):
+        change(train, **constants)
+        train.utils.read_constants(vars(train), shlex.split(arguments))
+        with torch.device("meta"):
+            assert round(sum(p.numel() for p in train.build_model().parameters()) / 1e6) == int(count), arguments
 
 
 if __name__ == "__main__":
