@@ -14,7 +14,6 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 import train
-from quantizers import QUANTIZERS
 
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md")}
 
@@ -38,7 +37,7 @@ def test_the_notebook_runs_and_shows_what_comes_out(folder, tmp_path):
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), re.DOTALL))
 def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch, main):
-    monkeypatch.setitem(QUANTIZERS, "sign", None)  # so that README's class is gone after the test
+    monkeypatch.setitem(train.QUANTIZERS, "sign", None)  # so that README's class is gone after the test
     (tmp_path / "checkpoints/pretrained").parent.mkdir()
     (tmp_path / "checkpoints/pretrained").symlink_to(ROOT / "checkpoints/pretrained")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
@@ -55,21 +54,21 @@ def test_links_lead_to_files_and_headings(name):
         assert target.exists() and heading in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles]
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_commands_name_constants_and_quantizers_that_exist(name):
-    for script, arguments in re.findall(r"(train\.py|-m extras\.\w+)([^`#\n]*)", TEXTS[name].replace("\\\n", " ")):
+def test_commands_name_constants_and_quantizers_that_exist():
+    text = "\n".join(TEXTS.values()).replace("\\\n", " ")
+    for script, arguments in re.findall(r"(train\.py|-m extras\.\w+)([^`#\n]*)", text):
         files = [script if script == "train.py" else script[3:].replace(".", "/") + ".py"]
         files += ["train.py"] * (script == "-m extras.compare")  # which passes them on
         known = "".join((ROOT / file).read_text("utf-8") for file in files)
         for constant, value in re.findall(r"\b([A-Z][A-Z_]+)=(\$?\w*)", arguments):
             assert re.search(rf"^{constant} = ", known, re.MULTILINE), f"{script} {constant}"
-            assert constant != "QUANTIZER" or value in {*QUANTIZERS, "sign", "$QUANTIZER"}, value
+            assert constant != "QUANTIZER" or value in {*train.QUANTIZERS, "sign", "$QUANTIZER"}, value
 
 
 def test_texts_state_how_large_files_and_models_are(change):
-    for files, count in re.findall(r"(\[[^(]*\.py\)|extras/) \((\d+)", TEXTS["README.md"].replace(" and ", ", ")):
-        files = [ROOT / file for file in re.findall(r"\((\w+\.py)", files)] or (ROOT / "extras").glob("*.py")
-        assert abs(sum(file.read_text("utf-8").count("\n") for file in files) - int(count)) <= 15, f"{files} {count}"
+    for links, count in re.findall(r"((?:\[\w+\.py\]\(\w+\.py\)[, ]*)+|extras/ )\((\d+)", TEXTS["README.md"]):
+        files = [ROOT / file for file in re.findall(r"\((\w+\.py)", links)] or (ROOT / "extras").glob("*.py")
+        assert abs(sum(file.read_text("utf-8").count("\n") for file in files) - int(count)) <= 15, links
     text = TEXTS["docs/SETTINGS.md"].replace("\\\n", " ").replace("$QUANTIZER", "fsq")
     text = text.replace("$XL", re.search('^XL="(.*?)"', text, re.MULTILINE)[1])
     constants = {name: value for name, value in vars(train).items() if name.isupper()}
