@@ -3,7 +3,8 @@
     python -m extras.generate                                     tokens of vqrae_fsq.pt
     python -m extras.generate CHECKPOINT=<path> DATASET=shapes    tokens of another checkpoint
 
-The prior predicts masked tokens, any number of them, from the others and the class (MD4, 2406.04329).
+ORDER=raster predicts each token from the class and from the tokens before it, row by row. Its bits are exact.
+ORDER=masked predicts masked tokens, any number of them, from the others (MD4, 2406.04329). It fills holes.
 Samples and figures go to outputs/<run>/, prior.pt goes to checkpoints/<run>/. The same command resumes a run.
 """
 import json
@@ -16,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from data import Dataset, find_dataset, load_dataset
+from data import Dataset, load_dataset
 from extras.measure import frechet_distance, linear_probe, load_judges, pooled_features
 from models import PRETRAINED_DIR, VQRAE, ResidualBlock, TransformerBlock, load_checkpoint, load_model, shorten
 from muon import adamw_and_muon, take_step
-from quantizers import FSQ, check, check_range, join_indices, require, split_indices
+from quantizers import FSQ, check, check_range, join_indices, split_indices
 from utils import device, progress, to_float
 
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # the tokenizer
 DATASET = "auto"  # as in train.py
+ORDER = "raster"  # the next token, or "masked": any tokens, which fills holes
 DIM = 192  # the prior's width
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
@@ -34,12 +36,38 @@ BATCH_SIZE = 128 if gpu else 64
 LEARNING_RATE = 1e-3 if gpu else 3e-3  # AdamW's; Muon's is twice this
 SEED = 0
 # samples
-STEPS = 32  # to fill an image's tokens
+STEPS = 32  # to fill an image's tokens with ORDER=masked
 GUIDANCE = 3.0  # 1: none; with more, samples are more like their class
 SAMPLES = 2_000  # judged after each third of the training
 
-kinds = {float: "LEARNING_RATE GUIDANCE", int: "DIM DEPTH EPOCHS BATCH_SIZE SEED STEPS SAMPLES"}
 autocast = torch.autocast(device, torch.bfloat16, enabled=utils.fast_bf16(device))
+
+
+class CausalConv(nn.Conv2d):
+    """A 3 x 3 convolution that sees the row above, the token to the left and, with `centre`, the token itself.
+
+    Its third row would be zeros, so it has two. Zeros surround the grid: a repeated border would show later tokens.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, centre: bool = True):
+        super().__init__(dim_in, dim_out, (2, 3), padding=1)
+        self.register_buffer("taps", torch.tensor([[1.0, 1, 1], [1, centre, 0]]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.taps, self.bias)[:, :, :-1]  # the last row lies below the grid
+
+
+class CausalResidualBlock(ResidualBlock):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(dim, hidden)
+        self.conv1, self.conv2 = CausalConv(dim, hidden), CausalConv(hidden, dim)
+        for p in self.conv2.parameters():
+            nn.init.zeros_(p)
+
+
+class CausalTransformerBlock(TransformerBlock):
+    def forward(self, z: Tensor) -> Tensor:
+        return self[0](z.flatten(2).mT, is_causal=True).mT.unflatten(2, z.shape[2:])
 
 
 class Prior(nn.Module):
@@ -49,10 +77,11 @@ class Prior(nn.Module):
     A head predicts each digit from the network's output and the token's digits before it (NADE, 1605.02226).
     """
 
-    def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int):
-        """sizes: the number of values of each digit; grid: (h, w); classes: 0 without labels."""
+    def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int, order: str = "masked"):
+        """sizes: the number of values of each digit; grid: (h, w); classes: 0 without labels; order: as ORDER."""
         super().__init__()
-        self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth)
+        self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth, order=order)
+        self.raster = {"raster": True, "masked": False}[order]
         self.sizes, self.grid, self.classes, self.token_count = tuple(sizes), tuple(grid), classes, math.prod(grid)
         self.most_images = max(1, 250 * 64 // self.token_count)  # in one forward pass, to bound the memory
         self.embed = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
@@ -61,39 +90,56 @@ class Prior(nn.Module):
             nn.init.normal_(table.weight, std=0.1)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
         self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
-        self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        if self.raster:
+            self.first = CausalConv(dim, dim, centre=False)
+            conv, transformer = CausalResidualBlock, CausalTransformerBlock
+        else:
+            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+            conv, transformer = ResidualBlock, TransformerBlock
         blocks = []
         for _ in range(depth):
-            blocks += [ResidualBlock(dim, dim * 2 // 3), TransformerBlock(dim, math.ceil(dim / 64))]
+            blocks += [conv(dim, dim * 2 // 3), transformer(dim, math.ceil(dim / 64))]
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n)) for n in sizes)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
 
     def features(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
-        """digits (B, N, K), masked (B, N) bool, labels (B,) -> features (M, dim) of the M masked tokens."""
-        known = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
-        z = torch.where(masked[..., None], self.mask, known) + self.position + self.embed_label(labels)[:, None]
-        z = self.blocks(z.mT.unflatten(2, self.grid)).flatten(2).mT
-        return self.norm(z[masked])
+        """digits (B, N, K), masked (B, N) bool, labels (B,) -> features (B, N, dim) that predict each token.
 
-    def logits(self, k: int, features: Tensor, digits: Tensor) -> Tensor:
-        """features (M, dim), digits (M, K) -> logits (M, sizes[k]) of digit k, given the digits before it."""
-        earlier = sum(embed(digit) for embed, digit in zip(self.embed_earlier[:k], digits.unbind(1)))
-        return self.heads[k](features + earlier).float()
+        A raster prior sees the tokens before, and takes an image's first rows alone, too. A masked one sees the others.
+        """
+        grid = (-1, self.grid[1])
+        z = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
+        if self.raster:
+            z = self.first(z.mT.unflatten(2, grid)).flatten(2).mT
+        else:
+            z = torch.where(masked[..., None], self.mask, z)
+        z = z + self.position[: z.shape[1]] + self.embed_label(labels)[:, None]
+        return self.norm(self.blocks(z.mT.unflatten(2, grid)).flatten(2).mT)
 
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> bits (B,).
 
-        The result is N times the mean bits of a masked token. Its mean over draw_masks is MD4's bound on -log2 p(tokens
-        | label): the mean bits of predicting the tokens one after the other, over all orders (2110.02037).
+        The result is N times the mean bits of a masked token. In raster order and with all masked, it is -log2 p(tokens
+        | label). A masked prior's mean over draw_masks is MD4's bound on it: the mean bits of predicting the tokens one
+        after the other, over all orders (2110.02037).
         """
-        digits = split_indices(indices.flatten(1), self.sizes).to(self.mask.device)
+        digits = split_indices(indices.flatten(1), self.sizes).to(self.position.device)
         masked, labels = masked.to(digits.device), labels.to(digits.device)
-        targets, features = digits[masked], self.features(digits, masked, labels)
-        nats = sum(F.cross_entropy(self.logits(k, features, targets), targets[:, k], reduction="none")
-                   for k in range(len(self.sizes)))
+        z, targets, nats = self.features(digits, masked, labels)[masked], digits[masked], 0
+        for k, target in enumerate(targets.unbind(1)):
+            nats = nats + F.cross_entropy(self.heads[k](z).float(), target, reduction="none")
+            z = z + self.embed_earlier[k](target) if k < len(self.embed_earlier) else z
         nats = nats.new_zeros(masked.shape).masked_scatter(masked, nats)
         return nats.sum(1) / masked.sum(1) * (self.token_count / math.log(2))
+
+    def draw_masks(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(count, N) bool, tokens to predict: all in raster order, else 1 to N, equally often (as in 2107.00630)."""
+        if self.raster:
+            return torch.ones(count, self.token_count, dtype=torch.bool)
+        ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
+        ranks = torch.rand(count, self.token_count, generator=generator).argsort(1)
+        return ranks < 1 + (ratio * self.token_count).long()[:, None]
 
     def generate(self, labels: Tensor, **options) -> Tensor:
         """labels (B,) -> indices (B, h, w) of new images. The options are those of `fill`."""
@@ -105,38 +151,47 @@ class Prior(nn.Module):
              guidance: float = 3.0) -> Tensor:
         """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
 
-        The order is random. Later steps fill more tokens (MaskGIT's square schedule, 2202.04200). Lists serve as well.
+        A raster prior goes on after the last known token, a token a step. A masked one fills any tokens, in random
+        order, and later steps fill more (MaskGIT's square schedule, 2202.04200). Lists serve as well.
         labels: classes from 0; None or the number `classes` stands for no class
         guidance: the mean classifier-free scale (2207.12598); it rises with the steps (Muse, 2301.00704)
-        InputError for other shapes or ranges.
+        InputError for other shapes, ranges or masks.
         """
         indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
-        none = torch.full((len(indices),), self.classes, device=self.mask.device)
+        none = torch.full((len(indices),), self.classes, device=self.position.device)
         labels = none if labels is None else torch.as_tensor(labels, device=none.device)
         shapes, wanted = [tuple(x.shape) for x in (indices, mask, labels)], (len(indices) or 1, *self.grid)
         types = mask.dtype == torch.bool and not (indices.is_floating_point() or labels.is_floating_point())
-        require(types and shapes == [wanted, wanted, wanted[:1]], f"Take indices {wanted}, bools {wanted} and labels "
-                f"{wanted[:1]}, not {shapes} of {indices.dtype}, {mask.dtype}, {labels.dtype}.")
+        check(types and shapes == [wanted, wanted, wanted[:1]], f"Take indices {wanted}, bools {wanted} and labels "
+              f"{wanted[:1]}, not {shapes} of {indices.dtype}, {mask.dtype}, {labels.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
         valid = steps >= 1 and steps % 1 == 0 and 1 <= guidance < math.inf
-        check(valid, "steps, guidance", (steps, guidance), "1 or more, steps whole")
-        digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.mask.device)
+        check(valid, f"steps, guidance = {steps, guidance}, allowed: 1 or more, steps whole")
+        digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.position.device)
         masked = mask.flatten(1).to(digits.device)
         count = masked.sum(1, keepdim=True)  # (B, 1)
-        # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
-        places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        most = count.clamp(max=int(steps))  # steps (B, 1): few tokens take fewer
+        if self.raster:
+            check(not (masked[:, :-1] & ~masked[:, 1:]).any(),
+                  "A raster prior fills only tokens after the last known one. Take a prior of ORDER=masked.")
+            places, steps = masked.cumsum(1) - 1, self.token_count
+        else:  # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
+            places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
+        most, width = count.clamp(max=int(steps)), self.grid[1]  # steps (B, 1): few tokens take fewer
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, int(most.max()) + 1):
             chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
-            features = [self.features(digits, masked, given)[chosen[masked]] for given in conditions]
+            rows = chosen.any(0).nonzero().max() // width + 1 if self.raster else self.grid[0]
+            seen = slice(rows * width)  # a raster prior computes no row that comes later
+            z = torch.stack([self.features(digits[:, seen], masked[:, seen], given)[chosen[:, seen]]
+                             for given in conditions])  # (1 or 2, M, dim)
             scale = (1 + (guidance - 1) * (2 * step - 1) / most).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
-            for k in range(len(self.sizes)):
-                logits = [self.logits(k, z, drawn) for z in features]
+            for k, head in enumerate(self.heads):
+                logits = head(z).float()
                 guided = logits[-1] + scale * (logits[0] - logits[-1])
                 drawn[:, k] = torch.multinomial(guided.softmax(1), 1)[:, 0]
+                z = z + self.embed_earlier[k](drawn[:, k]) if k < len(self.embed_earlier) else z
             digits[chosen] = drawn
             masked = masked & ~chosen
         return join_indices(digits, self.sizes).view(indices.shape)
@@ -147,25 +202,20 @@ def load_prior(path: str | Path) -> Prior:
     return load_model(path, Prior)
 
 
-def draw_masks(count: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count, tokens) bool: a row has 1 to `tokens` True, all numbers about equally often (as in 2107.00630)."""
-    ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
-    return torch.rand(count, tokens, generator=generator).argsort(1) < 1 + (ratio * tokens).long()[:, None]
-
-
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
-    """The bound in bits an image, in fp32: a mean over indices (N, h, w), labels (N,), and about 10,000 masks."""
-    bits, generator, masks = [], torch.Generator().manual_seed(0), min(8, math.ceil(10_000 / len(indices)))
+    """Bits an image, in fp32: a mean over indices (N, h, w), labels (N,), and for the bound about 10,000 masks."""
+    bits, generator = [], torch.Generator().manual_seed(0)
+    masks = 1 if prior.raster else min(8, math.ceil(10_000 / len(indices)))
     batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
     for batch, given in progress(batches * masks, "measuring"):
-        bits.append(prior(batch, draw_masks(len(batch), prior.token_count, generator), given))
+        bits.append(prior(batch, prior.draw_masks(len(batch), generator), given))
     return torch.cat(bits).mean().item()
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
     """Train from the first epoch or where the run was stopped. Each epoch is measured, and writes samples and files."""
-    optimizers = adamw_and_muon(prior, ("blocks.",), LEARNING_RATE)
+    optimizers = adamw_and_muon(prior, ("first.", "blocks."), LEARNING_RATE)
     state, steps = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)  # of an epoch
     judges = {name: (judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images))
               for name, judge in load_judges(data.test_images.shape[3]).items()}
@@ -175,7 +225,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
         order = torch.randperm(len(data.train_labels)).tensor_split(steps)  # of nearly equal sizes
         for step, index in enumerate(progress(order, f"epoch {epoch}/{EPOCHS}"), (epoch - 1) * steps):
             labels = data.train_labels[index].masked_fill(torch.rand(len(index)) < 0.1, prior.classes)  # for guidance
-            masked = draw_masks(len(index), prior.token_count)
+            masked = prior.draw_masks(len(index))
             mirrored = torch.randint(2, (len(index),))
             with autocast:
                 bits = prior(tokens["train"][mirrored, index], masked, labels)
@@ -184,14 +234,13 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
             prior.zero_grad()
             log.append(bits.detach())
         bits = torch.cat(log).mean().item()
-        require(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
+        check(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
         row = {"epoch": epoch, "training_bits": bits,
                "bits": measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes)),
                "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels)}
         if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:  # after each third of the training
             row |= judge_samples(prior, vqrae, data, judges)
         print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} in test", flush=True)
-        run.check_folder()
         classes = torch.arange(min(max(prior.classes, 1), 10))
         utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
         model = {name: shorten(weight.cpu()) for name, weight in prior.state_dict().items()}  # matrices in 8 bits
@@ -246,31 +295,32 @@ def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, t
 def main():
     if not gpu:
         utils.prepare_cpu()
-    constants = utils.read_constants(globals(), sys.argv[1:], kinds)
-    for name, least in dict(DEPTH=1, EPOCHS=1, BATCH_SIZE=1, STEPS=1, GUIDANCE=1, SAMPLES=2).items():
-        check(constants[name] >= least, name, constants[name], f"{least} or more")
-    check(DIM > 0 and DIM % 64 == 0, "DIM", DIM, "a multiple of 64")
+    constants = utils.read_constants(globals(), sys.argv[1:])
+    check(ORDER in ("raster", "masked"), f"ORDER = {ORDER!r}, allowed: 'raster' or 'masked'")
+    least = dict(DIM=64, DEPTH=1, EPOCHS=1, BATCH_SIZE=1, LEARNING_RATE=0, STEPS=1, GUIDANCE=1, SAMPLES=2)
+    for name, value in least.items():
+        check(value <= constants[name] < math.inf, f"{name} = {constants[name]}, allowed: {value} or more")
+    check(DIM % 64 == 0, f"DIM = {DIM}, allowed: a multiple of 64")
     vqrae = load_checkpoint(CHECKPOINT).to(device)
     quantizer = vqrae.quantizer
     sizes = list(quantizer.levels if isinstance(quantizer, FSQ) else quantizer.codebook_sizes)  # levels are digits
-    require(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
-            "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
-    dataset, files = find_dataset(DATASET)
+    check(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
+          "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
+    data = load_dataset(DATASET, vqrae.config["image_size"])
+    check(isinstance(data.train_images, Tensor), f"DATASET = {DATASET!r}, too large: see data.py's DECODE_GB")
+    count, tested = len(data.train_images), len(data.test_images)
+    check(min(count, tested) > 1, f"{DATASET} has {count} training and {tested} test images, not two of each.")
     # folders may move, and prior.pt tells which file's tokens it has learned
-    constants |= {"CHECKPOINT": utils.digest_file(CHECKPOINT), "DATASET": Path(dataset).resolve().name}
-    key = utils.digest((sorted(constants.items()), files))
+    constants |= {"CHECKPOINT": utils.digest_file(CHECKPOINT), "DATASET": Path(data.name).resolve().name}
+    key = utils.digest((sorted(constants.items()), data.digest, utils.digest_code()))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
-        print(f"This run is finished: see {run.outputs}/. For another, change a constant, or SEED if code changed.")
+        print(f"This run is finished: see {run.outputs}/. For another, change a constant.")
         return
-    data = load_dataset(dataset, vqrae.config["image_size"])
-    check(isinstance(data.train_images, Tensor), "DATASET", DATASET, "at most data.py's DECODE_GB of images")
-    count, tested = len(data.train_images), len(data.test_images)
-    require(count > 1 and tested > 1, f"{DATASET} has {count} training and {tested} test images, not two of each.")
     if data.train_labels is None:  # without classes, label 0 stands for none
         data = data._replace(train_labels=torch.zeros(count).long(), test_labels=torch.zeros(tested).long())
     utils.seed_everything(SEED)
-    prior = Prior(sizes, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH).to(device)
+    prior = Prior(sizes, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH, ORDER).to(device)
     print(f"{run.name}: {count:,} training and {tested:,} test images, {device}", flush=True)
     train(prior, vqrae, load_tokens(vqrae, data, run.checkpoints / "tokens.pt"), data, run, constants)
 
