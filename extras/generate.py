@@ -91,14 +91,12 @@ class Prior(nn.Module):
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
         self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
         if self.raster:
-            self.first = CausalConv(dim, dim, centre=False)
-            conv, transformer = CausalResidualBlock, CausalTransformerBlock
+            self.first, pair = CausalConv(dim, dim, centre=False), (CausalResidualBlock, CausalTransformerBlock)
         else:
-            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
-            conv, transformer = ResidualBlock, TransformerBlock
+            self.mask, pair = nn.Parameter(torch.randn(dim) * 0.02), (ResidualBlock, TransformerBlock)
         blocks = []
         for _ in range(depth):
-            blocks += [conv(dim, dim * 2 // 3), transformer(dim, math.ceil(dim / 64))]
+            blocks += [pair[0](dim, dim * 2 // 3), pair[1](dim, math.ceil(dim / 64))]
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n)) for n in sizes)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
@@ -110,8 +108,8 @@ class Prior(nn.Module):
         """
         grid = (-1, self.grid[1])
         z = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
-        if self.raster:
-            z = self.first(z.mT.unflatten(2, grid)).flatten(2).mT
+        if self.raster:  # a row's first token lies far from the token before it, which therefore is added
+            z = self.first(z.mT.unflatten(2, grid)).flatten(2).mT + F.pad(z[:, :-1], (0, 0, 1, 0))
         else:
             z = torch.where(masked[..., None], self.mask, z)
         z = z + self.position[: z.shape[1]] + self.embed_label(labels)[:, None]
@@ -181,9 +179,8 @@ class Prior(nn.Module):
         conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
         for step in range(1, int(most.max()) + 1):
             chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
-            rows = chosen.any(0).nonzero().max() // width + 1 if self.raster else self.grid[0]
-            seen = slice(rows * width)  # a raster prior computes no row that comes later
-            z = torch.stack([self.features(digits[:, seen], masked[:, seen], given)[chosen[:, seen]]
+            last = self.token_count if not self.raster else chosen.any(0).nonzero().max() // width * width + width
+            z = torch.stack([self.features(digits[:, :last], masked[:, :last], given)[chosen[:, :last]]
                              for given in conditions])  # (1 or 2, M, dim)
             scale = (1 + (guidance - 1) * (2 * step - 1) / most).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
@@ -204,7 +201,7 @@ def load_prior(path: str | Path) -> Prior:
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
-    """Bits an image, in fp32: a mean over indices (N, h, w), labels (N,), and for the bound about 10,000 masks."""
+    """Bits of an image, told its label: a mean over indices (N, h, w), labels (N,) and about 10,000 masks, in fp32."""
     bits, generator = [], torch.Generator().manual_seed(0)
     masks = 1 if prior.raster else min(8, math.ceil(10_000 / len(indices)))
     batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
@@ -235,12 +232,10 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
             log.append(bits.detach())
         bits = torch.cat(log).mean().item()
         check(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
-        row = {"epoch": epoch, "training_bits": bits,
-               "bits": measure_bits(prior, tokens["test"], torch.full_like(data.test_labels, prior.classes)),
-               "bits_given_class": measure_bits(prior, tokens["test"], data.test_labels)}
+        row = {"epoch": epoch, "training_bits": bits, "bits": measure_bits(prior, tokens["test"], data.test_labels)}
         if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:  # after each third of the training
             row |= judge_samples(prior, vqrae, data, judges)
-        print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits_given_class']:.1f} in test", flush=True)
+        print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits']:.1f} in test", flush=True)
         classes = torch.arange(min(max(prior.classes, 1), 10))
         utils.save_grid(run.outputs / f"epoch_{epoch:03}.png", sample(prior, vqrae, classes.repeat(6)), len(classes))
         model = {name: shorten(weight.cpu()) for name, weight in prior.state_dict().items()}  # matrices in 8 bits

@@ -1,6 +1,5 @@
-"""extras/generate.py: the bound in bits, digits, guidance, sampling, and runs on a few images."""
+"""extras/generate.py: bits, what a prior sees, guidance, sampling, and runs on a few images."""
 import contextlib
-import itertools
 import math
 import shutil
 from pathlib import Path
@@ -16,13 +15,15 @@ from torch.utils._pytree import tree_leaves
 import extras.generate as module
 import utils
 from data import Dataset
-from extras.generate import Prior, draw_masks, load_prior, measure_bits
+from extras.generate import CausalConv, Prior, load_prior, measure_bits
 from models import PRETRAINED_DIR, VQRAE, save_checkpoint
-from quantizers import QUANTIZERS, ProductVQ, split_indices
+from quantizers import split_indices
+
+both_orders = pytest.mark.parametrize("order", ["raster", "masked"])
 
 
-def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
-    prior = Prior(list(sizes), list(grid), classes, 16, 1)
+def random_prior(order="masked", sizes=(4, 3, 2), grid=(2, 3)):
+    prior = Prior(list(sizes), list(grid), 2, 16, 1, order)  # of two classes
     for p in prior.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return prior
@@ -33,105 +34,121 @@ def random_prior(sizes=(4, 3, 2), grid=(2, 3), classes=2):
 def probabilities(prior, indices, masked):
     """The distributions (M, codes) of an image's M masked tokens, each a product over digits."""
     codes = split_indices(torch.arange(math.prod(prior.sizes)), prior.sizes)
-    digits, rows = split_indices(indices.flatten(1), prior.sizes), []
-    for features in prior.features(digits, masked, torch.tensor([1])):
-        features, p = features.expand(len(codes), -1), 1
-        for k in range(len(prior.sizes)):
-            p = p * prior.logits(k, features, codes).softmax(1).gather(1, codes[:, k : k + 1])[:, 0]
-        rows.append(p)
-    return torch.stack(rows)
+    z = prior.features(split_indices(indices.flatten(1), prior.sizes), masked, torch.tensor([1]))[masked]
+    z, p = z[:, None].expand(-1, len(codes), -1), 1
+    for k, head in enumerate(prior.heads):
+        p = p * head(z).softmax(2)[:, range(len(codes)), codes[:, k]]
+        if k < len(prior.embed_earlier):
+            z = z + prior.embed_earlier[k](codes[:, k])
+    return p
 
 
 @torch.no_grad()
-def test_the_bound_is_the_mean_over_all_orders():
-    """Four tokens can follow each other in 24 orders. Each order gives bits; the bound is their mean."""
-    prior, indices = random_prior(sizes=(3, 2), grid=(1, 4)), torch.randint(6, (1, 1, 4))
-    expected = bound = 0
-    for order in itertools.permutations(range(4)):
-        masked = torch.ones(1, 4, dtype=torch.bool)
-        for token in order:
-            p = probabilities(prior, indices, masked)[masked[0, :token].sum()]
-            torch.testing.assert_close(p.sum(), torch.tensor(1.0))
-            expected -= p[indices[0, 0, token]].log2() / 24
-            masked[0, token] = False
-    for places in itertools.product([False, True], repeat=4):
-        if any(places):  # each number of masked tokens is as likely
-            bits = prior(indices, torch.tensor([places]), torch.tensor([1]))
-            bound += bits[0] / math.comb(4, sum(places)) / 4
-    torch.testing.assert_close(bound, expected, rtol=1e-4, atol=1e-4)
+@both_orders
+def test_bits_are_those_of_masked_tokens_times_their_share(order):
+    prior, indices = random_prior(order), torch.randint(24, (1, 2, 3))
+    masked = torch.tensor([[True, False, True, True, False, True]])
+    p = probabilities(prior, indices, masked).gather(1, indices.view(6, 1)[masked[0]])
+    torch.testing.assert_close(prior(indices, masked, torch.tensor([1])), -6 * p.log2().mean()[None], rtol=1e-4, atol=0)
 
 
 @torch.no_grad()
-def test_samples_have_the_models_distribution():
-    """Two tokens of four codes are filled in two steps. Either may be the first."""
-    prior = random_prior(sizes=(2, 2), grid=(1, 2))
-    zeros = torch.zeros(1, 1, 2).long()
+def test_bits_in_raster_order_are_exact():
+    """The probabilities of all 1,296 grids of four tokens add up to 1."""
+    prior, grids = random_prior("raster", (3, 2), (2, 2)), torch.cartesian_prod(*[torch.arange(6)] * 4)
+    bits = prior(grids.view(-1, 2, 2), torch.ones_like(grids).bool(), torch.ones(len(grids)).long())
+    torch.testing.assert_close((0.5**bits).sum(), torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+@both_orders
+def test_samples_have_the_models_distribution(order):
+    """Two tokens of four codes are drawn in two steps. Without an order either may be the first."""
+    prior, zeros = random_prior(order, sizes=(2, 2), grid=(1, 2)), torch.zeros(1, 1, 2).long()
     first, second = probabilities(prior, zeros, torch.tensor([[True, True]]))
     given_first = torch.stack([probabilities(prior, zeros + x, torch.tensor([[False, True]]))[0] for x in range(4)])
     given_second = torch.stack([probabilities(prior, zeros + x, torch.tensor([[True, False]]))[0] for x in range(4)], 1)
-    expected = (first[:, None] * given_first + second * given_second) / 2
+    forwards, backwards = first[:, None] * given_first, second * given_second
+    expected = forwards if prior.raster else (forwards + backwards) / 2
     x, y = prior.generate(torch.ones(40_000).long(), steps=2, guidance=1.0).flatten(1).T
     counts = torch.bincount(x * 4 + y, minlength=16).view(4, 4) / 40_000
     torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)  # six standard deviations
 
 
 def test_masks_have_all_numbers_of_tokens_and_all_tokens_equally_often():
-    masks = draw_masks(40_000, 4)
+    masks = random_prior(grid=(2, 2)).draw_masks(40_000)
     assert masks.sum(1).bincount().tolist() == pytest.approx([0] + [10_000] * 4, abs=1)
     torch.testing.assert_close(masks.float().mean(0), torch.full((4,), 5 / 8), atol=0.015, rtol=0)  # six deviations
 
 
 @torch.no_grad()
-def test_a_digit_depends_on_the_digits_before_it():
-    prior, features, digits = random_prior(), torch.randn(5, 16), torch.zeros(5, 3).long()
-    for k in range(3):
-        logits = prior.logits(k, features, digits)
-        changes = [prior.logits(k, features, digits + one) for one in torch.eye(3).long()]
-        assert [torch.equal(changed, logits) for changed in changes] == [False] * k + [True] * (3 - k)
+@both_orders
+def test_a_prior_sees_the_label_its_place_and_the_tokens_that_its_order_allows(order):
+    prior, masked = random_prior(order, grid=(3, 4)).double(), torch.arange(12).expand(12, 12) % 3 == 0
+    features = prior.features(torch.zeros(12, 12, 3).long(), masked, torch.zeros(12).long())
+    digits = torch.eye(12).long()[..., None].expand(-1, -1, 3)  # image i has another token i
+    seen = ~torch.isclose(prior.features(digits, masked, torch.zeros(12).long()), features, rtol=0, atol=1e-9).all(2)
+    expected = torch.ones(12, 12).triu(1).bool() if prior.raster else ~masked.T  # (12, 12): token i, by token j
+    assert torch.equal(seen, expected)
+    other_label = prior.features(torch.zeros(12, 12, 3).long(), masked, torch.ones(12).long())
+    assert not torch.isclose(other_label, features, atol=1e-4).all(2).any() and (torch.pdist(features[0]) > 1e-3).all()
 
 
-@torch.no_grad()
-def test_features_depend_on_known_tokens_the_label_and_the_place():
-    prior, digits, label = random_prior(), torch.zeros(2, 6, 3).long(), torch.tensor([0, 0])
-    masked = torch.arange(12).view(2, 6) % 3 == 0
-    features = prior.features(digits, masked, label)
-    assert torch.equal(prior.features(digits + masked[..., None], masked, label), features)
-    for changed in ((digits, masked, label + 1), (digits + ~masked[..., None], masked, label)):
-        assert not torch.isclose(prior.features(*changed), features, atol=1e-4).all(1).any()
-    unknown = prior.features(digits, masked.new_ones(2, 6), label)[:6]
-    assert (torch.pdist(unknown) > 1e-3).all()
+@pytest.mark.parametrize("leak", [
+    lambda conv, x: F.conv2d(F.pad(x, (1, 1, 1, 0), "replicate"), conv.weight * conv.taps, conv.bias),  # the border's
+    lambda conv, x: conv._conv_forward(x, conv.weight, conv.bias)[:, :, :-1]])  # the token itself and the next one
+def test_a_leak_is_noticed(leak, change):
+    change(CausalConv, forward=leak)
+    with pytest.raises(AssertionError):
+        test_bits_in_raster_order_are_exact()
+    with pytest.raises(AssertionError):
+        test_a_prior_sees_the_label_its_place_and_the_tokens_that_its_order_allows("raster")
 
 
 @pytest.fixture
 def coin(monkeypatch):
-    """A prior of one digit. The odds of 1 are e with the class, and even without. Step n draws the number n."""
-    prior = Prior([2], [1, 4], 1, 16, 1)
-    prior.odds = []  # of each step
-    prior.features = lambda digits, masked, labels: (labels[:, None] == 0).float().expand_as(masked)[masked]
-    prior.logits = lambda k, features, digits: F.pad(features[:, None], (1, 0))
+    """coin(order) has one digit. The odds of 1 are e with the class, and even without. Step n draws the number n."""
+    def build(order):
+        prior, prior.odds = Prior([2], [1, 4], 1, 16, 1, order), []  # of each step
+        prior.features = lambda digits, masked, labels: (labels == 0).float().view(-1, 1, 1).expand(*masked.shape, 1)
+        prior.heads = torch.nn.ModuleList([torch.nn.ConstantPad1d((1, 0), 0)])
 
-    def multinomial(p, count):
-        prior.odds.append((p[:, 1] / p[:, 0]).mean().item())
-        return torch.full((len(p), 1), len(prior.odds))
+        def multinomial(p, count):
+            prior.odds.append((p[:, 1] / p[:, 0]).mean().item())
+            return torch.full((len(p), 1), len(prior.odds))
 
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    return prior
+        monkeypatch.setattr(torch, "multinomial", multinomial)
+        return prior
+
+    return build
 
 
-def test_guidance_rises_over_the_steps(coin):
-    coin.generate(torch.tensor([0]), steps=4, guidance=3.0)
-    assert coin.odds == pytest.approx([math.exp(scale) for scale in (1.5, 2.5, 3.5, 4.5)], rel=1e-4)
+@both_orders
+def test_guidance_rises_over_the_steps(order, coin):
+    prior = coin(order)
+    prior.generate(torch.tensor([0]), steps=4, guidance=3.0)
+    assert prior.odds == pytest.approx([math.exp(scale) for scale in (1.5, 2.5, 3.5, 4.5)], rel=1e-4)
 
 
 def test_later_steps_fill_more_tokens_in_a_random_order(coin):
-    first = (coin.generate(torch.zeros(2000).long(), steps=2, guidance=1.0)[:, 0] == 1).float()
+    first = (coin("masked").generate(torch.zeros(2000).long(), steps=2, guidance=1.0)[:, 0] == 1).float()
     assert (first.sum(1) == 1).all()  # half of the steps fill a quarter of the tokens
     torch.testing.assert_close(first.mean(0), torch.full((4,), 0.25), atol=0.06, rtol=0)  # six deviations
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10_000])
-def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(steps):
-    prior, indices, mask = random_prior(), torch.randint(24, (30, 2, 3)), torch.rand(30, 2, 3) < 0.5
+def test_a_raster_prior_goes_on_after_the_known_tokens(coin):
+    mask = torch.arange(4).view(1, 1, 4) >= torch.tensor([0, 2, 4]).view(3, 1, 1)  # so many are known
+    filled = coin("raster").fill(torch.zeros(3, 1, 4).long(), mask, steps=2)
+    assert filled[:, 0].tolist() == [[1, 2, 3, 4], [0, 0, 1, 2], [0, 0, 0, 0]]
+    mask[0, 0, 2] = False
+    with refused("after the last known one.*ORDER=masked"):
+        coin("raster").fill(torch.zeros(3, 1, 4).long(), mask)
+
+
+@pytest.mark.parametrize("order, steps", [("raster", 1), ("masked", 1), ("masked", 2), ("masked", 10_000)])
+def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(order, steps):
+    prior, indices, mask = random_prior(order), torch.randint(24, (30, 2, 3)), torch.rand(30, 2, 3) < 0.5
+    mask = mask.flatten(1).sort()[0].view_as(mask) if prior.raster else mask
     results = []
     for hidden in (indices, indices.masked_fill(mask, 5)):
         torch.manual_seed(1)
@@ -152,17 +169,18 @@ def test_fill_refuses_other_shapes_and_ranges(options, name):
 
 # Training, measuring, runs
 
-def test_training_sees_each_image_once_an_epoch(change):
+@both_orders
+def test_training_sees_each_image_once_an_epoch(order, change):
     """Some are mirrored, and some labels are hidden: 5 is no class. Masked tokens weigh alike."""
-    prior, run, steps = Prior([240], [2, 2], 5, 16, 1), utils.Run("run"), []
+    prior, run, steps = Prior([240], [2, 2], 5, 16, 1, order), utils.Run("run"), []
     prior.forward = Mock(wraps=prior.forward)  # it keeps the arguments of all calls
 
     def check_gradient(optimizers, step, total):
         steps.append((step, total))
         indices, masked, labels = prior.forward.call_args.args
         bits = Prior.forward(prior, indices, masked, labels) / prior.token_count * masked.sum(1)
-        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.mask)
-        torch.testing.assert_close(prior.mask.grad, expected)
+        expected, = torch.autograd.grad(bits.sum() / masked.numel(), prior.position)
+        torch.testing.assert_close(prior.position.grad, expected)
 
     change(module, BATCH_SIZE=50, EPOCHS=4, take_step=check_gradient, autocast=contextlib.nullcontext(),
            load_judges=lambda *arguments: {}, judge_samples=lambda *arguments: {"judged": 1},
@@ -171,11 +189,11 @@ def test_training_sees_each_image_once_an_epoch(change):
     tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
     data = Dataset(None, torch.arange(120) % 5, torch.zeros(1, 3, 16, 16), torch.tensor([3]), [])
     module.train(prior, None, {"train": tokens, "test": tokens[0]}, data, run, {})
-    assert [(row["bits"], row["bits_given_class"]) for row in run.history] == [(5, 3)] * 4
+    assert [row["bits"] for row in run.history] == [3] * 4
     assert [row["epoch"] for row in run.history if "judged" in row] == [2, 3, 4]  # after each third
     assert steps == [(step, 12) for step in range(12)]
     indices, masked, given = map(torch.cat, zip(*(call.args for call in prior.forward.call_args_list)))
-    assert {*masked.sum(1).tolist()} == {1, 2, 3, 4}
+    assert {*masked.sum(1).tolist()} == ({4} if prior.raster else {1, 2, 3, 4})
     images = indices[:, 0, 0]
     epochs = (images % 120).view(4, 120)
     assert (epochs.sort()[0] == torch.arange(120)).all() and not torch.equal(epochs[0], epochs[1])
@@ -201,14 +219,15 @@ def test_samples_and_training_images_are_compared_with_test_images(change):
     assert results["frechet_colours_of_training"] == pytest.approx(3 * 2**2, abs=0.3)
 
 
-def test_bits_are_the_mean_over_images_and_masks():
-    def prior(indices, masked, labels):
-        return indices[:, 0, 0] + labels.float() + masked.sum(1)  # 3.5 of 6 tokens in the mean
-
-    prior.token_count, prior.most_images = 6, 200
-    indices, labels = torch.randint(24, (600, 2, 3)), torch.arange(600) % 2
-    expected = indices[:, 0, 0].float().mean() + 0.5 + 3.5
+@both_orders
+def test_bits_are_the_mean_over_images_and_masks(order, change):
+    """A raster prior needs one pass, and its masks hide all 6 tokens. A masked one hides 3.5 in the mean."""
+    forward = Mock(side_effect=lambda indices, masked, labels: indices[:, 0, 0] + labels.float() + masked.sum(1))
+    prior, indices, labels = random_prior(order), torch.randint(24, (600, 2, 3)), torch.arange(600) % 2
+    prior.forward = forward
+    expected = indices[:, 0, 0].float().mean() + 0.5 + (6 if prior.raster else 3.5)
     assert measure_bits(prior, indices, labels) == pytest.approx(expected.item(), rel=1e-3)
+    assert forward.call_count == (1 if prior.raster else 8)
 
 
 def test_samples_are_decoded_images_of_their_classes():
@@ -222,16 +241,19 @@ def test_samples_are_decoded_images_of_their_classes():
 
 # The script
 
-def test_the_prior_that_ships_has_learned_the_tokens_of_the_file_that_ships():
-    constants = utils.load_torch(PRETRAINED_DIR / "prior.pt", "constants")["constants"]
-    assert constants["CHECKPOINT"] == utils.digest_file(PRETRAINED_DIR / "vqrae_fsq.pt")
+def test_the_priors_that_ship_have_learned_the_tokens_of_the_file_that_ships():
+    for path in PRETRAINED_DIR.glob("prior*.pt"):
+        constants = utils.load_torch(path, "constants")["constants"]
+        assert constants["CHECKPOINT"] == utils.digest_file(PRETRAINED_DIR / "vqrae_fsq.pt")
+        assert load_prior(path).raster == (constants.get("ORDER") == "raster")  # the oldest file names no order
 
 
 @pytest.fixture
 def main(folder, change, monkeypatch):
     """main("NAME=value", ...) runs two short epochs on tokens of an untrained model. Returns the run's folders."""
-    change(module, CHECKPOINT="tokenizer.pt", DATASET=str(folder), DIM=64, DEPTH=1, EPOCHS=2, BATCH_SIZE=30, STEPS=2,
-           GUIDANCE=3.0, SAMPLES=20, load_judges=lambda *sizes: {"colours": torch.nn.Identity()})
+    change(module, CHECKPOINT="tokenizer.pt", DATASET=str(folder), ORDER="raster", DIM=64, DEPTH=1, EPOCHS=2,
+           BATCH_SIZE=30, LEARNING_RATE=3e-3, STEPS=2, GUIDANCE=3.0, SAMPLES=20,
+           load_judges=lambda *sizes: {"colours": torch.nn.Identity()})
     model = VQRAE("cifar", "ema_vq", {"codebook_size": 64}, 16, 4, decoder_width=32, decoder_depth=1)
     save_checkpoint("tokenizer.pt", model)
 
@@ -248,7 +270,7 @@ def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, monkeyp
     outputs, checkpoints = main()
     results, prior = (outputs / "results.json").read_text(), load_prior(checkpoints / "prior.pt")
     whole, save_grid = utils.load_torch(checkpoints / "last.pt"), utils.save_grid
-    assert prior.classes == 2
+    assert prior.classes == 2 and prior.raster
     torch.testing.assert_close(dict(prior.state_dict()), dict(whole["prior"]), rtol=0, atol=0.02)  # of 8 bits
     shutil.rmtree("outputs")
     shutil.rmtree("checkpoints")
@@ -280,22 +302,14 @@ def test_tokens_are_those_of_images_and_their_mirror_images():
     assert torch.equal(module.load_tokens(None, None, Path("tokens.pt"))["train"], tokens["train"])  # from the file
 
 
-class Levels(ProductVQ):
-    """A user's quantizer, whose attribute has the name of FSQ's."""
-
-    levels = 4
-
-
 @pytest.mark.parametrize("name, options, sizes", [
     ("ema_vq", {"codebook_size": 64}, (64,)), ("fsq", {"levels": [4, 3, 2]}, (4, 3, 2)), ("ddcl", {}, (31,) * 4),
-    ("own", {"codebook_size": 16, "code_dim": 4}, (16, 16)),
     ("residual_vq", {"codebook_size": 16, "codebooks": 3}, (16,) * 3)], ids=str)
-def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, change, monkeypatch):
-    monkeypatch.setitem(QUANTIZERS, "own", Levels)
+def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, main, change):
     change(module, train=Mock(), load_tokens=Mock())
     save_checkpoint("other.pt", VQRAE("cifar", name, options, 16, 4, decoder_width=32, decoder_depth=1))
     main("CHECKPOINT=other.pt")
-    (prior, *_), = (call.args for call in module.train.call_args_list)
+    prior = module.train.call_args.args[0]
     assert prior.sizes == sizes
     indices = torch.arange(64).view(4, 4, 4) * 1_529 % math.prod(sizes)
     assert torch.equal(prior.fill(indices.tolist(), torch.zeros(4, 4, 4).bool().tolist(), [0] * 4), indices)
@@ -303,14 +317,16 @@ def test_a_token_has_a_digit_for_each_codebook_or_level(name, options, sizes, ma
 
 def test_images_without_classes_have_a_prior_without_classes(main):
     write_images("photos", ["train/a", "train/b", "test/a", "test/b"])
-    outputs, checkpoints = main("DATASET=photos", "EPOCHS=1")
-    assert load_prior(checkpoints / "prior.pt").classes == 0
+    outputs, checkpoints = main("DATASET=photos", "EPOCHS=1", "ORDER=masked")
+    prior = load_prior(checkpoints / "prior.pt")
+    assert prior.classes == 0 and not prior.raster
     assert "class_colours" not in (outputs / "results.json").read_text()
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"), ("DIM=130", "DIM.*64"), ("BATCH_SIZE=0", "BATCH_SIZE"),
-    ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS"), ("DATASET=few", "2 training and 1 test images"),
+    ("ORDER=both", "'raster' or 'masked'"), ("SAMPLES=1", "SAMPLES = 1"), ("GUIDANCE=0.5", "GUIDANCE"),
+    ("DIM=130", "DIM.*64"), ("BATCH_SIZE=0", "BATCH_SIZE"), ("CHECKPOINT=gone.pt", "gone.pt"), ("EPOCHS=2.5", "EPOCHS"),
+    ("LEARNING_RATE=-1", "LEARNING_RATE"), ("DATASET=few", "2 training and 1 test images"),
     (f"CHECKPOINT={PRETRAINED_DIR}/vqrae_ema_vq.pt", "4,096 codes"), ("CHECKPOINT=none.pt", "fsq, .*residual_vq")])
 def test_a_wrong_constant_is_refused_before_training(argument, message, main):
     write_images("few", ["train/a", "train/b", "test/a"])
