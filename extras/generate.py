@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
 import utils
@@ -49,25 +50,32 @@ class CausalConv(nn.Conv2d):
     Its third row would be zeros, so it has two. Zeros surround the grid: a repeated border would show later tokens.
     """
 
+    memory = None  # for grids. Else x is one token (B, C, 1, 1), and this dict has its place and the tokens before it
+
     def __init__(self, dim_in: int, dim_out: int, centre: bool = True):
         super().__init__(dim_in, dim_out, (2, 3), padding=1)
         self.register_buffer("taps", torch.tensor([[1.0, 1, 1], [1, centre, 0]]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.taps, self.bias)[:, :, :-1]  # the last row lies below the grid
+        weight = self.weight * self.taps
+        if not self.memory:
+            return self._conv_forward(x, weight, self.bias)[:, :, :-1]  # the last row lies below the grid
+        (h, w), (row, column) = self.memory["grid"], self.memory["place"]
+        inputs = self.memory.setdefault(self, x.new_zeros(*x.shape[:2], h + 1, w + 2))
+        inputs[:, :, row + 1, column + 1] = x[..., 0, 0]
+        return F.conv2d(inputs[:, :, row : row + 2, column : column + 3], weight, self.bias)
 
 
-class CausalResidualBlock(ResidualBlock):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__(dim, hidden)
-        self.conv1, self.conv2 = CausalConv(dim, hidden), CausalConv(hidden, dim)
-        for p in self.conv2.parameters():
-            nn.init.zeros_(p)
+class CausalAttention(Attention):
+    memory = None  # as above
 
-
-class CausalTransformerBlock(TransformerBlock):
-    def forward(self, z: Tensor) -> Tensor:
-        return self[0](z.flatten(2).mT, is_causal=True).mT.unflatten(2, z.shape[2:])
+    def forward(self, x: Tensor, **_) -> Tensor:
+        if not self.memory:
+            return super().forward(x, is_causal=True)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, 1, dim / heads)
+        qkv = self.memory[self] = torch.cat([self.memory[self], qkv], 3) if self in self.memory else qkv
+        q, k, v = qkv.unbind(2)
+        return self.proj(F.scaled_dot_product_attention(q[:, :, -1:], k, v).transpose(1, 2).flatten(2))
 
 
 class Prior(nn.Module):
@@ -90,30 +98,40 @@ class Prior(nn.Module):
             nn.init.normal_(table.weight, std=0.1)
         self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
         self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
-        if self.raster:
-            self.first, pair = CausalConv(dim, dim, centre=False), (CausalResidualBlock, CausalTransformerBlock)
-        else:
-            self.mask, pair = nn.Parameter(torch.randn(dim) * 0.02), (ResidualBlock, TransformerBlock)
-        blocks = []
+        blocks, hidden, heads = [], dim * 2 // 3, math.ceil(dim / 64)
         for _ in range(depth):
-            blocks += [pair[0](dim, dim * 2 // 3), pair[1](dim, math.ceil(dim / 64))]
+            residual, transformer = ResidualBlock(dim, hidden), TransformerBlock(dim, heads)
+            if self.raster:
+                residual.conv1, residual.conv2 = CausalConv(dim, hidden), CausalConv(hidden, dim)
+                nn.init.zeros_(residual.conv2.weight)
+                transformer[0].attn = CausalAttention(dim, heads, qkv_bias=True)
+            blocks += [residual, transformer]
+        if self.raster:
+            self.first = CausalConv(dim, dim, centre=False)
+        else:
+            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n)) for n in sizes)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
 
-    def features(self, digits: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
+    def features(self, digits: Tensor, masked: Tensor, labels: Tensor, memory: dict | None = None) -> Tensor:
         """digits (B, N, K), masked (B, N) bool, labels (B,) -> features (B, N, dim) that predict each token.
 
-        A raster prior sees the tokens before, and takes an image's first rows alone, too. A masked one sees the others.
+        A raster prior sees the tokens before, a masked one those that are not masked.
+        memory: for tokens in raster order, one a call. Features are (B, 1, dim), of the token at memory["place"].
         """
-        grid = (-1, self.grid[1])
         z = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
         if self.raster:  # a row's first token lies far from the token before it, which therefore is added
-            z = self.first(z.mT.unflatten(2, grid)).flatten(2).mT + F.pad(z[:, :-1], (0, 0, 1, 0))
+            z = self.first(z.mT.unflatten(2, self.grid)).flatten(2).mT + F.pad(z[:, :-1], (0, 0, 1, 0))
         else:
             z = torch.where(masked[..., None], self.mask, z)
-        z = z + self.position[: z.shape[1]] + self.embed_label(labels)[:, None]
-        return self.norm(self.blocks(z.mT.unflatten(2, grid)).flatten(2).mT)
+        z = (z + self.position + self.embed_label(labels)[:, None]).mT.unflatten(2, self.grid)
+        if memory:
+            row, column = memory["place"]
+            z = z[:, :, row : row + 1, column : column + 1]
+        for layer in self.blocks.modules():
+            layer.memory = memory
+        return self.norm(self.blocks(z).flatten(2).mT)
 
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
         """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> bits (B,).
@@ -168,20 +186,23 @@ class Prior(nn.Module):
         check(valid, f"steps, guidance = {steps, guidance}, allowed: 1 or more, steps whole")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.position.device)
         masked = mask.flatten(1).to(digits.device)
-        count = masked.sum(1, keepdim=True)  # (B, 1)
+        count, memory = masked.sum(1, keepdim=True), {}  # (B, 1)
         if self.raster:
             check(not (masked[:, :-1] & ~masked[:, 1:]).any(),
                   "A raster prior fills only tokens after the last known one. Take a prior of ORDER=masked.")
-            places, steps = masked.cumsum(1) - 1, self.token_count
+            steps, memory = self.token_count, {"grid": self.grid}
+            places, count = torch.arange(steps, device=masked.device), torch.full_like(count, steps)
         else:  # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
             places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        most, width = count.clamp(max=int(steps)), self.grid[1]  # steps (B, 1): few tokens take fewer
-        conditions = [labels] if guidance == 1 or torch.equal(labels, none) else [labels, none]
+        most = count.clamp(max=int(steps))  # steps (B, 1): few tokens take fewer
+        given = torch.stack([labels] if guidance == 1 or torch.equal(labels, none) else [labels, none])  # (1 or 2, B)
         for step in range(1, int(most.max()) + 1):
             chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
-            last = self.token_count if not self.raster else chosen.any(0).nonzero().max() // width * width + width
-            z = torch.stack([self.features(digits[:, :last], masked[:, :last], given)[chosen[:, :last]]
-                             for given in conditions])  # (1 or 2, M, dim)
+            if self.raster:
+                memory["place"] = divmod(step - 1, self.grid[1])
+            inputs = digits.repeat(len(given), 1, 1), masked.repeat(len(given), 1), given.flatten()
+            z = self.features(*inputs, memory).expand(-1, self.token_count, -1)
+            z = z.unflatten(0, given.shape)[:, chosen]  # (1 or 2, M, dim)
             scale = (1 + (guidance - 1) * (2 * step - 1) / most).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
             for k, head in enumerate(self.heads):
@@ -191,6 +212,7 @@ class Prior(nn.Module):
                 z = z + self.embed_earlier[k](drawn[:, k]) if k < len(self.embed_earlier) else z
             digits[chosen] = drawn
             masked = masked & ~chosen
+        memory.clear()
         return join_indices(digits, self.sizes).view(indices.shape)
 
 
@@ -270,7 +292,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, tuple]) -> dict[str, float]:
-    """Fréchet distances of samples and of training images from the test images, and the samples' accuracy by a probe.
+    """Fréchet distances of samples and training images from test images, and how often a probe sees a sample's class.
 
     judges: by name, the network and its mean features of training and of test images
     """

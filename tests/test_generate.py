@@ -94,6 +94,16 @@ def test_a_prior_sees_the_label_its_place_and_the_tokens_that_its_order_allows(o
     assert not torch.isclose(other_label, features, atol=1e-4).all(2).any() and (torch.pdist(features[0]) > 1e-3).all()
 
 
+@torch.no_grad()
+def test_one_token_after_the_other_has_the_features_of_the_whole_grid():
+    prior, digits = random_prior("raster", grid=(3, 4)).double(), torch.randint(2, (5, 12, 3))
+    inputs, memory, found = (digits, digits[..., 0] > 1, torch.tensor([0, 1, 2, 0, 1])), {"grid": (3, 4)}, []
+    for place in range(12):
+        memory["place"] = divmod(place, 4)
+        found.append(prior.features(*inputs, memory))
+    torch.testing.assert_close(torch.cat(found, 1), prior.features(*inputs))
+
+
 @pytest.mark.parametrize("leak", [
     lambda conv, x: F.conv2d(F.pad(x, (1, 1, 1, 0), "replicate"), conv.weight * conv.taps, conv.bias),  # the border's
     lambda conv, x: conv._conv_forward(x, conv.weight, conv.bias)[:, :, :-1]])  # the token itself and the next one
@@ -110,7 +120,7 @@ def coin(monkeypatch):
     """coin(order) has one digit. The odds of 1 are e with the class, and even without. Step n draws the number n."""
     def build(order):
         prior, prior.odds = Prior([2], [1, 4], 1, 16, 1, order), []  # of each step
-        prior.features = lambda digits, masked, labels: (labels == 0).float().view(-1, 1, 1).expand(*masked.shape, 1)
+        prior.features = lambda digits, masked, labels, _: (labels == 0).float().view(-1, 1, 1).expand(*masked.shape, 1)
         prior.heads = torch.nn.ModuleList([torch.nn.ConstantPad1d((1, 0), 0)])
 
         def multinomial(p, count):
@@ -139,7 +149,7 @@ def test_later_steps_fill_more_tokens_in_a_random_order(coin):
 def test_a_raster_prior_goes_on_after_the_known_tokens(coin):
     mask = torch.arange(4).view(1, 1, 4) >= torch.tensor([0, 2, 4]).view(3, 1, 1)  # so many are known
     filled = coin("raster").fill(torch.zeros(3, 1, 4).long(), mask, steps=2)
-    assert filled[:, 0].tolist() == [[1, 2, 3, 4], [0, 0, 1, 2], [0, 0, 0, 0]]
+    assert filled[:, 0].tolist() == [[1, 2, 3, 4], [0, 0, 3, 4], [0, 0, 0, 0]]
     mask[0, 0, 2] = False
     with refused("after the last known one.*ORDER=masked"):
         coin("raster").fill(torch.zeros(3, 1, 4).long(), mask)
