@@ -106,10 +106,8 @@ class Prior(nn.Module):
                 nn.init.zeros_(residual.conv2.weight)
                 transformer[0].attn = CausalAttention(dim, heads, qkv_bias=True)
             blocks += [residual, transformer]
-        if self.raster:
-            self.first = CausalConv(dim, dim, centre=False)
-        else:
-            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        self.first = CausalConv(dim, dim, centre=False) if self.raster else None
+        self.mask = None if self.raster else nn.Parameter(torch.randn(dim) * 0.02)
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n)) for n in sizes)
         self.to(memory_format=torch.channels_last)  # convolutions are faster
@@ -332,8 +330,7 @@ def main():
     key = utils.digest((sorted(constants.items()), data.digest, utils.digest_code()))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
-        print(f"This run is finished: see {run.outputs}/. For another, change a constant.")
-        return
+        return print(f"This run is finished: see {run.outputs}/. For another, change a constant.")
     if data.train_labels is None:  # without classes, label 0 stands for none
         data = data._replace(train_labels=torch.zeros(count).long(), test_labels=torch.zeros(tested).long())
     utils.seed_everything(SEED)
