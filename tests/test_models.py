@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 import models
 from data import load_image
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips, load_checkpoint
-from quantizers import FSQ, QUANTIZERS
+from quantizers import FSQ, QUANTIZERS, build_quantizer
 from utils import psnr
 
 SETTINGS = (ROOT / "docs/SETTINGS.md").read_text("utf-8")
-OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 64},
+OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 64}, "simvq_matched": {"codebook_size": 64},
            "ema_vq": {"codebook_size": 64, "code_dim": 8}, "residual_vq": {"codebook_size": 16, "code_dim": 8}}
 
 
@@ -41,9 +41,9 @@ def build(encoder="cifar", quantizer="fsq", **options):
     return model.eval()
 
 
-def save_vit(architecture, path):
+def save_vit(architecture, path, **options):
     """Save a small ViT of timm's, all its weights random, as its users do: config.json and model.safetensors."""
-    options = {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}
+    options |= {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}
     model = timm.create_model(architecture, **options)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -116,9 +116,18 @@ def test_images_of_another_shape_range_or_type_are_refused(images):
         build().encode_to_indices(images)
 
 
-def test_indices_need_eval_mode():
-    with refused(r"model.eval\(\)"):
-        build().train().encode_to_indices(torch.rand(1, 3, 32, 32))
+def test_encoding_in_train_mode_is_as_in_eval_mode_and_leaves_all_modes_as_they_were():
+    model, images = build(quantizer="ema_vq"), torch.rand(2, 3, 32, 32)
+    expected, codebook = model.encode_to_indices(images), model.quantizer.codebook.clone()
+    model.train()
+    for part in (model.decoder, model.quantizer, model.encoder):  # after each, one more module has a mode of its own
+        modes = [module.training for module in model.modules()]
+        assert torch.equal(model.encode_to_indices(images), expected)
+        with refused("The values of images"):
+            model.encode_to_indices(images + 1)
+        assert [module.training for module in model.modules()] == modes and True in modes
+        part.train(not part.training)
+    assert torch.equal(model.quantizer.codebook, codebook)
 
 
 @pytest.mark.parametrize("method", ["decode_from_indices", "features_from_indices", "get_codebook_usage"])
@@ -138,6 +147,10 @@ def test_codebook_usage_by_hand(levels, size, counted):
     counts, usage, perplexity = model.get_codebook_usage([[0, 0, 3, 3], [7, 7, size - 1, 0]])
     assert sorted(counts[counts > 0].tolist()) == [1, 2, 2, 3] and len(counts) == counted
     assert usage == 4 / size and perplexity == pytest.approx(8 / (3**3 * 2**2 * 2**2) ** (1 / 8))
+    with refused("get_codebook_usage needs indices"):
+        model.get_codebook_usage()
+    expected = model.get_codebook_usage(model.encode_to_indices(torch.rand(1, 3, 9, 8)))
+    assert torch.equal(expected[0], model.get_codebook_usage()[0])  # without indices, those of the last images
 
 
 # Large images and many images
@@ -158,7 +171,7 @@ def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatc
     torch.testing.assert_close(model.features_from_indices(indices), z, rtol=0, atol=1e-3)
     if count > 1:
         assert max(sizes) <= 100
-    elif model.encoder_radius:  # a strip has 4 radii of rows at least, and one above and one below
+    elif model.encoder_radius < math.inf:  # a strip has 4 radii of rows at least, and one above and one below
         assert max(sizes) <= 6 * model.encoder_radius * w < h * w
 
 
@@ -176,12 +189,21 @@ def test_no_token_sees_beyond_the_radius(name):
 # Stages and losses
 
 def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
-    model = build(encoder).train()
+    model = build(encoder)
     for stage in (1, 2, 1):
-        learns = stage == 2 or encoder == "cnn"
-        assert model.set_stage(stage).stage == stage and model.encoder.training == learns
-        assert {p.requires_grad for p in model.encoder.parameters()} == {learns}
-        assert not model.eval().encoder.training and model.train().encoder.training == learns
+        assert model.set_stage(stage).stage == stage
+        assert {p.requires_grad for p in model.encoder.parameters()} == {stage == 2 or encoder == "cnn"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "random positions"])
+def test_an_encoder_gives_the_same_features_in_both_modes_and_stages(name):
+    """timm's BatchNorm would learn other statistics, and some of its ViTs draw random positions in train mode."""
+    if name == "random positions":
+        name = save_vit("vit_small_patch16_dinov3", "vit", rope_rescale_coords=2.0)
+    model, images = VQRAE(name, "fsq", grid=2, decoder_depth=1).eval(), torch.rand(2, 3, 32, 32)
+    z = model.encoder(images)
+    for stage in (1, 2):
+        assert torch.equal(model.set_stage(stage).train().encoder(images), z) and model.adapter.training
 
 
 def test_distillation_does_not_move_the_teacher():
@@ -240,7 +262,7 @@ def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
         models.save_checkpoint("model.pt", model)
         model.save_pretrained("saved")
         for load, path in ((load_checkpoint, "model.pt"), (VQRAE.from_pretrained, "saved")):
-            with refused(f"{path} .*{name} does not load. Its folder"):
+            with refused(f"{path} .*{name} does not load. It needs its folder"):
                 load(path)
 
 
@@ -251,7 +273,7 @@ def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
 
     monkeypatch.setitem(QUANTIZERS, "own", Own)
     model, images = build(), torch.rand(2, 3, 32, 32)
-    model.quantizer = Own(256, levels=[3, 2]).eval()
+    model.quantizer = build_quantizer(Own, 256, levels=[3, 2]).eval()
     models.save_checkpoint("own.pt", model)
     again = load_checkpoint("own.pt")
     assert isinstance(again.quantizer, Own) and again.config == model.config
@@ -260,6 +282,21 @@ def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
     for function in (lambda: load_checkpoint("own.pt"), lambda: models.save_checkpoint("lost.pt", model)):
         with refused(r"quantizer = 'own', allowed: .*QUANTIZERS\['own'\] = "):
             function()
+    model.quantizer = Own(256).eval()  # which has no record of its options
+    assert model.encode_to_indices(images).max() < 9
+    with refused(r"build its quantizer by build_quantizer\(class, dim"):
+        models.save_checkpoint("lost.pt", model)
+    assert not Path("lost.pt").exists()
+
+
+def test_a_small_file_keeps_what_8_bits_would_spoil():
+    """A matched SimVQ goes on with its covariance, which has to stay positive definite."""
+    model = build(quantizer="simvq_matched")
+    model.quantizer.covariance.copy_(torch.cov(torch.randn(16, 99) * torch.logspace(-2, 2, 16)[:, None]))
+    models.save_checkpoint("small.pt", model, small=True)
+    again = load_checkpoint("small.pt")
+    assert torch.equal(again.quantizer.covariance, model.quantizer.covariance)
+    assert not torch.equal(again.decoder.head.weight, model.decoder.head.weight)
 
 
 @pytest.mark.parametrize("path", sorted(PRETRAINED_DIR.glob("vqrae_*.pt")), ids=lambda path: path.stem)
@@ -354,7 +391,6 @@ def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
         means = means.unflatten(3, (6, parts)).unflatten(2, (4, parts)).permute(0, 1, 3, 5, 2, 4)
         expected.append(normalized(means.flatten(1, 3), 1))
     assert torch.allclose(z, torch.cat(expected, 1)[..., :3, :5], atol=1e-3) and z.shape[1] == encoder.dim
-    assert torch.equal(encoder.train()(images), z)  # BatchNorm keeps its statistics
 
 
 def test_efficientnet_of_its_pip_package_knows_a_photograph():
