@@ -14,10 +14,8 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad and p.ndim in (2, 4) and name.startswith(blocks):
-            matrices.append(p)
-        elif p.requires_grad:
-            others.append(p)
+        if p.requires_grad:
+            (matrices if p.ndim in (2, 4) and name.startswith(blocks) else others).append(p)
     optimizers = {"adamw": torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = Muon(matrices, 2 * learning_rate, weight_decay=0.01)

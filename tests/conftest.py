@@ -50,13 +50,10 @@ def write_images(root, names, colour=(200, 0, 0)):
 
 @pytest.fixture(autouse=True)
 def reproducible(tmp_path, monkeypatch):
-    """Each test starts with the same random state, in an empty folder, without utils.prepare_cpu and lists of files."""
+    """Each test starts with the same random state, in an empty folder, and without utils.prepare_cpu."""
     import timm
     import torch
 
-    from data import list_split
-
-    list_split.cache_clear()
     torch.manual_seed(SEED)
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
