@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, refused, run_script
+from conftest import ROOT, SMALL, TINY, refused
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -67,7 +67,9 @@ def outcome(folder):
     last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
     for row in last["history"]:
         del row["seconds"], row["images_per_second"]
-    files = {path.relative_to(folder) for path in folder.rglob("*") if path.name not in ("log", "lock")}
+    # a killed process leaves its draft
+    left = ("log", "lock", ".draft")
+    files = {path.relative_to(folder) for path in folder.rglob("*") if not path.name.endswith(left)}
     state = {name: part.get("state", part) for name, part in last.items() if isinstance(part, dict)}
     return last["history"], (outputs / "results.json").read_text(), files, state
 
@@ -75,7 +77,7 @@ def outcome(folder):
 @pytest.mark.parametrize("options, kills", [
     ("EPOCHS=2 QUANTIZER=rotation_vq GAN_WEIGHT=0.5", {  # the library draws random numbers, too
         "last.pt": None, "stage1_epoch_002.png": (1, 1), "stage2_epoch_001.png": (1, 2), "results.json": (2, 2)}),
-    ("EPOCHS=2 STAGES=(1,) IMAGE_SIZE=(16,24)", {"stage1_epoch_002.png": (1, 1)})], ids=["all", "workers"])
+    ("EPOCHS=2 STAGES=(1,) CROP_SIZES=(16,24)", {"stage1_epoch_002.png": (1, 1)})], ids=["all", "workers"])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
     """Bit for bit. kills: {the file before which a run is killed: the (stage, epoch) that is saved by then}"""
     arguments = [f"DATASET={folder}", *STEPS, "FLIP=True", *options.split()]
@@ -93,23 +95,12 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills
 
 def test_a_run_goes_on_in_one_process_alone():
     run = Run("a")
-    with refused("checkpoints/a cannot be locked: perhaps another process trains this run"):
+    with refused("checkpoints/a/lock is locked: perhaps another process trains this run"):
         Run("a")
     Run("a", first_process=False)  # the other processes of torchrun
     Run("b")
-    Path("checkpoints/a/last.pt.1.tmp").touch()
     run.lock.release()
     Run("a")
-    assert not Path("checkpoints/a/last.pt.1.tmp").exists()  # what a killed process was writing
-
-
-def test_a_run_whose_folder_is_removed_stops():
-    run = Run("a")
-    shutil.rmtree("checkpoints")
-    for _ in range(2):  # the second time another process has begun the run anew
-        with refused("checkpoints/a was removed while this run was using it"):
-            train.save_epoch(run, {"stage": 1, "epoch": 1}, None, {}, None, None)
-        assert Run("a").epoch == 0 and not Path("outputs").exists()
 
 
 def test_a_last_pt_that_is_damaged_or_of_another_model_or_run_is_refused():
@@ -158,15 +149,9 @@ def test_processes_that_do_not_share_a_disk_end_at_once(trained, folder, tmp_pat
 
 
 @pytest.mark.parametrize("mistake, message", [
-    ("BATCH_SIZE=100", "BATCH_SIZE = 100, allowed: at most the 90 images"), ("DATASET=missing", "DATASET = 'missing'")])
+    ("BATCH_SIZE=100", "BATCH_SIZE = 100, allowed: at most the 90 images"),
+    ("DATASET=missing", "There is no folder missing/train")])
 def test_both_processes_end_where_the_first_finds_a_mistake(mistake, message, folder, tmp_path):
     assert run([tmp_path] * 2, [f"DATASET={folder}", *TINY, "EPOCH_IMAGES=0", mistake]) == [1, 1]
     log = (tmp_path / "log").read_text()
     assert log.count(f"train.py: {message}") == 2 and "Traceback" not in log
-
-
-@pytest.mark.slow
-def test_torchrun_starts_two_processes_which_print_once(folder):
-    command = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py", f"DATASET={folder}"]
-    done = run_script(".", *command, *STEPS)
-    assert done.returncode == 0 and done.stdout.count("2 x cpu") == 1, done.stderr

@@ -15,16 +15,17 @@ from zipfile import ZipFile
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SEED
+from conftest import ROOT, SEED, refused
 from PIL import Image
 from torch import nn
 from torchvision.models.vgg import VGG, VGG16_Weights
 
+import models
 import muon
 import train
 import utils
-from data import list_split, load_dataset
-from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, load_checkpoint
+from data import load_dataset
+from models import PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, load_checkpoint, save_checkpoint
 from utils import evaluate, load_torch
 
 
@@ -39,56 +40,66 @@ def checkpoint(outputs, name):
     return next(Path("checkpoints", outputs.name).glob(f"*_{name}.pt"))
 
 
-def small_model(quantizer="simvq_learned", stage=1):
+def small_model(quantizer="simvq", stage=1):
     """A model for 16 x 16 pixels, five images, and the frozen encoder. In stage 2 it differs from the model's."""
     model = VQRAE("cifar", quantizer, {}, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
     with torch.no_grad():  # weights that begin as zeros would stop gradients
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p) * p.requires_grad
-    return model, torch.rand(5, 3, 16, 16), build_encoder("cifar", 4).eval().requires_grad_(False)
+    teacher = build_encoder("cifar", 4).eval().requires_grad_(False)
+    return model, torch.rand(5, 3, 16, 16), model.encoder if stage == 1 else teacher
 
 
 # Losses and optimizers
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_loss_is_the_weighted_sum_of_all_losses(stage):
-    model, images, teacher = small_model(stage=stage)
+@pytest.mark.parametrize("stage, own", [(1, True), (2, True), (2, False)])
+def test_the_loss_is_the_weighted_sum_of_all_losses(stage, own, change):
+    """The perceptual loss compares features of the frozen encoder, or of another network."""
+    change(train, PERCEPTUAL_WEIGHT=0.7, DISTILL_WEIGHT=0.9, GAN_WEIGHT=0.5)
+    model, images, frozen = small_model(stage=stage)
+    network = frozen if own else nn.Conv2d(3, 5, 1).requires_grad_(False)
     critic = nn.Conv2d(3, 1, 1)
     nn.init.constant_(critic.weight, 8)
     nn.init.constant_(critic.bias, -12)  # logits of images lie between -12 and 12
-    losses = train.objective(model, images, teacher, None, critic, perceptual_weight=0.7, distill_weight=0.9,
-                             gan_weight=0.5)
+    losses = train.objective(model, images, frozen, network, critic)
     z_q, quantizer_loss, _ = model.encode(images)
     output = model.decode(z_q)
     real, fake = critic(images), critic(output)
     expected = {
         "l2_loss": F.mse_loss(output, images), "quantizer_loss": quantizer_loss, "gan_loss": -fake.mean(),
-        "perceptual_loss": F.mse_loss(teacher(output)[[0, 2, 4]], teacher(images)[[0, 2, 4]]),
-        "distill_loss": F.mse_loss(model.encoder(images), teacher(images)) if stage == 2 else torch.tensor(0.0),
-        "discriminator_loss": ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2}
+        "discriminator_loss": ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2,
+        "perceptual_loss": F.mse_loss(network(output)[[0, 2, 4]], network(images)[[0, 2, 4]]),
+        "distill_loss": F.mse_loss(model.encoder(images), frozen(images)) if stage == 2 else torch.tensor(0.0)}
     l2, gan = [torch.autograd.grad(expected[name], model.decoder.head.weight, retain_graph=True)[0].norm()
                for name in ("l2_loss", "gan_loss")]
     weights = {"l2_loss": 16, "quantizer_loss": 1, "perceptual_loss": 0.7, "distill_loss": 0.9,
                "gan_loss": 0.5 * 16 * l2 / (gan + 1e-4)}  # as if both had one norm at the decoder's last layer
     expected["loss"] = sum(weight * expected[name] for name, weight in weights.items())
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
-    gradients = [torch.autograd.grad(x["loss"], train.parameters(model)) for x in (losses, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
-    assert all(gradient.any() for gradient in gradients[0])  # each parameter learns
+    learning = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected["loss"], learning, retain_graph=True)
+    gradients += torch.autograd.grad(expected["discriminator_loss"], [*critic.parameters()])
+    (losses["loss"] + losses["discriminator_loss"]).backward()  # each part learns from its own loss alone
+    found = tuple(p.grad for p in [*learning, *critic.parameters()])
+    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-5)
+    assert all(gradient.any() for gradient in gradients)  # each parameter learns
 
 
 def test_lpips_sees_all_images_clamped(change, monkeypatch):
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", lambda *_, **__: {})
     monkeypatch.setattr(VGG, "load_state_dict", lambda *_: None)  # random weights stay
     change(train, PERCEPTUAL="lpips")
-    model, images, teacher = small_model("none")  # rounding cannot move a token
+    model, images, frozen = small_model("none")  # rounding cannot move a token
     _, lpips = train.build_loss_networks(model)
     model.decoder.head.weight.data *= 20  # most pixels are out of range
-    losses = [train.objective(model, images, teacher, lpips, None, weight, 0.9, 0.0) for weight in (0.7, 0.0)]
+    losses = []
+    for weight in (0.7, 0.0):
+        change(train, PERCEPTUAL_WEIGHT=weight)
+        losses.append(train.objective(model, images, frozen, lpips, None)["perceptual_loss"])
     output = model.decode(model.encode(images)[0])
     expected = lpips(2 * output.clamp(0, 1) - 1, 2 * images - 1).mean()
-    torch.testing.assert_close(losses[0]["perceptual_loss"], expected)
-    assert expected > 0 and losses[1]["perceptual_loss"] == 0  # with weight 0 it is not computed
+    torch.testing.assert_close(losses[0], expected)
+    assert expected > 0 and losses[1] == 0  # with weight 0 it is not computed
 
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine():
@@ -138,7 +149,7 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rat
 
 def test_options_that_follow_from_the_batch(change):
     """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 tokens and codes, or two tokens."""
-    change(train, QUANTIZER="rotation_vq", BATCH_SIZE=32, GRID=8, CODEBOOK_SIZE=1024, IMAGE_SIZE=32, ACCUMULATE=1)
+    change(train, QUANTIZER="rotation_vq", BATCH_SIZE=32, CODEBOOK_SIZE=1024)
     for ranks in (1, 2):  # which share the batch
         change(train, ranks=ranks)
         assert train.quantizer_options()["threshold_ema_dead_code"] == pytest.approx(0.1 * 32 * 64 / 1024)
@@ -146,6 +157,8 @@ def test_options_that_follow_from_the_batch(change):
     for size, fraction in ((2**10, 1), (2**16, 256 / 2048), (2**24, 2 / 2048)):
         change(train, CODEBOOK_SIZE=size)
         assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(fraction)
+    change(train, CROP_SIZES=(64, 32), CODEBOOK_SIZE=2**14)  # a batch of the larger crops has 8,192 tokens
+    assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(1024 / 8192)
 
 
 # A run
@@ -159,20 +172,18 @@ def test_training_is_what_the_table_of_stages_says(main, folder, change):
     utils.seed_everything(SEED)
     model, teacher = train.build_model(), build_encoder("cifar", 4).eval().requires_grad_(False)
     teacher.to(memory_format=torch.channels_last)
-    for stage, epochs, rate, perceptual_weight in ((1, 2, 2e-3, 0.3), (2, 1, 5e-4, 0.2)):
+    for stage, epochs, rate in ((1, 2, 2e-3), (2, 1, 5e-4)):
         model.set_stage(stage).train()
         utils.seed_everything(SEED, stage)
-        critic, learning = PatchDiscriminator(16), train.parameters(model)
+        critic, learning = PatchDiscriminator(16), [p for p in model.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(learning, betas=(0.9, 0.95), fused=True)
         gan_adamw = torch.optim.AdamW(critic.parameters(), 2e-4, (0.5, 0.9), fused=True)
         for epoch in range(1, epochs + 1):
             gan, log = (stage, epoch) == (1, 2), []
-            batches = train.epoch_batches(images, stage, epoch, steps=2)
-            for step, batch in enumerate(batches, 2 * epoch - 2):
-                losses = train.objective(model, batch, teacher, None, critic if gan else None, perceptual_weight,
-                                         distill_weight=0.1, gan_weight=0.5)
+            for step, batch in enumerate(train.stage_batches(images, stage, [epoch], 2), 2 * epoch - 2):
+                losses = train.objective(model, batch, teacher, teacher, critic if gan else None)
                 if gan:
-                    losses["discriminator_loss"].backward(inputs=[*critic.parameters()], retain_graph=True)
+                    losses["discriminator_loss"].backward(inputs=[*critic.parameters()])
                 losses["loss"].backward(inputs=learning)
                 log.append(torch.stack([*losses.values()]).detach())
                 norms.append(nn.utils.clip_grad_norm_(learning, 1.0))
@@ -187,16 +198,15 @@ def test_training_is_what_the_table_of_stages_says(main, folder, change):
     assert max(norms) > 1  # some were clipped
 
 
-def test_micro_batches_have_the_gradient_of_one_batch(change):
-    model, images, teacher = small_model("none", stage=2)
-    learning, sums = train.parameters(model), []
+def test_micro_batches_have_the_gradient_of_one_batch(main, change):
+    """After the first step AdamW's averages and Muon's momenta are a part of the gradient."""
+    change(train, fast_bf16=lambda device: False)
+    sums = []
     for count in (1, 2):
-        change(train, bf16=False, ACCUMULATE=count)
-        model.zero_grad()
-        for batch in images[:4].split(4 // count):
-            _, gradients = train.losses_and_gradients(model, teacher, None, batch, None)
-            train.add_gradients(learning, gradients)
-        sums.append(torch.cat([p.grad.flatten() for p in learning]))
+        outputs = main("QUANTIZER=none", f"ACCUMULATE={count}", "EPOCH_IMAGES=4", "STAGES=(1,)", "LEARNING_RATE=0")
+        last = load_torch(f"checkpoints/{outputs.name}/last.pt")
+        moments = [*last["adamw"]["state"].values(), *last["muon"]["state"].values()]
+        sums.append(torch.cat([x.get("exp_avg", x.get("momentum")).flatten() for x in moments]))
     assert (sums[0] - sums[1]).norm() < 1e-3 * sums[0].norm()
 
 
@@ -255,50 +265,67 @@ def test_a_run_ends_before_it_saves_what_is_not_finite(arguments, main):
     assert not [*Path("checkpoints").glob("*/*.pt")]
 
 
+def test_a_loss_is_printed_and_checked_each_hundred_steps(main, change, monkeypatch, capsys):
+    """A NaN in the second epoch ends the run within 100 steps, and leaves the first epoch's files."""
+    objective, calls = train.objective, itertools.count(1)
+
+    def diverging(*arguments):
+        losses = objective(*arguments)
+        return losses | {"loss": losses["loss"] * (math.nan if next(calls) > 210 else 1)}
+
+    change(train, objective=diverging)
+    with pytest.raises(SystemExit, match="^train.py: The loss of stage 1, epoch 2, is nan"):
+        main("QUANTIZER=fsq", "EPOCH_IMAGES=410", "BATCH_SIZE=2", "EPOCHS=3")
+    assert next(calls) == 306 and re.search(r"(?m)^ +1 +1 +[\d.]+ +\(step 200 of 205\)$", capsys.readouterr().out)
+    assert load_torch(*Path("checkpoints").glob("*/last.pt"))["epoch"] == 1
+
+
 # Batches
 
 def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(change):
     images = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16)
 
-    def shown(stage=1, epoch=1, steps=5, seed=SEED):
+    def shown(stage=1, epochs=(1,), steps=5, seed=SEED):
         """The images of an epoch in their order. Pixels of image i are i."""
-        change(train, SEED=seed, BATCH_SIZE=4, ACCUMULATE=1, FLIP=False, IMAGE_SIZE=16)
-        return (torch.cat([*train.epoch_batches(images, stage, epoch, steps)])[:, 0, 0, 0] * 255).round().tolist()
+        change(train, SEED=seed, BATCH_SIZE=4, FLIP=False, IMAGE_SIZE=16)
+        return (torch.cat([*train.stage_batches(images, stage, epochs, steps)])[:, 0, 0, 0] * 255).round().tolist()
 
-    orders = [shown(**options) for options in ({}, {"epoch": 2}, {"stage": 2}, {"seed": SEED + 1})]
+    orders = [shown(**options) for options in ({}, {"epochs": (2,)}, {"stage": 2}, {"seed": SEED + 1})]
     twice = shown(steps=10)  # a small dataset is shown again, of a large one a part
     for order in (*orders, twice[:20], twice[20:]):
         assert sorted(order) == [*range(20)]
-    assert shown() == orders[0] and shown(steps=3) == orders[0][:12]
+    assert shown() == orders[0] and shown(steps=3) == orders[0][:12] and shown(epochs=(1, 2)) == sum(orders[:2], [])
     assert len({*map(tuple, orders)}) == 4
 
 
 def test_crops_of_several_sizes_take_turns(folder, change):
     """A step has one size. Test images have the largest."""
-    change(train, IMAGE_SIZE=(24, 16), BATCH_SIZE=4, ACCUMULATE=2)
-    data = load_dataset(str(folder), (24, 16))
-    shapes = [batch.shape for batch in train.epoch_batches(data.train_images, 1, 1, steps=3)]
+    change(train, CROP_SIZES=(24, 16), BATCH_SIZE=4, ACCUMULATE=2)
+    data = load_dataset(str(folder), 16, (24, 16))
+    shapes = [batch.shape for batch in train.stage_batches(data.train_images, 1, [1], steps=3)]
     assert shapes == [(2, 3, size, size) for size in (16, 16, 24, 24, 16, 16)]
     assert data.test_images.shape[2:] == (24, 24)
 
 
 # Encoders and start checkpoints
 
-def test_a_cnn_learns_in_both_stages_without_a_teacher(main):
-    outputs = main("ENCODER=cnn", "IMAGE_SIZE=32", "GRID=4", "EPOCHS=(2, 1)")
-    assert all(row["perceptual_loss"] == row["distill_loss"] == 0 for row in table(outputs))
+@pytest.mark.parametrize("perceptual, compared", [("encoder", False), ("", False), ("cifar", True)])
+def test_a_cnn_learns_in_both_stages_without_a_teacher(perceptual, compared, main):
+    """Another network's features can be compared."""
+    outputs = main("ENCODER=cnn", "IMAGE_SIZE=32", "GRID=4", "EPOCHS=(2, 1)", f"PERCEPTUAL={perceptual}")
+    assert all((row["perceptual_loss"] > 0) == compared and row["distill_loss"] == 0 for row in table(outputs))
     files = [load_torch(checkpoint(outputs, name)) for name in ("stage1_epoch_1", "stage1_epoch_2", "stage2_epoch_1")]
     for before, after in itertools.pairwise(file["model"] for file in files):
         assert all((before[name] != after[name]).any() for name in before if name.startswith("encoder."))
 
 
 def test_a_vit_and_its_teacher_have_the_same_layers(change):
-    change(train, ENCODER="vit_tiny_patch16_224", ENCODER_LAYERS=2, bf16=False)
-    model = train.build_model(pretrained=False).set_stage(2)
-    teacher, _ = train.build_loss_networks(model, pretrained=False)
-    teacher.load_state_dict(model.encoder.state_dict())
-    losses, _ = train.losses_and_gradients(model, teacher, None, torch.rand(2, 3, 32, 32), None)
-    assert teacher.used_layers == model.encoder.used_layers == 2 and losses["distill_loss"] < 1e-6
+    load = models.load_network
+    change(models, load_network=lambda name, pretrained: load(name, False))  # nothing can be downloaded
+    change(train, ENCODER="vit_tiny_patch16_224", ENCODER_LAYERS=2)
+    model = train.build_model().set_stage(2)
+    teacher, _ = train.build_loss_networks(model)
+    assert teacher.used_layers == model.encoder.used_layers == 2 and not teacher.training
 
 
 @pytest.mark.parametrize("encoder, quantizer, grid", [("cifar", "ema_vq", 4), ("cnn", "rotation_vq", 2)])
@@ -317,16 +344,16 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, ma
         assert (model.quantizer.codebook != start.quantizer.codebook).any()  # its moving averages go on
 
 
-def test_stage_1_refuses_an_encoder_that_was_trained(change):
-    """Its features come from the frozen encoder, the model's would be others."""
-    model = VQRAE("cifar", "fsq", {}, encoder_layers=0)
-    change(train, START_CHECKPOINT="start.pt", STAGES=(1, 2))
-    train.build_loss_networks(model)
-    next(model.encoder.parameters()).data += 0.1
-    with pytest.raises(utils.InputError, match="^The encoder in start.pt .*STAGES="):
-        train.build_loss_networks(model)
-    change(train, STAGES=(2,))
-    train.build_loss_networks(model)
+def test_a_small_file_of_stage_1_goes_on(main):
+    """Stage 1 takes the features of the file's own encoder, whose weights have 8 bits."""
+    outputs = main("STAGES=(1,)", "QUANTIZER=simvq_matched")
+    save_checkpoint("small.pt", load_checkpoint(checkpoint(outputs, "stage1_best")), small=True)
+    outputs = main("STAGES=(1,2)", "QUANTIZER=simvq_matched", "START_CHECKPOINT=small.pt", "EPOCHS=(1, 1)")
+    start, first, second = map(load_checkpoint, ("small.pt", *(checkpoint(outputs, f"stage{i}_best") for i in (1, 2))))
+    for name, weight in start.encoder.state_dict().items():
+        assert torch.equal(weight, first.encoder.state_dict()[name])
+    assert (second.encoder.whiten.weight != start.encoder.whiten.weight).any()
+    assert [row["distill_loss"] > 0 for row in table(outputs)] == [False, True]
 
 
 # Constants, in the file and on the command line
@@ -359,12 +386,12 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("FSQ_LEVELS", "6"), ("MY_SET", {1, 2}), ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("FLIP", 1), ("GAN_WEIGHT", True),
-    ("LEARNING_RATE", [1e-3, -1e-4]), ("LIBRARY", ["LFQ"]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"),
-    ("COMPILE", "on"), ("OPTIMIZER", "sgd"), ("PERCEPTUAL", "vgg"), ("START_CHECKPOINT", "a.pt"), ("SEED", 10**18),
-    ("BATCH_SIZE", 99999), ("ACCUMULATE", 0), ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0),
-    ("POST_QUANT_KERNEL", 2), ("ENCODER", "cifra"), ("GRID", 5), ("IMAGE_SIZE", [32, 50]), ("DATASET", "none"),
-    ("DEVICE", "tpu"), ("ENCODER_LAYERS", 3), ("IMAGE_SIZE", [0, 32])])
+    ("EPOCHS", [1, 1, 1]), ("EPOCHS", 0), ("EPOCHS", 1.5), ("GAN_WEIGHT", True), ("GAN_WEIGHT", "a"),
+    ("LEARNING_RATE", [1e-3, -1e-4]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"),
+    ("COMPILE", "on"), ("OPTIMIZER", "sgd"), ("START_CHECKPOINT", "a.pt"), ("BATCH_SIZE", 99999), ("ACCUMULATE", 0),
+    ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0), ("POST_QUANT_KERNEL", 2), ("ENCODER", "cifra"),
+    ("GRID", 5), ("CROP_SIZES", [32, 50]), ("DEVICE", "tpu"),
+    ("ENCODER_LAYERS", 3), ("IMAGE_SIZE", 8)])
 def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
     """This takes one line, before a run begins."""
     text = repr(tuple(value) if isinstance(value, list) else value)
@@ -372,9 +399,9 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
 
 
 @pytest.mark.parametrize("constants, line", [
-    ({}, "tiny_cifar_ema_vq_"), ({"QUANTIZER": "fsq"}, "train.py: QUANTIZER = 'fsq', allowed: ema_vq"),
+    ({}, "tiny_cifar_ema_vq_"), ({"QUANTIZER": "fsq"}, "train.py: QUANTIZER = 'fsq', allowed: 'ema_vq' with START"),
     ({"QUANTIZER": "fsq", "START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_fsq.pt"}, "tiny_cifar_fsq_"),
-    ({"ENCODER": "cnn"}, "train.py: ENCODER = 'cnn', allowed: cifar"),
+    ({"ENCODER": "cnn"}, "train.py: ENCODER = 'cnn', allowed: 'cifar'"),
     ({"CODE_DIM": 8}, "train.py: CODE_DIM = 8, allowed: 16"),
     ({"GRID": 4}, "train.py: IMAGE_SIZE / GRID = 8, allowed: 4"),
     ({"DECODER_WIDTH": 64}, "train.py: DECODER_WIDTH = 64, allowed: 192"),
@@ -386,9 +413,18 @@ def test_a_shipped_file_goes_on_with_the_constants_of_its_model_alone(constants,
 
 @pytest.mark.parametrize("constants, line", [
     ({"MINE": b"bytes"}, "train.py: The constants do not fit into results.json: "),
-    ({"QUANTIZER": "library", "LIBRARY": {1: 2, "kind": "FSQ"}}, "train.py: LIBRARY = {1: 2, 'kind': 'FSQ'}, allowed")])
+    ({"QUANTIZER": "library", "LIBRARY": {"kind": "VQ"}}, "train.py: "),
+    ({"FSQ_LEVELS": "6", "QUANTIZER": "fsq"}, "train.py: levels = '6', allowed: "),
+    ({"DATASET": "none"}, "train.py: There is no folder none/train.")])
 def test_constants_that_no_file_or_class_takes_are_refused_before_training(constants, line, begin):
     assert begin(**constants).startswith(line)
+
+
+def test_a_wrong_perceptual_network_is_refused(change):
+    for name in ("cnn", "cifra"):
+        change(train, PERCEPTUAL=name)
+        with refused(f"^PERCEPTUAL = '{name}', allowed: "):
+            train.build_loss_networks(small_model()[0])
 
 
 def test_another_start_checkpoint_makes_another_run_and_a_copy_does_not(begin):
@@ -412,16 +448,14 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
     assert {*re.findall("^([A-Z_]+) = ", printed, re.MULTILINE)} == constants
 
 
-def test_other_names_or_sizes_of_images_make_another_run_and_another_place_or_time_does_not(folder, begin):
+def test_other_images_or_code_make_another_run_and_another_place_or_time_does_not(folder, begin, change):
     shutil.copytree(folder, "tiny", copy_function=shutil.copy)  # with the time of today
-    first, second = (next(Path("tiny", split).rglob("*.png")) for split in ("train", "test"))
     assert begin(DATASET="tiny") == begin()
-    first.write_bytes(b"another size")
-    list_split.cache_clear()  # which is for one process
-    resized = begin(DATASET="tiny")
-    second.rename(second.with_suffix(".jpg"))
-    list_split.cache_clear()
-    assert len({begin(), resized, begin(DATASET="tiny")}) == 3
+    file = next(Path("tiny/train").rglob("*.png"))
+    Image.open(file).rotate(90).save(file)
+    assert begin(DATASET="tiny") != begin()
+    change(utils, digest_code=lambda: "other code")
+    assert begin(MINE=1) != begin()
 
 
 def test_device_cpu_means_the_same_run_on_a_machine_with_a_gpu(begin, monkeypatch):
