@@ -494,7 +494,9 @@ class PatchDiscriminator(nn.Module):
 
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
     """Write a model and metadata such as metrics. small=True takes a quarter of the bytes, for about 0.01 dB."""
-    check(isinstance(model, VQRAE), f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
+    found = [m for m in model.modules() if isinstance(m, VQRAE)]  # torch.compile and DDP wrap a model
+    check(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
+    model = found[0]
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}  # torch.compile's
     if small:  # but training goes on with matched SimVQ's covariance, which 8 bits would leave indefinite
         weights = {name: w if name.endswith("covariance") else shorten(w) for name, w in weights.items()}

@@ -1,5 +1,4 @@
 """VQRAE: images and indices, stages, files and memory. Then its encoders and decoders."""
-import itertools
 import math
 import re
 import shutil
@@ -11,23 +10,23 @@ from types import SimpleNamespace
 import huggingface_hub
 import matplotlib.cbook
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, SEED, refused
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 from data import load_image
 from models import ENCODERS, PRETRAINED_DIR, VQRAE, PatchDiscriminator, build_encoder, in_strips, load_checkpoint
-from quantizers import FSQ, QUANTIZERS, build_quantizer
+from quantizers import FSQ, QUANTIZERS, InputError, build_quantizer
 from utils import psnr
 
 SETTINGS = (ROOT / "docs/SETTINGS.md").read_text("utf-8")
-OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 64}, "simvq_matched": {"codebook_size": 64},
-           "ema_vq": {"codebook_size": 64, "code_dim": 8}, "residual_vq": {"codebook_size": 16, "code_dim": 8}}
+OPTIONS = {"fsq": {"levels": [8, 6, 5]}, "simvq": {"codebook_size": 240}, "simvq_matched": {"codebook_size": 240},
+           "ema_vq": {"codebook_size": 240, "code_dim": 8}, "residual_vq": {"codebook_size": 16, "code_dim": 8}}
 
 
 def build(encoder="cifar", quantizer="fsq", **options):
@@ -62,43 +61,37 @@ def encoder(request, vit):
     return vit if request.param == "vit" else request.param
 
 
-def normalized(z, channels):
-    return (z - z.mean(channels, keepdim=True)) / (z.var(channels, correction=0, keepdim=True) + 1e-5).sqrt()
-
-
+@pytest.fixture
 def photograph():
     return load_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
-# Images and indices
+def normalized(z, channels):
+    return (z - z.mean(channels, keepdim=True)) / (z.var(channels, correction=0, keepdim=True) + 1e-5).sqrt()
+
 
 @pytest.mark.parametrize("quantizer", OPTIONS)
 @torch.no_grad()
 def test_decoding_indices_is_the_forward_pass(quantizer):
     model, images = build(quantizer=quantizer), torch.rand(3, 3, 32, 32)
     reconstructions, _, indices = model(images)
-    assert len(indices.unique()) > 1
-    assert torch.equal(model.encode_to_indices(images), indices)
+    assert len(indices.unique()) > 1 and torch.equal(model.encode_to_indices(images), indices)
     assert torch.equal(model.decode_from_indices(indices), reconstructions)
     assert torch.equal(model.features_from_indices(indices), model.encoder(reconstructions))
-    z_q, _, _ = model.quantizer(model.adapter(model.encoder(images)))
-    assert torch.equal(model.encode(images)[0], z_q)
-
-
-def test_the_first_codebook_decodes_alone():
-    model, indices = build(quantizer="residual_vq"), torch.randint(256, (2, 8, 8))
-    for decode in (model.decode_from_indices, model.features_from_indices):
-        assert torch.equal(decode(indices, depth=1), decode(indices % 16, depth=1))  # an index is i_1 + 16 i_2
+    assert torch.equal(model.encode(images)[0], model.quantizer(model.adapter(model.encoder(images)))[0])
+    if quantizer == "residual_vq":  # an index is i_1 + 16 i_2, and the first codebook decodes alone
+        for decode in (model.decode_from_indices, model.features_from_indices):
+            assert torch.equal(decode(indices, depth=1), decode(indices % 16, depth=1))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (32, 128)])
+@torch.no_grad()
 def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
     model, images = build(encoder), torch.rand(2, 3, *size)
     n = model.token_size
     h, w = (math.ceil(side / n) for side in size)
     whole = F.pad(images, (0, w * n - size[1], 0, h * n - size[0]), mode="reflect")
-    with torch.no_grad():
-        reconstructions, _, indices = model(images)
+    reconstructions, _, indices = model(images)
     assert reconstructions.shape == images.shape and indices.shape == (2, h, w)
     assert torch.equal(model.encode_to_indices(whole), indices)
     assert torch.equal(model.decode_from_indices(indices, size=size), reconstructions)
@@ -107,26 +100,23 @@ def test_images_of_any_size_are_reflected_to_whole_tokens(encoder, size):
             model.decode_from_indices(indices, size=wrong)
 
 
-@pytest.mark.parametrize("images", [
-    torch.zeros(1, 3, 3, 32), torch.zeros(1, 1, 32, 32), torch.zeros(3, 3, 32), torch.full((1, 3, 32, 32), 1.5),
-    torch.full((1, 3, 32, 32), math.nan), torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
-    torch.zeros(1, 3, 32, 32).numpy()])
-def test_images_of_another_shape_range_or_type_are_refused(images):
-    with refused("[Ii]mages "):
-        build().encode_to_indices(images)
+def test_images_of_another_shape_range_or_type_are_refused():
+    image, model = torch.ones(1, 3, 32, 32), build()
+    for images in (image[:, :, :3], image[:, :1], image[0], image * 1.5, image * math.nan, image.byte(), image.numpy()):
+        with refused("[Ii]mages "):
+            model.encode_to_indices(images)
 
 
 def test_encoding_in_train_mode_is_as_in_eval_mode_and_leaves_all_modes_as_they_were():
     model, images = build(quantizer="ema_vq"), torch.rand(2, 3, 32, 32)
     expected, codebook = model.encode_to_indices(images), model.quantizer.codebook.clone()
-    model.train()
-    for part in (model.decoder, model.quantizer, model.encoder):  # after each, one more module has a mode of its own
+    for part in (model.train().decoder, model.quantizer, model.encoder):  # one more module has a mode of its own
+        part.train(not part.training)
         modes = [module.training for module in model.modules()]
         assert torch.equal(model.encode_to_indices(images), expected)
         with refused("The values of images"):
             model.encode_to_indices(images + 1)
         assert [module.training for module in model.modules()] == modes and True in modes
-        part.train(not part.training)
     assert torch.equal(model.quantizer.codebook, codebook)
 
 
@@ -153,13 +143,10 @@ def test_codebook_usage_by_hand(levels, size, counted):
     assert torch.equal(expected[0], model.get_codebook_usage()[0])  # without indices, those of the last images
 
 
-# Large images and many images
-
 @pytest.mark.parametrize("shape", [(1, 171, 3), (60, 3, 3)], ids=["large", "many"])
 def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatch):
     """Results are the whole's. A ViT's tokens see all of an image, which is then one part."""
-    (count, h, w), sizes = shape, []
-    model = build(encoder, decoder_depth=2, post_quant_kernel=3)
+    (count, h, w), sizes, model = shape, [], build(encoder, decoder_depth=2, post_quant_kernel=3)
     images = torch.rand(count, 3, h * model.token_size - 2, w * model.token_size)
     indices = model.encode_to_indices(images)
     decoded, z = model.decode_from_indices(indices), model.features_from_indices(indices)
@@ -178,39 +165,23 @@ def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatc
 @pytest.mark.parametrize("name", ["cifar", "cnn"])
 def test_no_token_sees_beyond_the_radius(name):
     model = build(name)
-    n = model.token_size
-    images = torch.rand(1, 3, 41 * n, n, requires_grad=True)
+    images = torch.rand(1, 3, 41 * model.token_size, model.token_size, requires_grad=True)
     for row in (20, 21):  # the deepest grid is half as fine
         z = model.adapter(model.encoder(images))[:, :, row].sum()
-        seen = torch.autograd.grad(z, images)[0].abs().sum((0, 1, 3)).view(41, n).sum(1).nonzero()
+        seen = torch.autograd.grad(z, images)[0].unflatten(2, (41, -1)).abs().sum((0, 1, 3, 4)).nonzero()
         assert (seen - row).abs().max() <= model.encoder_radius
 
 
-# Stages and losses
-
-def test_stage_1_freezes_a_pretrained_encoder_and_stage_2_thaws_it(encoder):
-    model = build(encoder)
-    for stage in (1, 2, 1):
-        assert model.set_stage(stage).stage == stage
-        assert {p.requires_grad for p in model.encoder.parameters()} == {stage == 2 or encoder == "cnn"}
-
-
-@pytest.mark.parametrize("name", ["resnet18", "random positions"])
-def test_an_encoder_gives_the_same_features_in_both_modes_and_stages(name):
+@pytest.mark.parametrize("name", ["cifar", "cnn", "resnet18", "random positions"])
+def test_an_encoder_learns_by_its_stage_and_gives_the_same_features_in_train_mode(name):
     """timm's BatchNorm would learn other statistics, and some of its ViTs draw random positions in train mode."""
     if name == "random positions":
         name = save_vit("vit_small_patch16_dinov3", "vit", rope_rescale_coords=2.0)
     model, images = VQRAE(name, "fsq", grid=2, pretrained=False).eval(), torch.rand(2, 3, 32, 32)
     z = model.encoder(images)
-    for stage in (1, 2):
-        assert torch.equal(model.set_stage(stage).train().encoder(images), z) and model.adapter.training
-
-
-def test_distillation_does_not_move_the_teacher():
-    z, teacher_z = torch.randn(2, 2, 256, 4, 4).requires_grad_()
-    loss = build().compute_distillation_loss(z, teacher_z)
-    assert torch.allclose(loss, (z - teacher_z).square().mean())
-    assert torch.autograd.grad(loss, (z, teacher_z), allow_unused=True)[1] is None
+    for stage in (1, 2, 1):
+        assert model.set_stage(stage).stage == stage and torch.equal(model.train().encoder(images), z)
+        assert {p.requires_grad for p in model.encoder.parameters()} == {stage == 2 or name == "cnn"}
 
 
 @pytest.mark.parametrize("kernel, norm", [(0, False), (3, False), (0, True), (3, True)])
@@ -226,67 +197,51 @@ def test_decoding_is_a_conv_a_norm_the_decoder_and_in_eval_mode_a_clamp(kernel, 
 
 
 @pytest.mark.parametrize("options", [
-    {"grid": 0}, {"image_size": 48}, {"stage": 3}, {"encoder": "xcit_nano_12_p16_224"},
-    {"encoder": "mixer_s16_224"}, {"encoder": "resnet18", "encoder_layers": 6},
-    {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13},
+    {"grid": 0}, {"image_size": 48}, {"stage": 3}, {"encoder": "xcit_nano_12_p16_224"}, {"encoder": "mixer_s16_224"},
+    {"encoder": "resnet18", "encoder_layers": 6}, {"encoder": "vit_tiny_patch16_224", "encoder_layers": 13},
     {"encoder": "vit_small_patch16_18x2_224"}, {"encoder": "vit_tiny_patch16_224", "decoder_width": 100}], ids=str)
 def test_options_that_build_no_model_are_refused_with_their_value(options):
     with refused("^[^\n]+ = [^\n]+, allowed: "):
         VQRAE(**options, pretrained=False)
 
 
-# Files
-
-@pytest.mark.parametrize("source", ["saved", "me/model"])
-def test_a_model_travels_with_its_stage_and_constants(source, monkeypatch):
+def test_a_model_travels_by_the_hub_with_its_stage_and_constants(change):
     """The folder hub/ stands in for huggingface.co."""
-    api, mixin = huggingface_hub.HfApi, huggingface_hub.hub_mixin
-    monkeypatch.setattr(api, "create_repo", lambda self, **options: SimpleNamespace(**options))
-    monkeypatch.setattr(api, "upload_folder", lambda self, folder_path, **_: shutil.copytree(folder_path, "hub"))
-    monkeypatch.setattr(mixin, "hf_hub_download", lambda filename, **_: str(Path("hub", filename)))
-    model, images = build().set_stage(2), torch.rand(1, 3, 32, 32)
-    model.constants = {"SEED": 3, "DATASET": "shapes"}
+    change(huggingface_hub.HfApi, create_repo=lambda self, **options: SimpleNamespace(**options),
+           upload_folder=lambda self, folder_path, **_: shutil.copytree(folder_path, "hub"))
+    change(huggingface_hub.hub_mixin, hf_hub_download=lambda filename, **_: str(Path("hub", filename)))
+    model, images = build(stage=2, constants={"SEED": 3, "DATASET": "shapes"}), torch.rand(1, 3, 32, 32)
     model.save_pretrained("saved", push_to_hub=True, repo_id="me/model")
-    again = VQRAE.from_pretrained(source)
-    assert (again.stage, again.constants, again.config) == (2, model.constants, model.config)
-    assert torch.equal(again(images)[0], model(images)[0]) and not again.training
+    for again in (VQRAE.from_pretrained("saved"), VQRAE.from_pretrained("me/model")):
+        assert (again.stage, again.constants, again.config) == (2, model.constants, model.config)
+        assert torch.equal(again(images)[0], model(images)[0]) and not again.training
 
 
-def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs(monkeypatch):
-    """timm needs its folder or the hub, although the checkpoint holds its weights."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model = build(save_vit("vit_small_patch14_dinov2", "vit"))
+def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs():
+    """timm needs its folder, although the checkpoint holds its weights."""
+    models.save_checkpoint("model.pt", build(save_vit("vit_small_patch14_dinov2", "vit")))
     shutil.rmtree("vit")
-    for name in ("local-dir:vit", "hf-hub:me/vit"):
-        model.arguments["encoder"] = name
-        models.save_checkpoint("model.pt", model)
-        model.save_pretrained("saved")
-        for load, path in ((load_checkpoint, "model.pt"), (VQRAE.from_pretrained, "saved")):
-            with refused(f"{path} .*{name} does not load. It needs its folder"):
-                load(path)
+    with refused("model.pt .*local-dir:vit does not load. It needs its folder"):
+        load_checkpoint("model.pt")
 
 
 def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
-    class Own(FSQ):
-        def __init__(self, channels, levels=(3, 3)):  # the first argument has a name of its own
-            super().__init__(channels, levels)
-
-    monkeypatch.setitem(QUANTIZERS, "own", Own)
+    own = type("Own", (FSQ,), {})
+    monkeypatch.setitem(QUANTIZERS, "own", own)
     model, images = build(), torch.rand(2, 3, 32, 32)
-    model.quantizer = build_quantizer(Own, 256, levels=[3, 2]).eval()
+    model.quantizer = build_quantizer(own, 256, levels=[3, 2]).eval()
     models.save_checkpoint("own.pt", model)
     again = load_checkpoint("own.pt")
-    assert isinstance(again.quantizer, Own) and again.config == model.config
+    assert isinstance(again.quantizer, own) and again.config == model.config
     assert torch.equal(again.encode_to_indices(images), model.encode_to_indices(images))
     monkeypatch.delitem(QUANTIZERS, "own")
     for function in (lambda: load_checkpoint("own.pt"), lambda: models.save_checkpoint("lost.pt", model)):
         with refused(r"quantizer = 'own', allowed: .*QUANTIZERS\['own'\] = "):
             function()
-    model.quantizer = Own(256).eval()  # which has no record of its options
-    assert model.encode_to_indices(images).max() < 9
+    model.quantizer = own(256)  # which works, but nobody recorded its options
+    assert model.encode_to_indices(images).shape == (2, 8, 8)
     with refused(r"build its quantizer by build_quantizer\(class, dim"):
         models.save_checkpoint("lost.pt", model)
-    assert not Path("lost.pt").exists()
 
 
 def test_a_small_file_keeps_what_8_bits_would_spoil():
@@ -300,23 +255,22 @@ def test_a_small_file_keeps_what_8_bits_would_spoil():
 
 
 @pytest.mark.parametrize("path", sorted(PRETRAINED_DIR.glob("vqrae_*.pt")), ids=lambda path: path.stem)
-def test_shipped_models_know_a_photograph(path):
-    model, images = load_checkpoint(path), photograph()[..., 100:164, 200:328]
-    indices = model.encode_to_indices(images)
+@torch.no_grad()
+def test_shipped_models_know_a_photograph(path, photograph):
+    model, images = load_checkpoint(path), photograph[..., 100:164, 200:328]
+    indices, z = model.encode_to_indices(images), model.encoder(images)
     assert psnr(model.decode_from_indices(indices), images) > 29.5
-    with torch.no_grad():
-        z = model.encoder(images)
     assert F.mse_loss(model.features_from_indices(indices), z) < 0.2 * z.var()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_nearly_all_indices(dtype):
+@torch.no_grad()
+def test_half_precision_keeps_nearly_all_indices(dtype, photograph):
     """Rounding by a share of eps moves a token into another cell with a probability of a few dozen eps."""
-    path, images = PRETRAINED_DIR / "vqrae_fsq.pt", photograph()[..., 100:164, 200:328]
-    model, half = load_checkpoint(path), load_checkpoint(path).to(dtype)
-    with torch.no_grad():
-        expected, _, expected_indices = model(images)
-        output, _, indices = half(images.to(dtype))
+    images = photograph[..., 100:164, 200:328]
+    model, half = (load_checkpoint(PRETRAINED_DIR / "vqrae_fsq.pt").to(dtype) for dtype in (torch.float32, dtype))
+    expected, _, expected_indices = model(images)
+    output, _, indices = half(images.to(dtype))
     assert (indices != expected_indices).float().mean() < 30 * torch.finfo(dtype).eps
     assert (psnr(output, images) - psnr(expected, images)).abs() < 0.2
     assert torch.equal(half.decode_from_indices(half.encode_to_indices(images)), output)
@@ -337,16 +291,16 @@ def test_the_export_in_the_settings_takes_other_sizes(encoder, quantizer, method
         for old, new in (("encode_to_indices", method), ("rand(2, 3, 32, 40)", "arange(160).view(2, 8, 10)"),
                          ("(0, 2, 3)", "(0, 1, 2)"), ('{"images"', '{"indices"')):
             block = block.replace(old, new)
-    names = {"model": build(encoder, quantizer), "torch": torch, "onnxruntime": onnxruntime}
-    exec(block, names)
-    expected, session = names["model"].forward(x), names["session"]
+    model = build(encoder, quantizer)
+    if encoder == "cnn":  # this test is about the quantizer
+        model.adapter, model.decoder = torch.nn.Identity(), torch.nn.Conv2d(256, 3, 1)
+    exec(block, names := {"model": model})
+    session, expected = names["session"], model.forward(x)
     output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for result in (names["program"].module()(x), torch.from_numpy(output)):
         assert result.dtype == expected.dtype and result.shape == expected.shape
         assert ((result - expected).abs() < 1e-4).float().mean() > 0.99
 
-
-# Encoders
 
 def test_shipped_encoder_gives_normalised_features_of_tokens_of_any_size():
     encoder, images = build_encoder("cifar", 4), torch.rand(2, 3, 64, 50)
@@ -357,6 +311,7 @@ def test_shipped_encoder_gives_normalised_features_of_tokens_of_any_size():
 
 
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
+@torch.no_grad()
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit):
     """Class and register tokens, and the final norm's own weights, are left out."""
     if architecture == "dinov3":  # with rotary positions
@@ -367,35 +322,31 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, 
         block.register_forward_hook(lambda module, arguments, output: outputs.append(output[:, 5:]))
     pixels = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)  # a token has 4, a patch 8
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # DINOv2's
-    with torch.no_grad():
-        source((pixels - mean) / std)
-        z, last = encoder(images, with_last=True)
+    source((pixels - mean) / std)
+    z, last = encoder(images, with_last=True)
     expected = normalized(sum(normalized(output, -1) for output in outputs[-layers:]), -1)
     assert z.shape == (2, 32, 8, 8) and torch.allclose(z.flatten(2).mT, expected, atol=1e-3)
     assert torch.allclose(last.flatten(2).mT, normalized(outputs[-1], -1), atol=1e-3)
 
 
 @pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
+@torch.no_grad()
 def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
     """Features of the shallowest are kept in parts, others are averaged or repeated."""
     encoder, images = build_encoder("resnet18", 16, layers, pretrained=False), torch.rand(2, 3, 48, 80)
     x = F.pad((images - encoder.network.mean) / encoder.network.std, (0, 16, 0, 16), mode="replicate")
-    with torch.no_grad():
-        z = encoder(images)
-        outputs = encoder.network.forward_intermediates(x, intermediates_only=True)
-    expected = []
+    z, outputs, expected = encoder(images), encoder.network.forward_intermediates(x, intermediates_only=True), []
     for stride, output in zip(strides, outputs[-len(strides):]):
         parts = 1 if expected else {2: 4, 8: 2, 32: 1}[stride]
         repeated = output.repeat_interleave(2, 2).repeat_interleave(2, 3) if stride == 32 else output
         means = F.avg_pool2d(repeated, max(1, 16 // stride // parts))
-        means = means.unflatten(3, (6, parts)).unflatten(2, (4, parts)).permute(0, 1, 3, 5, 2, 4)
-        expected.append(normalized(means.flatten(1, 3), 1))
+        expected.append(normalized(F.pixel_unshuffle(means, parts), 1))
     assert torch.allclose(z, torch.cat(expected, 1)[..., :3, :5], atol=1e-3) and z.shape[1] == encoder.dim
 
 
-def test_efficientnet_of_its_pip_package_knows_a_photograph():
+def test_efficientnet_of_its_pip_package_knows_a_photograph(photograph):
     network = models.load_network(ENCODERS["efficientnet_lite0"], pretrained=True).eval()
-    image = F.interpolate(photograph(), (224, 224), mode="bicubic", antialias=True)
+    image = F.interpolate(photograph, (224, 224), mode="bicubic", antialias=True)
     assert network((image - network.mean) / network.std).argmax() == 652  # "military uniform"
 
 
@@ -403,31 +354,29 @@ def test_efficientnet_of_its_pip_package_knows_a_photograph():
     *re.findall(r"^\| `(\w+)` \| \S+ \| \d+ M \| (\d+), ", SETTINGS, re.MULTILINE), ("resnet50", 4864),
     ("eva02_base_patch14_224", 768), ("vit_pe_core_base_patch16_224", 768)])
 def test_each_encoder_by_its_name_has_the_width_in_the_settings(name, width):
-    with torch.device("meta"):  # on which train.py builds a first model
-        model = VQRAE(name, grid=2, encoder_layers=0, decoder_depth=1, pretrained=False)
-        assert model.encoder(torch.empty(2, 3, 32, 48)).shape == (2, int(width), 2, 3)
+    with torch.device("meta"):  # without weights
+        encoder = build_encoder(name, 16, pretrained=False)
+        assert encoder(torch.empty(2, 3, 32, 48)).shape == (2, int(width), 2, 3)
 
 
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
 def test_weights_that_are_incomplete_are_refused(name):
-    file = Path("vit/model.safetensors")
     save_vit(ENCODERS[name].split(".")[0], "vit")
-    state = load_file(file)
+    state = load_file("vit/model.safetensors")
     del state["blocks.1.mlp.fc1.weight"]
-    save_file(state, file)
+    save_file(state, "vit/model.safetensors")
     with pytest.raises(OSError, match=r"^The encoder local-dir:vit does not load[^\n]*$"):
         build_encoder("local-dir:vit", 4)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("cifar", "do not load: .*checksum"), ("dinov2_s", "does not load.*ENCODER=cifar"),
-    ("efficientnet_lite0", "does not load.*ENCODER=cifar")])
-def test_weights_that_are_damaged_or_cannot_be_downloaded(name, message, change):
+@pytest.mark.parametrize("name", ["cifar", "dinov2_s", "efficientnet_lite0"])
+def test_weights_that_are_damaged_or_cannot_be_downloaded(name, change):
     content = (PRETRAINED_DIR / "cifar_encoder.pt").read_bytes()
     Path("cifar_encoder.pt").write_bytes(content[:10**6] + b"damage" + content[10**6 + 6 :])
     change(models, PRETRAINED_DIR=Path(), find_spec=lambda package: None)
     change(huggingface_hub.constants, HF_HUB_OFFLINE=True, HF_HUB_CACHE="empty")
-    with pytest.raises(OSError, match=rf"^The [^\n]*{message}[^\n]*$"):
+    message = "cannot be read: its checksum" if name == "cifar" else "does not load.*ENCODER=cifar"
+    with pytest.raises((OSError, InputError), match=rf"^The [^\n]*{message}[^\n]*$"):
         build_encoder(name, 4)
 
 
@@ -435,29 +384,17 @@ def test_importing_the_project_changes_no_setting_of_the_user():
     settings = "(dict(os.environ), socket.getdefaulttimeout(), timm.layers.use_fused_attn())"
     names = "train, extras.measure, extras.generate, extras.codecs, extras.compare, extras.cells, extras.pretrain"
     code = f"import os, socket, timm, torch; old = {settings}; import {names}; assert old == {settings}"
-    # this process has imported models.py, and its environment may have changed
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-# Decoders and the discriminator
-
-def test_vit_decoder_adds_up_patches_twice_as_wide_as_tokens():
-    decoder, z = models.ViTDecoder(8, 4, 16, 0, 2), torch.randn(1, 8, 2, 3)
-    canvas = torch.zeros(3, 8 + 4, 12 + 4)  # 2 pixels more on each side
-    for i, j in itertools.product(range(2), range(3)):
-        patch = decoder.head(decoder.norm(decoder.project_in(z[0, :, i, j]))).view(3, 8, 8)
-        canvas[:, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] += patch
-    assert torch.allclose(decoder(z)[0], 0.5 + 0.25 * canvas[:, 2:-2, 2:-2], atol=1e-5)
+def test_a_convolutions_padded_input_stays_channels_last_on_a_gpu(change):
+    """Otherwise it is copied. Fake tensors have a device, a shape and strides, but no numbers."""
+    change(torch.nn.Conv2d, forward=lambda self, x: x)
+    with FakeTensorMode(), torch.device("cuda"):
+        padded = models.Conv(8, 8, 3)(torch.empty(2, 8, 5, 6).to(memory_format=torch.channels_last))
+    assert padded.shape == (2, 8, 7, 8) and padded.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_residual_block_begins_as_the_identity_and_no_drift_silences_it():
-    x, block = torch.randn(2, 16, 6, 6), models.ResidualBlock(16, 24)
-    assert torch.equal(block(x), x)
-    torch.nn.init.normal_(block.conv2.weight)
-    torch.nn.init.constant_(block.conv1.bias, -100)
-    assert (block(x) - x).std() > 0.1
-
-
-@pytest.mark.parametrize("size, logits", [(16, 3), (32, 7), (64, 7), (256, 7)])
-def test_discriminator_has_a_logit_for_each_patch(size, logits):
-    assert PatchDiscriminator(size)(torch.rand(1, 3, size, size)).shape == (1, 1, logits, logits)
+def test_discriminator_has_a_logit_for_each_patch():
+    for size, logits in ((16, 3), (32, 7), (64, 7), (256, 7)):
+        assert PatchDiscriminator(size)(torch.rand(1, 3, size, size)).shape == (1, 1, logits, logits)
