@@ -22,7 +22,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-# OpenMP's waiting threads spin, which slows a busy machine. With GOMP_SPINCOUNT, which torch's import reads, they sleep.
+# OpenMP's waiting threads spin, which slows a busy machine. With GOMP_SPINCOUNT, which torch's import reads, they rest.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
