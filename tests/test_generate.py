@@ -7,14 +7,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import refused, write_images
-from torch.utils._pytree import tree_leaves
 
 import extras.generate as module
 import utils
 from data import Dataset
-from extras.generate import CausalConv, Prior, load_prior, measure_bits
+from extras.generate import Prior, load_prior, measure_bits
 from models import PRETRAINED_DIR, VQRAE, save_checkpoint
 from quantizers import split_indices
 
@@ -27,8 +25,6 @@ def random_prior(order="masked", sizes=(4, 3, 2), grid=(2, 3)):
         torch.nn.init.normal_(p, std=0.5)
     return prior
 
-
-# The model
 
 def probabilities(prior, indices, masked):
     """The distributions (M, codes) of an image's M masked tokens, each a product over digits."""
@@ -102,17 +98,6 @@ def test_one_token_after_the_other_has_the_features_of_the_whole_grid():
     torch.testing.assert_close(torch.cat(found, 1), prior.features(*inputs))
 
 
-@pytest.mark.parametrize("leak", [
-    lambda conv, x: F.conv2d(F.pad(x, (1, 1, 1, 0), "replicate"), conv.weight * conv.taps, conv.bias),  # the border's
-    lambda conv, x: conv._conv_forward(x, conv.weight, conv.bias)[:, :, :-1]])  # the token itself and the next one
-def test_a_leak_is_noticed(leak, change):
-    change(CausalConv, forward=leak)
-    with pytest.raises(AssertionError):
-        test_bits_in_raster_order_are_exact()
-    with pytest.raises(AssertionError):
-        test_a_prior_sees_the_label_its_place_and_the_tokens_that_its_order_allows("raster")
-
-
 @pytest.fixture
 def coin(monkeypatch):
     """coin(order) has one digit. The odds of 1 are e with the class, and even without. Step n draws the number n."""
@@ -165,15 +150,12 @@ def test_fill_keeps_what_is_not_masked_and_does_not_see_what_is(order, steps):
 @pytest.mark.parametrize("options, name", [
     ({"indices": torch.zeros(2, 1, 3).long()}, "indices"), ({"indices": torch.full((2, 2, 3), 24)}, "0 to 23"),
     ({"indices": torch.full((2, 2, 3), 0.7)}, "float32"), ({"labels": [0, 3]}, "labels.*0 to 2"),
-    ({"labels": [0.9, 1.7]}, "float32"), ({"guidance": 0.5}, "guidance"), ({"guidance": math.inf}, "guidance"),
-    ({"steps": 6.4}, "whole"), ({"steps": math.inf}, "whole")], ids=str)
+    ({"labels": [0.9, 1.7]}, "float32"), ({"guidance": 0.5}, "guidance"), ({"steps": 6.4}, "whole")], ids=str)
 def test_fill_refuses_other_shapes_and_ranges(options, name):
     given = {"indices": torch.zeros(2, 2, 3).long(), "mask": torch.ones(2, 2, 3, dtype=torch.bool)}
     with refused(name):
         random_prior().fill(**given | options)
 
-
-# Training, measuring, runs
 
 @both_orders
 def test_training_sees_each_image_once_an_epoch(order, change):
@@ -209,15 +191,12 @@ def test_training_sees_each_image_once_an_epoch(order, change):
 
 
 def test_samples_and_training_images_are_compared_with_test_images(change):
-    """A judge sees mean colours. Classes 0 and 1 are black and white, and all samples are white.
-
-    Training images have other features: they lie at 2 and 3, and so does the judge's classifier.
-    """
+    """A judge sees mean colours. Classes 0 and 1 are black and white, and all samples are white."""
     labels = torch.arange(40) % 2
     images = (255 * labels).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
     change(module, SAMPLES=30, sample=lambda prior, vqrae, labels: images[1:2].expand(len(labels), -1, -1, -1))
     data, colours = Dataset(images, labels, images, labels, []), images[:, :, 0, 0] / 255
-    judges = {"colours": (torch.nn.Identity(), colours + 2, colours)}
+    judges = {"colours": (torch.nn.Identity(), colours + 2, colours)}  # training images have other features
     results = module.judge_samples(random_prior(), None, data, judges)
     assert 0 < results["class_colours"] < 1  # all look like class 0, and both were wanted
     # shifts of 1/2 and 2 in three channels, and a variance of 1/4 * 40/39 against none
@@ -235,8 +214,6 @@ def test_bits_are_the_mean_over_images_and_masks(order, change):
     assert measure_bits(prior, indices, labels) == pytest.approx(expected.item(), rel=1e-3)
     assert forward.call_count == (1 if prior.raster else 8)
 
-
-# The script
 
 def test_the_priors_that_ship_have_learned_the_tokens_of_the_file_that_ships():
     for path in PRETRAINED_DIR.glob("prior*.pt"):
@@ -263,28 +240,22 @@ def main(folder, change, monkeypatch):
     return run
 
 
-def test_a_run_that_failed_in_its_second_epoch_ends_as_a_whole_one(main, monkeypatch):
+def test_a_run_stopped_in_its_second_epoch_ends_as_a_whole_one(main, monkeypatch):
     outputs, checkpoints = main()
     results, prior = (outputs / "results.json").read_text(), load_prior(checkpoints / "prior.pt")
-    whole, save_grid = utils.load_torch(checkpoints / "last.pt"), utils.save_grid
+    whole = utils.load_torch(checkpoints / "last.pt")
     assert prior.classes == 2 and prior.raster
     torch.testing.assert_close(dict(prior.state_dict()), dict(whole["prior"]), rtol=0, atol=0.02)  # of 8 bits
     shutil.rmtree("outputs")
     shutil.rmtree("checkpoints")
-
-    def fail_in_epoch_2(path, *arguments):
-        if path.name == "epoch_002.png":
-            raise OSError("the disk is full")
-        save_grid(path, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr(utils, "save_grid", fail_in_epoch_2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "save_grid", Mock(side_effect=[None, KeyboardInterrupt]))
         main()
     main()
     assert (outputs / "results.json").read_text() == results and (outputs / "epoch_002.png").exists()
     resumed = utils.load_torch(checkpoints / "last.pt")
-    for a, b in zip(tree_leaves(whole), tree_leaves(resumed), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for part in ("history", "prior", "adamw", "muon"):
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
     monkeypatch.setattr(module, "train", None)
     main()  # a finished run does not train
 
