@@ -1,4 +1,4 @@
-"""utils.py without its metrics and its class Run: constants, errors, files, pictures. And checkpoints of models.py."""
+"""utils.py without its metrics and its class Run: constants, errors, files, a picture. And checkpoints of models.py."""
 import copy
 import io
 import os
@@ -16,13 +16,11 @@ from PIL import Image
 import models
 import utils
 from quantizers import InputError
-from utils import Run, load_torch, read_constants, replace_file, save_torch
+from utils import load_torch, read_constants, replace_file, save_torch
 
 CONSTANTS = {"__doc__": "Doc.", "NAME": "fsq", "SIZE": 32, "RATE": 1e-3, "EPOCHS": (3, 1), "LEVELS": [8, 5],
              "OPTIONS": {"a": 1}, "FLIP": True, "BIAS": -1.5, "NOTHING": None, "path": 1, "Class": int}
 
-
-# Constants
 
 @pytest.mark.parametrize("argument, expected", [
     ("NAME=a=b", "a=b"), ("NAME=32", "32"), ("NAME=~/a.pt", str(Path.home() / "a.pt")), ("SIZE=64", 64),
@@ -48,8 +46,6 @@ def test_an_argument_that_is_no_constant_or_no_value_changes_nothing(argument, m
         read_constants(namespace, ["NAME=simvq", argument])
     assert namespace == CONSTANTS
 
-
-# Errors and terminals
 
 @pytest.mark.parametrize("error, message", [
     (InputError("Caught in worker\nOriginal Traceback\nInputError: SIZE = 0\n"), "SIZE = 0"), (InputError("a"), "a"),
@@ -80,50 +76,34 @@ def test_a_progress_bar_is_for_terminals(terminal, disabled, shown, monkeypatch)
     assert ("decoding" in stream.getvalue()) == shown
 
 
-# Files
-
 @pytest.mark.parametrize("error, raised", [
     (OSError(28, "No space left"), OSError), (RuntimeError("a mistake"), RuntimeError),
     (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_nobody_reads_half_a_file(error, raised):
     save_torch("new/a", {"old": 1})
     with pytest.raises(raised, match="^new/a could.*o space left" if raised is OSError else None):
-        with replace_file("new/a") as draft:
+        with replace_file("new/a") as draft, replace_file("new/a") as other:
             draft.write_text("half")
-            assert load_torch("new/a") == {"old": 1}
+            assert load_torch("new/a") == {"old": 1} and draft != other  # of another process
             raise error
     assert os.listdir("new") == ["a"] and load_torch("new/a") == {"old": 1}
 
 
-def test_a_full_disk_is_no_mistake_of_the_user(monkeypatch):
-    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("PytorchStreamWriter failed writing file")))
+def test_a_full_disk_is_no_mistake_of_the_user(change):
+    change(torch, save=Mock(side_effect=RuntimeError("PytorchStreamWriter failed writing file")))
     with pytest.raises(OSError, match="^a could not be written: .*failed writing"):
         save_torch("a", {})
 
 
-def test_files_of_the_user_stay(monkeypatch):
-    """Whatever they are called, and although two processes write the same file at a time."""
-    for name in ("a.tmp", "a.draft", ".a.draft"):
-        Path(name).write_text("mine")
-    with replace_file("a") as first, replace_file("a") as second:
-        assert first != second
-        for draft in (first, second):
-            draft.write_text(draft.name)
-    Run("a")
-    assert {name: Path(name).read_text() for name in os.listdir() if os.path.isfile(name)} == {
-        "a": first.name, "a.tmp": "mine", "a.draft": "mine", ".a.draft": "mine"}
-
-
 def test_code_is_its_hash_and_comments_and_the_scripts_constants_are_not(monkeypatch):
-    """Nor are modules from outside the repository."""
     code = "NAME = 1\n\ndef f():\n    return NAME\n"
     monkeypatch.setattr(utils, "__file__", str(Path("utils.py").resolve()))
     monkeypatch.setattr(sys, "argv", [str(Path("train.py").resolve())])
     modules = {name: SimpleNamespace(__file__=str(Path(name).resolve())) for name in ("train.py", "data.py", "x/y.py")}
+    Path("x").mkdir()  # a folder that is not the repository's
 
     def digest(**changed):
         for name in modules:
-            Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_text(changed.get(Path(name).stem, code))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "modules", modules)
@@ -152,8 +132,6 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_runs_no_code(capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-# Pictures
-
 def test_a_grid_has_images_in_the_upper_rows_and_reconstructions_in_the_lower():
     """Small images are enlarged to 128 pixels, with a border of 2. An incomplete row is left out."""
     images, output = torch.randint(256, (2, 5, 3, 32, 32), dtype=torch.uint8)
@@ -166,20 +144,18 @@ def test_a_grid_has_images_in_the_upper_rows_and_reconstructions_in_the_lower():
     assert grid.shape == (3, 4 * 130 + 2, 2 * 130 + 2)
 
 
-# Checkpoints
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model, and a checkpoint of it."""
     torch.manual_seed(SEED)
-    model = models.VQRAE("cifar", "fsq", {"levels": [8, 5]}, decoder_width=32, decoder_depth=1, stage=2)
+    model = models.VQRAE("cifar", "simvq_matched", {"codebook_size": 40}, decoder_width=32, decoder_depth=1, stage=2)
+    model.quantizer.covariance.copy_(torch.cov(torch.randn(16, 99) * torch.logspace(-2, 2, 16)[:, None]))
     path = tmp_path_factory.mktemp("saved") / "a.pt"
     models.save_checkpoint(path, model)
     return model.eval(), path
 
 
 def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
-    """It has the model's config, weights and stage."""
     monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
     model, images = models.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32)
     assert not model.training and model.stage == 2 and model.config == saved[0].config
@@ -190,23 +166,19 @@ def test_a_small_checkpoint_has_a_quarter_of_the_size_and_nearly_the_same_weight
     models.save_checkpoint("small.pt", saved[0], small=True)
     assert os.path.getsize("small.pt") < 0.3 * saved[1].stat().st_size
     found = models.load_checkpoint("small.pt").state_dict()
-    for name, weight in saved[0].state_dict().items():
+    assert torch.equal(found.pop("quantizer.covariance"), saved[0].quantizer.covariance)  # rounded, it were indefinite
+    for name, rounded in found.items():
+        weight = saved[0].state_dict()[name]
         steps = 127 if weight.ndim > 1 else 2**10  # 8 bits and a scale for each row, or 16 bits
-        rows = zip(found[name], weight) if weight.ndim > 1 else [(found[name], weight)]
+        rows = zip(rounded, weight) if weight.ndim > 1 else [(rounded, weight)]
         assert all((a - b).abs().max() <= 0.51 * b.abs().max() / steps for a, b in rows), name
+    for large in (torch.tensor([131_072, 1]), torch.tensor([70_000.0, 1]), torch.tensor(70_001.0)):
+        assert torch.equal(models.shorten(large), large)  # 16 bits cannot hold them
 
 
-def test_numbers_that_do_not_fit_16_bits_stay_as_they_are():
-    for weight in (torch.tensor([131_072, 1]), torch.tensor([70_000.0, 1]), torch.tensor(70_001.0)):
-        assert torch.equal(models.shorten(weight), weight)
-
-
-def test_a_checkpoint_of_another_network_is_refused():
+def test_a_compiled_or_wrapped_model_is_saved_as_it_is_and_another_network_is_refused(saved):
     with refused("A checkpoint holds a VQRAE, not a Linear"):
         models.save_checkpoint("model.pt", torch.nn.Linear(1, 1))
-
-
-def test_a_compiled_or_wrapped_model_is_saved_as_it_is(saved):
     model = copy.deepcopy(saved[0])
     model.decoder = torch.compile(model.decoder)
     models.save_checkpoint("compiled.pt", torch.nn.Sequential(torch.compile(model)))
@@ -228,8 +200,8 @@ def test_a_damaged_folder_of_a_shared_model_is_refused(saved):
 
 @pytest.mark.parametrize("part, change", [
     ("model", {"decoder.head.weight": torch.full((3, 32, 3, 3), torch.nan)}), ("model", {"more": torch.zeros(1)}),
-    ("config", {"decoder_width": 64}), ("config", {"grid": 7}), ("config", {"nonsense": 1}), ("config", {"grid": [8]}),
-    ("config", {"encoder": "x" * 10**6}), ("config", {"quantizer_options": {"levels": [[[8] * 10**5], 5]}})])
+    ("config", {"decoder_width": 64}), ("config", {"grid": [8]}), ("config", {"nonsense": 1}),
+    ("config", {"encoder": "x" * 10**6}), ("config", {"quantizer_options": {"codebook_size": [[8] * 10**5]}})])
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(part, change, saved):
     content = load_torch(saved[1])
     save_torch("bad.pt", content | {part: content[part] | change})
