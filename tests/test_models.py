@@ -2,8 +2,6 @@
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, ROOT, SEED, refused
+from conftest import ROOT, SEED, refused
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 from data import load_image
@@ -132,7 +129,6 @@ def test_indices_may_be_lists_and_arrays_of_a_batch_of_grids(method):
 
 @pytest.mark.parametrize("levels, size, counted", [([8, 6, 5], 240, 240), ([64] * 10, 2**60, 4)])
 def test_codebook_usage_by_hand(levels, size, counted):
-    """Of very many codes, only those in use are counted."""
     model = VQRAE("cifar", "fsq", {"levels": levels}, pretrained=False)
     counts, usage, perplexity = model.get_codebook_usage([[0, 0, 3, 3], [7, 7, size - 1, 0]])
     assert sorted(counts[counts > 0].tolist()) == [1, 2, 2, 3] and len(counts) == counted
@@ -145,7 +141,6 @@ def test_codebook_usage_by_hand(levels, size, counted):
 
 @pytest.mark.parametrize("shape", [(1, 171, 3), (60, 3, 3)], ids=["large", "many"])
 def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatch):
-    """Results are the whole's. A ViT's tokens see all of an image, which is then one part."""
     (count, h, w), sizes, model = shape, [], build(encoder, decoder_depth=2, post_quant_kernel=3)
     images = torch.rand(count, 3, h * model.token_size - 2, w * model.token_size)
     indices = model.encode_to_indices(images)
@@ -158,7 +153,7 @@ def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatc
     torch.testing.assert_close(model.features_from_indices(indices), z, rtol=0, atol=1e-3)
     if count > 1:
         assert max(sizes) <= 100
-    elif model.encoder_radius < math.inf:  # a strip has 4 radii of rows at least, and one above and one below
+    elif model.encoder_radius < math.inf:  # not a ViT's; a strip has 4 radii of rows at least, one above, one below
         assert max(sizes) <= 6 * model.encoder_radius * w < h * w
 
 
@@ -206,7 +201,6 @@ def test_options_that_build_no_model_are_refused_with_their_value(options):
 
 
 def test_a_model_travels_by_the_hub_with_its_stage_and_constants(change):
-    """The folder hub/ stands in for huggingface.co."""
     change(huggingface_hub.HfApi, create_repo=lambda self, **options: SimpleNamespace(**options),
            upload_folder=lambda self, folder_path, **_: shutil.copytree(folder_path, "hub"))
     change(huggingface_hub.hub_mixin, hf_hub_download=lambda filename, **_: str(Path("hub", filename)))
@@ -218,7 +212,6 @@ def test_a_model_travels_by_the_hub_with_its_stage_and_constants(change):
 
 
 def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs():
-    """timm needs its folder, although the checkpoint holds its weights."""
     models.save_checkpoint("model.pt", build(save_vit("vit_small_patch14_dinov2", "vit")))
     shutil.rmtree("vit")
     with refused("model.pt .*local-dir:vit does not load. It needs its folder"):
@@ -242,16 +235,6 @@ def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
     assert model.encode_to_indices(images).shape == (2, 8, 8)
     with refused(r"build its quantizer by build_quantizer\(class, dim"):
         models.save_checkpoint("lost.pt", model)
-
-
-def test_a_small_file_keeps_what_8_bits_would_spoil():
-    """A matched SimVQ goes on with its covariance, which has to stay positive definite."""
-    model = build(quantizer="simvq_matched")
-    model.quantizer.covariance.copy_(torch.cov(torch.randn(16, 99) * torch.logspace(-2, 2, 16)[:, None]))
-    models.save_checkpoint("small.pt", model, small=True)
-    again = load_checkpoint("small.pt")
-    assert torch.equal(again.quantizer.covariance, model.quantizer.covariance)
-    assert not torch.equal(again.decoder.head.weight, model.decoder.head.weight)
 
 
 @pytest.mark.parametrize("path", sorted(PRETRAINED_DIR.glob("vqrae_*.pt")), ids=lambda path: path.stem)
@@ -285,7 +268,6 @@ def test_half_precision_keeps_nearly_all_indices(dtype, photograph):
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="older versions export pooling of even sizes alone")
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_in_the_settings_takes_other_sizes(encoder, quantizer, method, x):
-    """torch.export and ONNX Runtime compute in another order, which rounds otherwise."""
     block = re.search(r"## Export.*?```\w*\n(.*?)```", SETTINGS, re.DOTALL)[1]
     if method == "decode_from_indices":  # as the block's comment says
         for old, new in (("encode_to_indices", method), ("rand(2, 3, 32, 40)", "arange(160).view(2, 8, 10)"),
@@ -299,7 +281,7 @@ def test_the_export_in_the_settings_takes_other_sizes(encoder, quantizer, method
     output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for result in (names["program"].module()(x), torch.from_numpy(output)):
         assert result.dtype == expected.dtype and result.shape == expected.shape
-        assert ((result - expected).abs() < 1e-4).float().mean() > 0.99
+        assert ((result - expected).abs() < 1e-4).float().mean() > 0.99  # another order rounds otherwise
 
 
 def test_shipped_encoder_gives_normalised_features_of_tokens_of_any_size():
@@ -313,12 +295,11 @@ def test_shipped_encoder_gives_normalised_features_of_tokens_of_any_size():
 @pytest.mark.parametrize("architecture, layers", [("plain", 1), ("plain", 2), ("plain", 0), ("dinov3", 0)])
 @torch.no_grad()
 def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, layers, vit):
-    """Class and register tokens, and the final norm's own weights, are left out."""
     if architecture == "dinov3":  # with rotary positions
         vit = save_vit("vit_small_patch16_dinov3", "dinov3")
     encoder, images = build_encoder(vit, 4, layers).eval(), torch.rand(2, 3, 32, 32)
     source, outputs = timm.create_model(vit, pretrained=True, img_size=64).eval(), []
-    for block in source.blocks:
+    for block in source.blocks:  # class and register tokens are left out
         block.register_forward_hook(lambda module, arguments, output: outputs.append(output[:, 5:]))
     pixels = F.interpolate(images, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)  # a token has 4, a patch 8
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # DINOv2's
@@ -332,7 +313,6 @@ def test_vit_features_are_the_normalised_sum_of_normalised_layers(architecture, 
 @pytest.mark.parametrize("layers, strides", [(0, [2, 4, 8, 16, 32]), (3, [8, 16, 32]), (1, [32])])
 @torch.no_grad()
 def test_a_pyramid_has_its_strides_side_by_side(layers, strides):
-    """Features of the shallowest are kept in parts, others are averaged or repeated."""
     encoder, images = build_encoder("resnet18", 16, layers, pretrained=False), torch.rand(2, 3, 48, 80)
     x = F.pad((images - encoder.network.mean) / encoder.network.std, (0, 16, 0, 16), mode="replicate")
     z, outputs, expected = encoder(images), encoder.network.forward_intermediates(x, intermediates_only=True), []
@@ -378,21 +358,6 @@ def test_weights_that_are_damaged_or_cannot_be_downloaded(name, change):
     message = "cannot be read: its checksum" if name == "cifar" else "does not load.*ENCODER=cifar"
     with pytest.raises((OSError, InputError), match=rf"^The [^\n]*{message}[^\n]*$"):
         build_encoder(name, 4)
-
-
-def test_importing_the_project_changes_no_setting_of_the_user():
-    settings = "(dict(os.environ), socket.getdefaulttimeout(), timm.layers.use_fused_attn())"
-    names = "train, extras.measure, extras.generate, extras.codecs, extras.compare, extras.cells, extras.pretrain"
-    code = f"import os, socket, timm, torch; old = {settings}; import {names}; assert old == {settings}"
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, check=True)
-
-
-def test_a_convolutions_padded_input_stays_channels_last_on_a_gpu(change):
-    """Otherwise it is copied. Fake tensors have a device, a shape and strides, but no numbers."""
-    change(torch.nn.Conv2d, forward=lambda self, x: x)
-    with FakeTensorMode(), torch.device("cuda"):
-        padded = models.Conv(8, 8, 3)(torch.empty(2, 8, 5, 6).to(memory_format=torch.channels_last))
-    assert padded.shape == (2, 8, 7, 8) and padded.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_discriminator_has_a_logit_for_each_patch():
