@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +31,6 @@ def colours(images):
     return images[:, :, 4, 4].tolist()  # in the middle of each image
 
 
-# How an image is read
-
 @pytest.mark.parametrize("name", ["RGB.png", "L.jpg", "CMYK.jpg", "1.png", "P.png", "RGB.webp"])
 def test_an_image_of_any_mode_and_format_is_read_in_rgb(name):
     Image.fromarray(random_pixels(7, 12, 3)).convert(name.split(".")[0]).save(name)
@@ -50,8 +47,7 @@ def test_an_image_is_upright_as_its_exif_says(orientation, turns, kind):
 
 
 def test_a_transparent_image_is_on_white():
-    """An alpha of 51 is a fifth: a red of 100 becomes 0.2 * 100 + 0.8 * 255 = 224."""
-    image = Image.new("RGBA", (4, 4), (100, 200, 0, 51))
+    image = Image.new("RGBA", (4, 4), (100, 200, 0, 51))  # an alpha of 51 is a fifth
     image.save("a.png")
     image.convert("RGB").quantize(2).save("palette.png", transparency=bytes([51]))
     for name in ("a.png", "palette.png"):
@@ -74,23 +70,16 @@ def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, wi
     assert (fit(to_tensor(image), 20).int() - to_tensor(expected).int()).abs().max() <= rounding
 
 
-def test_a_strip_of_pixels_takes_little_memory():
-    with torch.profiler.profile(profile_memory=True) as profile:
-        assert fit(torch.zeros(3, 1, 3000, dtype=torch.uint8), 256).shape == (3, 256, 256)
-    assert max(event.cpu_memory_usage for event in profile.events()) < 10**7  # as a whole it would take 5 * 10**8
-
-
-# Folders
-
 def test_labels_are_those_of_the_class_folders_in_alphabetical_order(monkeypatch):
     """Images are in random order, and may lie in val/ and in "~"."""
     monkeypatch.setenv("HOME", os.getcwd())
     for name, colour in (("dog", RED), ("café", BLUE)):
         write_images("pets", [f"{split}/{name}/{i}" for split in ("train", "val") for i in range(20)], colour)
-    images, labels, test_images, test_labels, classes, name, _ = load_dataset("~/pets", 8)
-    assert classes == ["café", "dog"] and os.path.samefile(name, "pets") and labels.diff().ne(0).sum() > 1
-    assert colours(images) == [(BLUE, RED)[label] for label in labels] and sum(labels) == 20
-    assert colours(test_images) == [(BLUE, RED)[label] for label in test_labels] and sum(test_labels) == 20
+    data = load_dataset("~/pets", 8)
+    assert data.classes == ["café", "dog"] and os.path.samefile(data.name, "pets")
+    for images, labels in (data[:2], data[2:4]):
+        assert colours(images) == [(BLUE, RED)[label] for label in labels]
+        assert sum(labels) == 20 and labels.diff().ne(0).sum() > 1
 
 
 @pytest.mark.parametrize("files, message", [
@@ -153,7 +142,6 @@ def test_the_digest_is_of_images_and_labels(crop_sizes):
 
 
 def test_an_image_of_its_class_takes_a_broken_files_place_and_one_in_a_hundred_may_be_broken(monkeypatch):
-    """While decoding and in crops, a warning names each."""
     monkeypatch.setattr(module, "CORES", 1)
     for name, colour in (("cat", RED), ("dog", BLUE)):
         write_images("pets", [f"train/{name}/{i}" for i in range(100)] + [f"test/{name}/0"], colour)
@@ -173,8 +161,6 @@ def test_an_image_of_its_class_takes_a_broken_files_place_and_one_in_a_hundred_m
             load_dataset("pets", 8)
     assert len([*Path("data").iterdir()]) == 2  # what was decoded last is not taken for the whole
 
-
-# Batches
 
 def test_large_sets_and_those_for_crops_of_several_sizes_stay_in_their_files(folder, change):
     """They come in the order of decoded ones, and whole where they are no larger than a crop."""
@@ -231,16 +217,6 @@ def test_workers_live_as_long_as_the_iterator(folder, change):
     assert not multiprocessing.active_children() and not {list, np.ndarray} & {*map(type, vars(files).values())}
 
 
-def test_workers_are_forked_and_pin_batches_for_a_gpu_which_copies_them_without_waiting(monkeypatch):
-    calls, image = [], torch.zeros(1, 3, 8, 8)
-    batch = SimpleNamespace(to=lambda device, non_blocking: calls.append((device, non_blocking)) or image)
-    monkeypatch.setattr(module, "DataLoader", lambda *_, **options: calls.append(options) or [batch])
-    for device in ("cuda", "cpu"):
-        next(load_batches(ImageFiles(["a.png"], 8, [0]), [], False, device))
-    assert calls[1] == ("cuda", True) and calls[0]["pin_memory"] and not calls[2]["pin_memory"]
-    assert calls[0]["multiprocessing_context"] == ("fork" if sys.platform == "linux" else None)
-
-
 def test_half_of_a_batch_is_mirrored():
     images, index = torch.from_numpy(random_pixels(400, 3, 4, 6)), torch.arange(400).flip(0)
     plain, mixed = (next(load_batches(images, [(index, 6, 0)], flip, "cpu")) for flip in (False, True))
@@ -248,8 +224,6 @@ def test_half_of_a_batch_is_mirrored():
     same, mirrored = (mixed == plain).all((1, 2, 3)), (mixed == plain.flip(3)).all((1, 2, 3))
     assert (same | mirrored).all() and 150 < mirrored.sum() < 250  # within five standard deviations, of 10
 
-
-# CIFAR-10 and drawn shapes
 
 @pytest.mark.parametrize("name, size, parts", [("auto", 24, [140, 2] * 2), ("cifar10", 40, [100, 40, 2])])
 def test_cifar_10_is_taken_from_torchvision(name, size, parts, monkeypatch):
@@ -278,13 +252,12 @@ def test_without_a_network_auto_alone_takes_drawn_images(monkeypatch, capsys):
 
 
 def test_drawn_images_show_each_of_ten_shapes_as_often(monkeypatch):
-    """Those above 32 pixels a side are drawn once, into a file."""
     images, labels = draw_shapes(500, 32)
     assert images.shape == (500, 3, 32, 32) and labels.bincount().tolist() == [50] * 10
     circles = images[labels == SHAPES.index("●")].float()  # bright on dark, or dark on bright
     inside = circles[:, :, 15, 15].mean(1)
     corner = circles[..., [0, 0, 31, 31], [0, 31, 0, 31]].mean((1, 2))
     assert ((inside > 127) == (inside > corner)).float().mean() > 0.85
-    large, labels = draw_shapes(120, 40)
+    large, labels = draw_shapes(120, 40)  # those above 32 pixels a side are drawn once, into a file
     monkeypatch.setattr(module, "draw_batch", None)
     assert large.shape == (120, 3, 40, 40) and all(map(torch.equal, draw_shapes(120, 40), (large, labels)))
