@@ -69,9 +69,8 @@ def test_a_probe_learns_from_training_images_and_their_statistics():
 
 @torch.no_grad()
 def test_metrics_are_what_one_computes_by_hand():
-    """They are of clamped images, in eval mode. The model stays in its mode."""
     model, images = small().eval(), noise()
-    model.decoder.head.weight.data *= 50
+    model.decoder.head.weight.data *= 50  # far out of range
     z_q, _, indices = model.encode(images / 255)
     output = model.decode(z_q).clamp(0, 1)
     mse = (output - images / 255).square().mean((1, 2, 3))
@@ -132,7 +131,6 @@ def test_what_cannot_be_measured_is_left_out(monkeypatch):
 
 
 def test_rfid_resizes_as_torch_fidelity_does(monkeypatch):
-    """Without this package it is an error of one line."""
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
     def draw_weights(network, weights):
@@ -150,15 +148,6 @@ def test_rfid_resizes_as_torch_fidelity_does(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(OSError, match=r"^METRICS=rfid: [^\n]*$"):
         load_judges(16, "rfid")
-
-
-def test_a_word_that_ends_in_pt_is_a_path(monkeypatch):
-    """Lightning's names contain "="; a "~" in quotes is not replaced by the shell."""
-    monkeypatch.setenv("HOME", str(Path.cwd()))
-    shutil.copy(SHIPPED, "epoch=3.pt")
-    monkeypatch.setattr("sys.argv", ["measure", "~/epoch=3.pt", "TRAIN_IMAGES=5"])
-    constants = {"TRAIN_IMAGES": 1, "DATASET": "cifar10"}
-    assert [*measure.load_models(constants)] == ["~/epoch=3.pt"] and constants["TRAIN_IMAGES"] == 5
 
 
 @pytest.mark.parametrize("metric, images, message", [
@@ -208,11 +197,8 @@ def test_what_cannot_be_measured_is_refused_before_the_work(script, word, values
         run(script, word, **values)
 
 
-# Codecs
-
-@pytest.mark.parametrize("share", [-99, 0.0, 0.25, 1.0, 99])
+@pytest.mark.parametrize("share", [-99, 0.0, 0.25, 1.0, 99])  # far below or above, the first or the last file counts
 def test_a_codec_has_the_bits_of_the_tokens_between_two_of_its_files(share):
-    """Far below or above all files, the first or the last counts."""
     images, files = draw_shapes(9, 32)[0][..., :24], []
     for quality in {-99: (1, 2), 99: (99, 100)}.get(share, (50, 51)):
         file = codecs.encode(images, "JPEG", quality)
@@ -236,8 +222,7 @@ def test_the_figures_of_codecs_are_their_formulas():
 
 
 def test_avif_gets_as_many_bits_as_the_tokens(run, folder):
-    """Of 5 images, 2 x 2 are in one picture."""
-    table, images = run(codecs, SHIPPED, COUNT=5), load_dataset(str(folder), 32).test_images[:4]
+    table, images = run(codecs, SHIPPED, COUNT=5), load_dataset(str(folder), 32).test_images[:4]  # 2 x 2 in a picture
     own, avif = table[str(SHIPPED)], table[f"AVIF, as {SHIPPED}"]
     output, bits = evaluate(load_checkpoint(SHIPPED), images)[2], 64 * math.log2(64_000)
     assert float(own["PSNR"]) == pytest.approx(psnr(output, images).mean().item(), abs=0.011)
@@ -245,21 +230,19 @@ def test_avif_gets_as_many_bits_as_the_tokens(run, folder):
     assert float(own["to AVIF"]) == pytest.approx(float(own["PSNR"]) - float(avif["PSNR"]), abs=0.02)
 
 
-def test_a_photograph_is_measured_whole(run):
-    """A warning names those that cannot be measured."""
+def test_a_photograph_is_measured_whole(run, monkeypatch):
     for name, size in {"a": (36, 48), "b": (9, 40)}.items():
         Image.new("RGB", size, "red").save(f"{name}.png")
     Path("c.png").write_text("no image")
+    shutil.copy(SHIPPED, "epoch=3.pt")  # as Lightning names its files
+    monkeypatch.setenv("HOME", str(Path.cwd()))  # a "~" in quotes is not replaced by the shell
     with pytest.warns(match="b.png has a side below the 11"), pytest.warns(match="c.png"):
-        row = run(codecs, SHIPPED, PHOTOS=".")[str(SHIPPED)]
+        row = run(codecs, "~/epoch=3.pt", "PHOTOS=.", PHOTOS="")["~/epoch=3.pt"]
     bits = math.log2(64_000)
     assert row["bits"] == f"{9 * 12 * bits:,.0f}" and row["bits a pixel"] == f"{bits / 16:.3f}"
 
 
-# Tables of runs
-
 def test_a_row_is_the_mean_of_a_line_trained_with_each_seed(run, change):
-    """Arguments for train.py come last, so that they replace the setting's."""
     figures = [{"psnr": x, "token_bits": 9.97} for x in (22.0, 23.0)]
     change(compare, run_and_measure=Mock(side_effect=figures), setting="EPOCHS=4 FLIP=False")
     row = run(compare, "EPOCHS=3", "QUANTIZER=fsq", DATASET="a", BITS=(10,), SEEDS=(3, 4))["FSQ, 10.0 bits"]
@@ -278,9 +261,8 @@ def test_a_quantizer_of_ones_own_is_compared_at_all_bits_if_it_can(change, monke
         ("FSQ", "QUANTIZER=fsq FSQ_LEVELS=(8,8,8,5,5,5)")]
 
 
-@pytest.mark.parametrize("argument, shown", [("CODE_DIM=8", True), ("EPOCHS=8", False)])
+@pytest.mark.parametrize("argument, shown", [("CODE_DIM=8", True), ("EPOCHS=8", False)])  # RESULTS.md has 4 epochs
 def test_a_row_stands_beside_results_where_bits_are_nearest(argument, shown, change, monkeypatch, capsys):
-    """Not if the setting is another than RESULTS.md's."""
     change(compare, run_and_measure=lambda arguments: {"psnr": 21.5, "token_bits": 12.0})
     monkeypatch.setattr("sys.argv", ["compare", "QUANTIZER=lfq", "BITS=(10,)", argument])
     compare.main()
@@ -324,8 +306,6 @@ def test_a_run_that_fails_ends_the_table_in_a_sentence():
     with refused("train.py SEED=1 failed"):
         compare.run_and_measure(["SEED=1"])
 
-
-# Cells, and how the encoder was made
 
 def test_cells_show_all_codes_and_unused_ones_hollow(run):
     run(cells, STEPS=2)
