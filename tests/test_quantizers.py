@@ -129,19 +129,15 @@ def test_each_of_several_codebooks_is_an_ema_codebook(name):
                 torch.testing.assert_close(before.indices_to_codes(indices, depth=i + 1).flatten(0, 1), codes)
         assert torch.allclose(z_q.flatten(0, 1), codes, atol=1e-6) and torch.allclose(loss, losses, atol=1e-6)
         assert torch.allclose(torch.autograd.grad(loss, z)[0], torch.autograd.grad(losses, z)[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("kind, depth", [("residual_vq", 0), ("residual_vq", 3), ("product_vq", 1), ("fsq", 1)])
-def test_a_depth_that_no_residual_codebook_has_is_refused(kind, depth):
-    with refused("^depth = "):
-        build(kind).indices_to_codes([[1, 2]], depth=depth)
+    for depth in ((0, 4) if name == "residual_vq" else (1,)):
+        with refused("^depth = "):
+            several.indices_to_codes(indices, depth=depth)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_simvq_is_the_librarys(cosine):
-    """With cosine it is the library's for vectors and codes of length 1."""
     ours = SimVQ(8, 300, project=False, cosine=cosine)
-    scale = (lambda x: F.normalize(x, dim=-1)) if cosine else torch.clone
+    scale = (lambda x: F.normalize(x, dim=-1)) if cosine else torch.clone  # vectors and codes have length 1
     transform = lambda codes: scale(ours.code_transform(codes))  # noqa: E731
     theirs = library.SimVQ(8, 300, codebook_transform=transform, rotation_trick=False)
     theirs.frozen_codebook.copy_(ours.frozen_codebook)
@@ -244,8 +240,7 @@ def test_nearest_code_is_that_of_brute_force_in_fp64(tokens, codes, offset):
 
 
 def test_codes_that_stand_twice_or_close_together_have_their_indices_again():
-    """64,000 codes on a line are closer than fp32's scores tell apart. Of equal codes the first one is found."""
-    fsq, indices = build_quantizer("fsq", 1), torch.randint(64_000, (1, 500))
+    fsq, indices = build_quantizer("fsq", 1), torch.randint(64_000, (1, 500))  # fp32's scores do not tell all apart
     z_q = fsq.indices_to_codes(indices)
     found = fsq.codes_to_indices(z_q)
     assert torch.equal(fsq.indices_to_codes(found), z_q) and (found == indices).float().mean() > 0.98
@@ -281,13 +276,9 @@ def test_config_rebuilds_a_quantizer(name):
 
 
 def test_a_class_is_built_under_its_name_and_records_options_as_tuples():
-    own = type("Own", (FSQ,), {})
-    for kind, name in ((FSQ, "fsq"), (own, "Own")):
+    for kind, name in ((FSQ, "fsq"), (type("Own", (FSQ,), {}), "Own")):
         config = build_quantizer(kind, DIM, levels=[8, 5]).config
         assert config == {"quantizer": name, "quantizer_options": {"levels": (8, 5)}}
-    assert own(DIM, [8, 5]).config is None
-    with refused("QUANTIZERS\\['Own'\\] = YourClass"):
-        build_quantizer("Own", DIM)
 
 
 def test_code_dim_0_is_the_tokens_width_and_without_project_there_are_no_maps():
@@ -300,36 +291,38 @@ def test_without_a_quantizer_tokens_pass():
     nothing, z = build_quantizer("none", DIM), torch.randn(2, DIM, 3, 4, requires_grad=True)
     z_q, loss, indices = nothing(z)
     assert torch.equal(z_q, z) and z_q.requires_grad and loss == 0 and indices.shape == (2, 3, 4)
-    for function, x in ((nothing.indices_to_codes, indices), (nothing.codes_to_indices, z)):
-        with refused("Without a quantizer"):
-            function(x)
+    with refused("Without a quantizer"):
+        nothing.indices_to_codes(indices)
 
 
 @pytest.mark.parametrize("name, options", [
     ("fsq", {"dim": 0}), ("fsq", {"levels": [8, 1]}), ("fsq", {"levels": []}), ("fsq", {"levels": 512}),
     ("fsq", {"levels": [64] * 11}), ("ddcl", {"delta": 0.3}), ("ddcl", {"delta": 0}), ("ddcl", {"delta": 15}),
-    ("ddcl", {"delta": 0.95}), ("ema_vq", {"codebook_size": None}), ("ema_vq", {"codebook_size": True}),
-    ("simvq", {"codebook_size": 64.0}), ("simvq_matched", {"decay": 1}), ("ema_vq", {"code_dim": -1}),
-    ("ema_vq", {"decay": 0.0}), ("residual_vq", {"codebooks": 0}), ("product_vq", {"codebooks": 3, "code_dim": 16}),
-    ("library", {"kind": "GroupedResidualVQ"}), ("library", {"kind": "LFQ", "levels": 8}),
-    ("library", {"kind": "LFQ", "codebook_size": 60}), ("library", {"kind": "ResidualLFQ", **TWO, "spherical": True}),
+    ("ema_vq", {"codebook_size": True}), ("simvq", {"codebook_size": 64.0}), ("simvq_matched", {"decay": 1}),
+    ("ema_vq", {"code_dim": -1}), ("ema_vq", {"decay": 0.0}), ("residual_vq", {"codebooks": 0}),
+    ("product_vq", {"codebooks": 3, "code_dim": 16}), ("library", {"kind": "LFQ", "levels": 8}),
+    ("library", {"kind": "GroupedResidualVQ"}), ("library", {"kind": "ResidualLFQ", **TWO, "spherical": True}),
     ("lfq", {"codebook_size": 4, "num_codebooks": 2}), ("rotation_vq", {"codebook_size": 4, "heads": 2})])
 def test_options_that_build_no_quantizer_are_refused_with_their_value(name, options):
     with refused(" = .*, allowed: | does not work with |ResidualLFQ has indices that do not decode"):
         build_quantizer(name, **{"dim": DIM} | options).eval()(torch.randn(2, 9, DIM))
 
 
-@pytest.mark.parametrize("method, argument", [
-    ("forward", torch.zeros(2, 9, DIM + 1)), ("forward", torch.zeros(2, DIM)),
-    ("forward", torch.zeros(2, 9, DIM, dtype=torch.int64)), ("forward", torch.full((1, 1, DIM), math.nan)),
-    ("forward", torch.full((1, 1, DIM), 2e12)), ("codes_to_indices", torch.zeros(1, 1, DIM)),
-    ("indices_to_codes", [[2**25]]), ("indices_to_codes", [[-1, 0]]), ("indices_to_codes", [[True]]),
-    ("indices_to_codes", [0]), ("indices_to_codes", [[0.5]]), ("indices_to_codes", [[1j]]),
-    ("indices_to_codes", torch.zeros(0, 9).long()), ("get_codebook_entry", [[0]]), ("forward", torch.zeros(0, 9, DIM)),
-    ("forward", [[[0.0] * DIM]]), ("codes_to_indices", torch.full((1, 1, DIM), math.nan))])
-def test_inputs_of_another_shape_range_or_type_are_refused(method, argument):
-    with refused(""):  # 2**25 codes are more than codes_to_indices compares
-        getattr(build_quantizer("fsq", DIM, levels=[2] * 25).eval(), method)(argument)
+@pytest.mark.parametrize("message, method, arguments", [
+    ("z is .*, but this quantizer takes", "forward", [
+        torch.zeros(2, 9, DIM + 1), torch.zeros(2, DIM), torch.zeros(2, 9, DIM).long(), torch.zeros(0, 9, DIM), [0.0]]),
+    ("The values of z range", "forward", [torch.full((1, 1, DIM), math.nan), torch.full((1, 1, DIM), 2e12)]),
+    ("The values of z_q range", "codes_to_indices", [torch.full((1, 1, DIM), math.nan)]),
+    ("codes are too many", "codes_to_indices", [torch.zeros(1, 1, DIM)]),  # 2**25
+    ("The values of indices range", "indices_to_codes", [[[2**25]], [[-1, 0]]]),
+    ("indices are ", "indices_to_codes", [[[True]], [0], [[0.5]], [[1j]]]),
+    ("indices are ", "get_codebook_entry", [[[0]]]),
+    ("There are no indices", "indices_to_codes", [torch.zeros(0, 9).long()])])
+def test_inputs_of_another_shape_range_or_type_are_refused(message, method, arguments):
+    fsq = build_quantizer("fsq", DIM, levels=[2] * 25).eval()
+    for argument in arguments:
+        with refused(message):
+            getattr(fsq, method)(argument)
 
 
 def test_the_file_needs_torch_alone():
