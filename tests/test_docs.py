@@ -1,6 +1,7 @@
-"""What the texts and explore.ipynb show runs as printed.
+"""What the texts and the notebooks show runs as printed.
 
-    python tests/test_docs.py cifar10-jpeg      executes the notebook on images of this dataset, and keeps its outputs
+    python tests/test_docs.py                   executes lesson.ipynb, and keeps its outputs
+    python tests/test_docs.py cifar10-jpeg      executes explore.ipynb on images of this dataset, and keeps its outputs
 """
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SEED
 from nbclient import NotebookClient
 
 import train
@@ -18,21 +19,39 @@ import train
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md")}
 
 
-def execute(dataset, folder):
-    notebook = nbformat.read(ROOT / "explore.ipynb", as_version=4)
-    cell = next(cell for cell in notebook.cells if '"auto"' in cell.source)
-    source, cell.source = cell.source, cell.source.replace('"auto"', repr(str(dataset)))
+LESSON = "\nSEED = 0\nQUICK = False"
+
+
+def execute(name, folder, old, new):
+    """Run a notebook in `folder`, with `new` in place of `old` meanwhile."""
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    cell = next(cell for cell in notebook.cells if old in cell.source)
+    source, cell.source = cell.source, cell.source.replace(old, new)
     NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": folder}}).execute()
     cell.source = source
     return notebook
 
 
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_lesson_runs(quick):
+    execute("lesson.ipynb", ROOT, LESSON, f"\nSEED = {SEED}\nQUICK = {quick}")
+
+
 def test_the_notebook_runs_and_shows_what_comes_out(folder, tmp_path):
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for notebook in (stored := nbformat.read(ROOT / "explore.ipynb", as_version=4), execute(folder, tmp_path)):
+    stored = nbformat.read(ROOT / "explore.ipynb", as_version=4)
+    for notebook in (stored, execute("explore.ipynb", tmp_path, '"auto"', repr(str(folder)))):
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert {kind for output in outputs for kind in output.get("data", {})} >= {"image/png", "image/jpeg"}
-        assert notebook is not stored or all(output.get("name") != "stderr" for output in outputs)  # these name paths
+
+
+def test_notebooks_are_stored_as_they_ran_and_the_lesson_is_small():
+    for name in ("explore.ipynb", "lesson.ipynb"):
+        cells = [x for x in nbformat.read(ROOT / name, as_version=4).cells if x.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+        assert all(output.get("name") != "stderr" for cell in cells for output in cell.outputs)  # it would name paths
+    lines = [sum(bool(line.strip()) for line in cell.source.split("\n")) for cell in cells]
+    assert max(lines) <= 20 and sum(lines) <= 260 and (ROOT / name).stat().st_size <= 700_000
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", "".join(TEXTS.values()), re.DOTALL))
@@ -46,7 +65,7 @@ def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch, main):
     assert "class Sign" not in block or (main("QUANTIZER=sign") / "results.json").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "docs/SETTINGS.md", "docs/NOTES.md", "explore.ipynb"])
+@pytest.mark.parametrize("name", [*TEXTS, "docs/NOTES.md", "explore.ipynb", "lesson.ipynb"])
 def test_links_lead_to_files_and_headings(name):
     for link, heading in re.findall(r"]\(([^)#:]*)#?([\w-]*)\)", (ROOT / name).read_text("utf-8")):
         target = (ROOT / name).parent / link if link else ROOT / name
@@ -82,4 +101,5 @@ def test_texts_state_how_large_files_and_models_are(change):
 
 if __name__ == "__main__":
     os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}  # no progress bars in outputs
-    nbformat.write(execute(sys.argv[1], ROOT), ROOT / "explore.ipynb")
+    name, old = ("explore.ipynb", '"auto"') if sys.argv[1:] else ("lesson.ipynb", LESSON)
+    nbformat.write(execute(name, ROOT, old, repr(sys.argv[1]) if sys.argv[1:] else old), ROOT / name)
