@@ -1,17 +1,16 @@
-"""COMPILE: a compiled step is the same step, in few graphs, and its errors show themselves. Slow tests use Inductor."""
+"""COMPILE: a compiled step is the same step, in few graphs."""
 import copy
 import functools
 import math
-import traceback
 
 import pytest
 import torch
 import torch._inductor.config
 from conftest import SEED
 
-import quantizers
 import train
 from models import VQRAE, PatchDiscriminator, build_encoder
+from quantizers import build_quantizer
 from utils import load_torch
 
 
@@ -53,9 +52,9 @@ def test_a_compiled_run_is_the_same_run_in_few_graphs(micro_batches, count, main
         assert [row[name] for name in losses] == pytest.approx([expected[name] for name in losses], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ddcl", "simvq", "ema_vq", "residual_vq"])
+@pytest.mark.parametrize("kind", ["ddcl", "simvq", "residual_vq"])  # others below
 def test_a_step_of_a_quantizer_compiles_to_one_graph(kind):
-    quantizer, z, results = quantizers.build_quantizer(kind, 6), torch.randn(2, 9, 6), []
+    quantizer, z, results = build_quantizer(kind, 6), torch.randn(2, 9, 6), []
     for step in (copy.deepcopy(quantizer), torch.compile(quantizer, backend="eager", fullgraph=True)):
         torch.manual_seed(SEED)
         results.append(step(z)[:2])
@@ -65,14 +64,13 @@ def test_a_step_of_a_quantizer_compiles_to_one_graph(kind):
 # "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
 @pytest.mark.parametrize("kind, stage", [("ema_vq", 1), ("fsq", 2)])
 def test_a_compiled_step_is_the_same_step(kind, stage, change):
-    """It has the same losses, gradients and moving averages, in stage 1 with a GAN."""
     change(train, GAN_WEIGHT=0.5)
-    change(torch, compile=functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     options = {"codebook_size": 64, "code_dim": 6} if "vq" in kind else {}
     model = VQRAE("cifar", kind, options, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
     teacher, critic = build_encoder("cifar", 4).eval().requires_grad_(False), PatchDiscriminator(16)
     images, results = torch.rand(4, 3, 16, 16), []
-    for step in (train.add_gradients, torch.compile(train.add_gradients, fullgraph=True, dynamic=False)):
+    compiled = torch.compile(train.add_gradients, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    for step in (train.add_gradients, compiled):
         part, judge = copy.deepcopy((model, critic if stage == 1 else None))
         frozen = part.encoder if stage == 1 else teacher
         torch.manual_seed(SEED)
@@ -81,17 +79,3 @@ def test_a_compiled_step_is_the_same_step(kind, stage, change):
         parts = torch.nn.ModuleList([part, judge] if judge else [part])
         results.append([losses, {name: p.grad for name, p in parts.named_parameters()}, dict(part.named_buffers())])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
-
-
-def test_a_mistake_in_a_compiled_step_shows_file_and_line(main, change, monkeypatch):
-    """As in a quantizer of one's own, which compiling meets before the first step."""
-    class Mistaken(quantizers.FSQ):
-        def quantize(self, x):
-            return x @ torch.ones(7, 7)  # six numbers do not fit seven
-
-    monkeypatch.setitem(quantizers.QUANTIZERS, "mistaken", Mistaken)
-    change(torch, compile=functools.partial(torch.compile, backend="eager"))
-    with pytest.raises(RuntimeError) as error:
-        main("QUANTIZER=mistaken", "COMPILE=default")
-    text = "".join(traceback.format_exception(error.value))
-    assert __file__ in text and "x @ torch.ones(7, 7)" in text and "_dynamo" in text
