@@ -103,7 +103,7 @@ def test_a_run_goes_on_in_one_process_alone():
     Run("a")
 
 
-def test_a_last_pt_that_is_damaged_or_of_another_model_or_run_is_refused():
+def test_a_checkpoint_that_is_damaged_or_of_another_model_or_run_is_refused():
     Run("a").save({"epoch": 1}, {"model": nn.Linear(2, 2)})
     with refused("last.pt does not fit this code. Change SEED"):
         Run("a", first_process=False).resume({"model": nn.Linear(2, 3)})
@@ -114,15 +114,10 @@ def test_a_last_pt_that_is_damaged_or_of_another_model_or_run_is_refused():
         Path("checkpoints/b/last.pt").write_bytes(damaged)
         with refused(f"checkpoints/b/last.pt {message}"):
             Run("b", first_process=False)
-
-
-def test_the_best_checkpoint_of_another_run_is_refused():
     save_torch("checkpoints/a/fsq_stage2_best.pt", {"run": "b"})
     with refused("The checkpoint .*fsq_stage2_best.pt is not from this run"):
-        train.finish(Run("a"), SimpleNamespace(config={"quantizer": "fsq"}), None)
+        train.finish(Run("a", first_process=False), SimpleNamespace(config={"quantizer": "fsq"}), None)
 
-
-# Several processes
 
 def test_two_processes_learn_what_one_learns(folder, tmp_path):
     """One process takes four micro-batches a step, and two processes take two each: the same sums in another order."""
@@ -138,8 +133,7 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
 
 
 def test_processes_that_do_not_share_a_disk_end_at_once(trained, folder, tmp_path):
-    """The first would resume after the last epoch, and the second start anew."""
-    shutil.copytree(trained, tmp_path / "first")
+    shutil.copytree(trained, tmp_path / "first")  # it would resume after the last epoch, and the second start anew
     next(tmp_path.glob("first/outputs/*/results.json")).unlink()
     folders = [tmp_path / "first", tmp_path / "second"]
     assert run(folders, [f"DATASET={folder}", *SMALL, "EPOCHS=(2, 1)"]) == [1, 1]
