@@ -154,9 +154,9 @@ def test_simvq_is_the_librarys(cosine):
 def test_matched_codes_are_those_of_a_gaussian_channel_and_stay_alive(width, rank):
     """Tokens have unequal variances. Eigenvalues and a root finder give the definition in fp64. Six steps find it."""
     spread = torch.randn(rank, width) * torch.exp(-torch.arange(rank) / 6)[:, None]
-    simvq, x = MatchedSimVQ(width, 1024, project=False), 3 + torch.randn(1, 8192, rank) @ spread
+    simvq, x = MatchedSimVQ(width, 1024, project=False), (3 + torch.randn(1, 8192, rank) @ spread).requires_grad_()
     for _ in range(6):
-        _, _, indices = simvq(x)
+        z_q, loss, indices = simvq(x)
     variances, axes = torch.linalg.eigh(simvq.covariance.double())
     powers = variances.clamp(min=0)
     s = brentq(lambda s: (1 + powers / s).log().sum().item() / 2 - math.log(1024), 1e-6, 1e3)  # the noise
@@ -166,6 +166,9 @@ def test_matched_codes_are_those_of_a_gaussian_channel_and_stay_alive(width, ran
     assert torch.allclose(a @ a.T / width, expected, atol=atol)
     p = torch.bincount(indices.flatten(), minlength=1024) / indices.numel()
     assert (p > 0).float().mean() > 0.9 and torch.special.entr(p).sum().exp() > 0.7 * 1024
+    losses = loss, 0.25 * (x - z_q.detach()).square().mean() / x.detach()[0].var(0, correction=0).mean()  # relative
+    gradients = [torch.autograd.grad(each, x)[0] for each in losses]
+    assert torch.allclose(*losses, rtol=1e-3) and torch.allclose(*gradients, rtol=1e-3, atol=1e-9)
 
 
 def test_matched_simvq_keeps_the_mean_and_covariance_of_all_tokens():
@@ -182,16 +185,8 @@ def test_matched_simvq_keeps_the_mean_and_covariance_of_all_tokens():
     assert torch.allclose(simvq.covariance.double(), covariance, rtol=1e-3, atol=1e-3)
 
 
-def test_the_loss_of_matched_codes_is_relative_to_the_tokens_variance():
-    simvq, z = MatchedSimVQ(6, 50, project=False), torch.randn(1, 40, 6, requires_grad=True)
-    z_q, loss, _ = simvq(z)
-    expected = 0.25 * (z - z_q.detach()).square().mean() / z.detach()[0].var(0, correction=0).mean()
-    assert torch.allclose(loss, expected, rtol=1e-4)
-    assert torch.allclose(*(torch.autograd.grad(x, z)[0] for x in (loss, expected)), rtol=1e-4, atol=1e-7)
-
-
-def test_indices_give_z_q_again_bit_for_bit_and_an_image_is_its_pixels_row_by_row(quantizer):
-    z = torch.randn(3, DIM, 4, 5)
+def test_indices_give_z_q_again_bit_for_bit_in_any_precision_and_an_image_is_its_pixels_row_by_row(quantizer):
+    z = torch.randn(3, DIM, 4, 5).bfloat16().float()
     z_q, loss, indices = quantizer.eval()(z)
     assert z_q.shape == z.shape and indices.shape == (3, 4, 5) and loss.shape == () and len(indices.unique()) > 1
     assert torch.equal(quantizer.indices_to_codes(indices), z_q)
@@ -199,15 +194,10 @@ def test_indices_give_z_q_again_bit_for_bit_and_an_image_is_its_pixels_row_by_ro
     sequence, _, flat = quantizer(z.flatten(2).mT)
     assert torch.equal(sequence, z_q.flatten(2).mT) and torch.equal(flat, indices.flatten(1))
     assert torch.allclose(quantizer.get_codebook_entry(indices.flatten()), sequence.flatten(0, 1), atol=1e-6)
-
-
-def test_in_half_precision_it_computes_in_fp32(quantizer):
-    z = torch.randn(2, 9, DIM).bfloat16()
-    z_q, _, indices = quantizer.eval()(z.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(quantizer(z)[0], z_q) and torch.equal(quantizer.indices_to_codes(indices), z_q)
+    with torch.autocast("cpu", torch.bfloat16):  # it computes in fp32
+        assert torch.equal(quantizer(z.bfloat16())[0], z_q) and torch.equal(quantizer.indices_to_codes(indices), z_q)
         assert torch.equal(quantizer.codes_to_indices(z_q), indices)
-    assert torch.equal(quantizer.half()(z)[0], z_q)
+    assert torch.equal(quantizer.half()(z.bfloat16())[0], z_q)
 
 
 @pytest.mark.parametrize("mode", [True, False])
