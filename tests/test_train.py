@@ -134,7 +134,6 @@ def test_muon_is_that_of_torch(monkeypatch):
 @pytest.mark.parametrize("encoder, stage, rate", [
     ("cifar", 1, 0.5), ("cifar", 2, 0.25), ("vit_tiny_patch16_224", 1, 0.5)])
 def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rate, change):
-    """AdamW gets embeddings, maps into and out of blocks, and vectors."""
     change(train, LEARNING_RATE=(0.5, 0.25), OPTIMIZER="muon")
     model = VQRAE(encoder, post_quant_kernel=3, decoder_depth=1, pretrained=False).set_stage(stage)
     optimizers = train.build_optimizers(model, stage)
@@ -145,18 +144,15 @@ def test_muon_gets_the_matrices_of_blocks_and_adamw_all_else(encoder, stage, rat
     assert optimizers["adamw"].defaults["lr"] == rate and optimizers["muon"].defaults["lr"] == 2 * rate
 
 
-def test_options_that_follow_from_the_batch(change):
-    """Rotation-trick codes below a tenth of the mean are dead. LFQ compares 2**24 tokens and codes, or two tokens."""
-    change(train, QUANTIZER="rotation_vq", BATCH_SIZE=32, CODEBOOK_SIZE=1024)
-    for ranks in (1, 2):  # which share the batch
-        change(train, ranks=ranks)
-        assert train.quantizer_options()["threshold_ema_dead_code"] == pytest.approx(0.1 * 32 * 64 / 1024)
-    change(train, QUANTIZER="lfq", ranks=1)
-    for size, fraction in ((2**10, 1), (2**16, 256 / 2048), (2**24, 2 / 2048)):
-        change(train, CODEBOOK_SIZE=size)
-        assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(fraction)
-    change(train, CROP_SIZES=(64, 32), CODEBOOK_SIZE=2**14)  # a batch of the larger crops has 8,192 tokens
-    assert train.quantizer_options()["frac_per_sample_entropy"] == pytest.approx(1024 / 8192)
+@pytest.mark.parametrize("constants, name, value", [  # 32 images have 2,048 tokens, of crops twice as large 8,192
+    ({"QUANTIZER": "rotation_vq", "CODEBOOK_SIZE": 1024, "ranks": 1}, "threshold_ema_dead_code", 0.1 * 2048 / 1024),
+    ({"QUANTIZER": "rotation_vq", "CODEBOOK_SIZE": 1024, "ranks": 2}, "threshold_ema_dead_code", 0.1 * 2048 / 1024),
+    *(({"QUANTIZER": "lfq", "CODEBOOK_SIZE": size, "CROP_SIZES": crops}, "frac_per_sample_entropy", fraction)
+      for size, crops, fraction in ((2**10, (), 1), (2**16, (), 256 / 2048), (2**24, (), 2 / 2048),
+                                    (2**14, (64, 32), 1024 / 8192)))])
+def test_options_that_follow_from_the_batch(constants, name, value, change):
+    change(train, BATCH_SIZE=32, **constants)
+    assert train.quantizer_options()[name] == pytest.approx(value)
 
 
 def test_training_is_what_the_table_of_stages_says(main, folder, change):
@@ -220,11 +216,10 @@ def test_a_run_leaves_figures_pictures_and_checkpoints(trained):
 
 
 def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(main, folder):
-    """EVAL_IMAGES are measured after an epoch, and all at the end."""
     outputs = main("QUANTIZER=product_vq", "CODEBOOKS=4", "CODEBOOK_SIZE=16", "ACCUMULATE=2", "PERCEPTUAL=")
     images, results = load_dataset(str(folder), 16).test_images, json.loads((outputs / "results.json").read_text())
     names, rows = ("stage1_epoch_1", "stage2_epoch_1", "stage2_best"), table(outputs)
-    for name, count, figures in zip(names, (4, 4, None), (*rows, results)):
+    for name, count, figures in zip(names, (4, 4, None), (*rows, results)):  # EVAL_IMAGES = 4, and all at the end
         model = load_checkpoint(checkpoint(outputs, name))
         expected, *_ = evaluate(model, images[:count], 4)
         assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
@@ -289,7 +284,6 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(change):
 
 
 def test_crops_of_several_sizes_take_turns(folder, change):
-    """A step has one size. Test images have the largest."""
     change(train, CROP_SIZES=(24, 16), BATCH_SIZE=4, ACCUMULATE=2)
     data = load_dataset(str(folder), 16, (24, 16))
     shapes = [batch.shape for batch in train.stage_batches(data.train_images, 1, [1], steps=3)]
@@ -299,7 +293,6 @@ def test_crops_of_several_sizes_take_turns(folder, change):
 
 @pytest.mark.parametrize("perceptual", ["encoder", "cifar"])
 def test_a_cnn_learns_in_both_stages_without_a_teacher(perceptual, main):
-    """Another network's features can be compared."""
     outputs = main("ENCODER=cnn", "IMAGE_SIZE=32", "GRID=4", "EPOCHS=(2, 1)", f"PERCEPTUAL={perceptual}")
     for row in table(outputs):
         assert (row["perceptual_loss"] > 0) == (perceptual == "cifar") and row["distill_loss"] == 0
@@ -375,29 +368,24 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     ("GRID", 5), ("CROP_SIZES", [32, 50]), ("DEVICE", "tpu"),
     ("ENCODER_LAYERS", 3), ("IMAGE_SIZE", 8)])
 def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
-    """This takes one line, before a run begins."""
     text = repr(tuple(value) if isinstance(value, list) else value)
     assert re.fullmatch(rf"train.py: {name} = {re.escape(text)}, allowed: .+", begin(**{name: value}))
 
 
 START = {"START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_ema_vq.pt", "STAGES": [2]}
+FSQ = {"QUANTIZER": "fsq", "START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_fsq.pt"}
 
 
 @pytest.mark.parametrize("constants, line", [
-    (START, "tiny_cifar_ema_vq_"),
-    (START | {"QUANTIZER": "fsq", "START_CHECKPOINT": f"{PRETRAINED_DIR}/vqrae_fsq.pt"}, "tiny_cifar_fsq_"),
-    (START | {"QUANTIZER": "fsq"}, "train.py: QUANTIZER = 'fsq', allowed: 'ema_vq' with START"),
-    (START | {"ENCODER": "cnn"}, "train.py: ENCODER = 'cnn', allowed: 'cifar'"),
-    (START | {"CODE_DIM": 8}, "train.py: CODE_DIM = 8, allowed: 16"),
-    (START | {"GRID": 4}, "train.py: IMAGE_SIZE / GRID = 8, allowed: 4"),
-    (START | {"DECODER_WIDTH": 64}, "train.py: DECODER_WIDTH = 64, allowed: 192"),
-    (START | {"STAGES": [1]}, "train.py: START_CHECKPOINT = "),
-    ({"MINE": b"bytes"}, "train.py: The constants do not fit into results.json: "),
-    ({"QUANTIZER": "library", "LIBRARY": {"kind": "VQ"}}, "train.py: "),
-    ({"FSQ_LEVELS": "6", "QUANTIZER": "fsq"}, "train.py: levels = '6', allowed: "),
-    ({"DATASET": "none"}, "train.py: There is no folder none/train.")])
+    (START, "tiny_cifar_ema_vq_"), (START | FSQ, "tiny_cifar_fsq_"), (START | {"STAGES": [1]}, "START_CHECKPOINT = "),
+    (START | {"QUANTIZER": "fsq"}, "QUANTIZER = 'fsq', allowed: 'ema_vq' with START"),
+    (START | {"ENCODER": "cnn"}, "ENCODER = 'cnn', allowed: 'cifar'"), (START | {"CODE_DIM": 8}, "CODE_DIM = 8"),
+    (START | {"GRID": 4}, "IMAGE_SIZE / GRID = 8, allowed: 4"), (START | {"DECODER_WIDTH": 64}, "DECODER_WIDTH = 64"),
+    ({"MINE": b"bytes"}, "The constants do not fit into results.json: "), ({"DATASET": "none"}, "There is no folder"),
+    ({"QUANTIZER": "library", "LIBRARY": {"kind": "VQ"}}, "kind = 'VQ'"),
+    ({"QUANTIZER": "fsq", "FSQ_LEVELS": "6"}, "levels = '6', allowed: ")])
 def test_constants_that_no_start_checkpoint_file_or_class_takes_are_refused_before_training(constants, line, begin):
-    assert begin(**constants).startswith(line)
+    assert begin(**constants).removeprefix("train.py: ").startswith(line)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
