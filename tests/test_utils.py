@@ -73,20 +73,17 @@ def test_a_progress_bar_is_for_terminals(terminal, disabled, shown, monkeypatch)
 @pytest.mark.parametrize("error, raised", [
     (OSError(28, "No space left"), OSError), (RuntimeError("a mistake"), RuntimeError),
     (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_nobody_reads_half_a_file(error, raised):
+def test_nobody_reads_half_a_file(error, raised, change):
     save_torch("new/a", {"old": 1})
     with pytest.raises(raised, match="^new/a could.*o space left" if raised is OSError else None):
         with replace_file("new/a") as draft, replace_file("new/a") as other:
             draft.write_text("half")
             assert load_torch("new/a") == {"old": 1} and draft != other  # of another process
             raise error
+    change(torch, save=Mock(side_effect=RuntimeError("PytorchStreamWriter failed writing file")))  # on a full disk
+    with pytest.raises(OSError, match="^new/a could not be written: .*failed writing"):
+        save_torch("new/a", {})
     assert os.listdir("new") == ["a"] and load_torch("new/a") == {"old": 1}
-
-
-def test_a_full_disk_is_no_mistake_of_the_user(change):
-    change(torch, save=Mock(side_effect=RuntimeError("PytorchStreamWriter failed writing file")))
-    with pytest.raises(OSError, match="^a could not be written: .*failed writing"):
-        save_torch("a", {})
 
 
 def test_code_is_its_hash_and_comments_and_the_scripts_constants_are_not(monkeypatch):
