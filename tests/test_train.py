@@ -215,23 +215,12 @@ def test_a_run_leaves_figures_pictures_and_checkpoints(trained):
     assert json.loads((outputs / "results.json").read_text())["constants"]["EPOCHS"] == [2, 1]
 
 
-def test_a_run_of_both_stages_ends_with_the_figures_of_its_best_checkpoint(main, folder):
-    outputs = main("QUANTIZER=product_vq", "CODEBOOKS=4", "CODEBOOK_SIZE=16", "ACCUMULATE=2", "PERCEPTUAL=")
-    images, results = load_dataset(str(folder), 16).test_images, json.loads((outputs / "results.json").read_text())
-    names, rows = ("stage1_epoch_1", "stage2_epoch_1", "stage2_best"), table(outputs)
-    for name, count, figures in zip(names, (4, 4, None), (*rows, results)):  # EVAL_IMAGES = 4, and all at the end
-        model = load_checkpoint(checkpoint(outputs, name))
-        expected, *_ = evaluate(model, images[:count], 4)
-        assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-        assert (model.quantizer.codebook_size, model.stage) == (16**4, figures.get("stage", 2))
-    assert results["run"] == outputs.name and not any(row["perceptual_loss"] for row in rows)
-
-
 def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, folder, monkeypatch, capsys):
     """The last two epochs of a stage are kept, too. results.json measures the best one. The run is then finished."""
-    psnrs = iter([3.0, 5.0, 4.0, 2.0, 1.0])
+    psnrs, options = iter([3.0, 5.0, 4.0, 2.0, 1.0]), "QUANTIZER=product_vq CODEBOOKS=4 CODEBOOK_SIZE=16 ACCUMULATE=2"
     monkeypatch.setattr(utils, "psnr", lambda images, _: torch.full((len(images),), next(psnrs, 0.0)))
-    outputs = main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4")
+    arguments = [*options.split(), "EPOCHS=(3, 2)", "EPOCH_IMAGES=4", "EVAL_IMAGES=2", "PERCEPTUAL="]
+    outputs = main(*arguments)
     assert len(re.findall("(?m)^ +[12] +[123] ", capsys.readouterr().out)) == 5  # a line for each epoch
     for stage, epoch, kept in ((1, 2, "23"), (2, 1, "12")):
         best, same = (load_torch(checkpoint(outputs, f"stage{stage}_{x}")) for x in ("best", f"epoch_{epoch}"))
@@ -240,10 +229,16 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, folder, monkey
         files = Path("checkpoints", outputs.name).glob(f"*stage{stage}_epoch_*")
         assert sorted(path.stem[-1] for path in files) == [*kept]
     results, images = json.loads((outputs / "results.json").read_text()), load_dataset(str(folder), 16).test_images
-    best, last = (evaluate(load_checkpoint(checkpoint(outputs, f"stage2_{x}")), images, 4)[0]["ssim"]
-                  for x in ("best", "epoch_2"))
-    assert results["ssim"] == pytest.approx(best, abs=1e-6) != pytest.approx(last, abs=1e-6)
-    assert main("EPOCHS=(3, 2)", "EPOCH_IMAGES=4") is None and "This run is finished" in capsys.readouterr().out
+    names, rows = ("stage1_best", "stage2_epoch_2", "stage2_best"), table(outputs)
+    for name, count, figures in zip(names, (2, 2, None), (rows[1], rows[4], results)):
+        model = load_checkpoint(checkpoint(outputs, name))
+        expected = evaluate(model, images[:count], 4)[0] | {"psnr": figures["psnr"]}
+        assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert (model.quantizer.codebook_size, model.stage) == (16**4, figures.get("stage", 2))
+    last = evaluate(load_checkpoint(checkpoint(outputs, "stage2_epoch_2")), images, 4)[0]
+    assert results["ssim"] != pytest.approx(last["ssim"], abs=1e-6) and results["run"] == outputs.name
+    assert not any(row["perceptual_loss"] for row in rows)
+    assert main(*arguments) is None and "This run is finished" in capsys.readouterr().out
 
 
 def test_a_run_ends_before_it_saves_weights_that_are_not_finite(main):
