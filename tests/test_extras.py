@@ -35,7 +35,7 @@ def noise(count=7):
 
 
 @pytest.mark.parametrize("count, size", [(3, 20), (1, 1100)])  # SSIM of the larger image is measured in two strips
-def test_psnr_and_ssim_of_uint8_or_floats(count, size):
+def test_psnr_and_ssim_of_uint8_or_floats_and_of_no_others(count, size):
     a = draw_shapes(count, size)[0]
     b = (a / 255 + 0.2 * torch.randn(a.shape)).clamp(0, 1).mul(255).byte()
     mse = (a / 255 - b / 255).square().mean((1, 2, 3))
@@ -45,10 +45,14 @@ def test_psnr_and_ssim_of_uint8_or_floats(count, size):
         torch.testing.assert_close(psnr(images, targets), -10 * mse.log10())
         torch.testing.assert_close(ssim(images, targets), torch.tensor(similarities), atol=2e-5, rtol=0)
     assert psnr(a, a).tolist() == [100] * count
+    for metric, images, message in ((psnr, noise().float(), "images"), (ssim, noise()[..., :10], "11 x 11")):
+        with refused(message):
+            metric(images, images)
+        with refused("equal shapes"):
+            metric(noise(4), noise(1))
 
 
 def test_a_frechet_distance_is_its_formula():
-    """It is |mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) with covariances A and B."""
     a, b = torch.randn(50, 5).double(), torch.randn(40, 5).double() @ torch.randn(5, 5).double() + 1
     root = sqrtm((a.T.cov() @ b.T.cov()).numpy())
     expected = (a.mean(0) - b.mean(0)).square().sum() + (a.T.cov() + b.T.cov()).trace() - 2 * root.trace().real
@@ -144,15 +148,6 @@ def test_rfid_resizes_as_torch_fidelity_does(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(OSError, match=r"^METRICS=rfid: [^\n]*$"):
         load_judges(16, "rfid")
-
-
-@pytest.mark.parametrize("metric, images, message", [
-    (psnr, noise().float(), "images"), (ssim, noise()[..., :10], "11 x 11")])
-def test_images_that_cannot_be_measured_are_refused(metric, images, message):
-    with refused(message):
-        metric(images, images)
-    with refused("equal shapes"):
-        metric(noise(4), noise(1))
 
 
 @pytest.fixture
@@ -270,7 +265,7 @@ def test_a_row_stands_beside_results_where_bits_are_nearest(argument, shown, cha
         assert bool(re.search(rf"\| {line} +\| {psnrs} +\|", printed)) == shown
 
 
-def test_a_run_of_the_table_is_measured_once_by_the_same_code(trained, folder, change):
+def test_a_run_of_the_table_is_measured_once_by_the_same_code_and_a_failed_one_ends_it(trained, folder, change):
     """After training on crops, images have the largest size, as in train.py."""
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     file, = Path("outputs").glob("*/results.json")
@@ -286,6 +281,9 @@ def test_a_run_of_the_table_is_measured_once_by_the_same_code(trained, folder, c
     assert compare.run_and_measure([]) == figures
     change(measure, __file__="train.py")  # as if extras/measure.py had changed
     assert compare.run_and_measure([]) == {"psnr": 1.0}
+    Path("train.py").write_text("raise SystemExit('train.py: no')")
+    with refused("train.py SEED=1 failed"):
+        compare.run_and_measure(["SEED=1"])
 
 
 @pytest.mark.parametrize("line", compare.lines)
@@ -295,12 +293,6 @@ def test_the_lines_have_as_many_bits_as_their_columns_say(line, change):
         change(train, **read_constants(dict(vars(train)), words.replace("*", str(value)).split()))
         quantizer = build_quantizer(train.QUANTIZER, 32, **train.quantizer_options())
         assert math.log2(quantizer.codebook_size) == pytest.approx(bits, abs=0.8)
-
-
-def test_a_run_that_fails_ends_the_table_in_a_sentence():
-    Path("train.py").write_text("raise SystemExit('train.py: no')")
-    with refused("train.py SEED=1 failed"):
-        compare.run_and_measure(["SEED=1"])
 
 
 def test_cells_show_all_codes_and_unused_ones_hollow(run):
