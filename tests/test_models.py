@@ -211,13 +211,6 @@ def test_a_model_travels_by_the_hub_with_its_stage_and_constants(change):
         assert torch.equal(again(images)[0], model(images)[0]) and not again.training
 
 
-def test_a_model_whose_encoder_is_elsewhere_says_what_it_needs():
-    models.save_checkpoint("model.pt", build(save_vit("vit_small_patch14_dinov2", "vit")))
-    shutil.rmtree("vit")
-    with refused("model.pt .*local-dir:vit does not load. It needs its folder"):
-        load_checkpoint("model.pt")
-
-
 def test_a_quantizer_of_ones_own_is_saved_and_loaded(monkeypatch):
     own = type("Own", (FSQ,), {})
     monkeypatch.setitem(QUANTIZERS, "own", own)
@@ -340,13 +333,16 @@ def test_each_encoder_by_its_name_has_the_width_in_the_settings(name, width):
 
 
 @pytest.mark.parametrize("name", ["dinov2_s", "siglip2_b"])
-def test_weights_that_are_incomplete_are_refused(name):
-    save_vit(ENCODERS[name].split(".")[0], "vit")
+def test_weights_that_are_incomplete_and_a_model_whose_encoder_is_elsewhere_are_refused(name):
+    models.save_checkpoint("model.pt", build(save_vit(ENCODERS[name].split(".")[0], "vit")))
     state = load_file("vit/model.safetensors")
     del state["blocks.1.mlp.fc1.weight"]
     save_file(state, "vit/model.safetensors")
     with pytest.raises(OSError, match=r"^The encoder local-dir:vit does not load[^\n]*$"):
         build_encoder("local-dir:vit", 4)
+    shutil.rmtree("vit")
+    with refused("model.pt .*local-dir:vit does not load. It needs its folder"):
+        load_checkpoint("model.pt")
 
 
 @pytest.mark.parametrize("name", ["cifar", "dinov2_s", "efficientnet_lite0"])
