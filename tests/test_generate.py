@@ -48,10 +48,9 @@ def test_bits_are_the_mean_of_masked_tokens_for_all_tokens(order):
 
 @torch.no_grad()
 def test_bits_in_raster_order_are_exact():
-    """The probabilities of all 1,296 grids of four tokens add up to 1."""
     prior, grids = random_prior("raster", (3, 2), (2, 2)), torch.cartesian_prod(*[torch.arange(6)] * 4)
     bits = prior(grids.view(-1, 2, 2), torch.ones_like(grids).bool(), torch.ones(len(grids)).long())
-    torch.testing.assert_close((0.5**bits).sum(), torch.tensor(1.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close((0.5**bits).sum(), torch.tensor(1.0), rtol=1e-4, atol=0)  # of all 1,296 grids
 
 
 @torch.no_grad()

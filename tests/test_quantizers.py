@@ -32,7 +32,6 @@ LIBRARY = {"VectorQuantize": {"codebook_size": 64}, "SimVQ": {"codebook_size": 6
 
 
 def build(kind):
-    """A small quantizer by its name in QUANTIZERS, or a class of the library's."""
     name, options = (kind, {}) if kind in QUANTIZERS else ("library", {"kind": kind})
     return build_quantizer(name, DIM, **options, **(OURS | LIBRARY)[kind])
 

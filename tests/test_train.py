@@ -30,7 +30,6 @@ from utils import evaluate, load_torch
 
 
 def table(outputs):
-    """The rows of metrics.csv, as numbers."""
     rows = csv.DictReader((outputs / "metrics.csv").read_text().splitlines())
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
