@@ -10,7 +10,6 @@ from conftest import SEED
 
 import train
 from models import VQRAE, PatchDiscriminator, build_encoder
-from quantizers import build_quantizer
 from utils import load_torch
 
 
@@ -43,7 +42,7 @@ def test_a_compiled_run_is_the_same_run_in_few_graphs(micro_batches, count, main
         return run
 
     change(torch, compile=functools.partial(torch.compile, backend=backend))
-    arguments = ["QUANTIZER=fsq", f"ACCUMULATE={micro_batches}", "GAN_WEIGHT=0.5", "LEARNING_RATE=0"]
+    arguments = ["QUANTIZER=simvq", f"ACCUMULATE={micro_batches}", "GAN_WEIGHT=0.5", "LEARNING_RATE=0"]
     runs = [main(*arguments), main(*arguments, "COMPILE=reduce-overhead")]
     assert graphs == ["reduce-overhead"] * count
     histories = [load_torch(f"checkpoints/{run.name}/last.pt")["history"] for run in runs]
@@ -52,17 +51,8 @@ def test_a_compiled_run_is_the_same_run_in_few_graphs(micro_batches, count, main
         assert [row[name] for name in losses] == pytest.approx([expected[name] for name in losses], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ddcl", "simvq", "residual_vq"])  # others below
-def test_a_step_of_a_quantizer_compiles_to_one_graph(kind):
-    quantizer, z, results = build_quantizer(kind, 6), torch.randn(2, 9, 6), []
-    for step in (copy.deepcopy(quantizer), torch.compile(quantizer, backend="eager", fullgraph=True)):
-        torch.manual_seed(SEED)
-        results.append(step(z)[:2])
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
-
-
 # "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
-@pytest.mark.parametrize("kind, stage", [("ema_vq", 1), ("fsq", 2)])
+@pytest.mark.parametrize("kind, stage", [("residual_vq", 1), ("ddcl", 2)])  # EMA-VQ and FSQ are parts of them
 def test_a_compiled_step_is_the_same_step(kind, stage, change):
     change(train, GAN_WEIGHT=0.5)
     options = {"codebook_size": 64, "code_dim": 6} if "vq" in kind else {}
