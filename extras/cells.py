@@ -3,8 +3,7 @@
     python -m extras.cells    writes outputs/cells.png, in under a minute
 
 Each quantizer has 64 codes, and learns for STEPS steps between two linear maps that start as the identity.
-In two dimensions FSQ's grid has a smaller error than matched SimVQ's random codes. Of vectors of many numbers FSQ keeps
-only a few, and the order is the reverse, as in RESULTS.md.
+Of vectors of many numbers FSQ keeps a few, so it is worse there than matched SimVQ (RESULTS.md).
 """
 import sys
 
@@ -19,7 +18,7 @@ from utils import one_line_errors, read_constants, save_figure
 STEPS = 400
 examples = {
     "EMA-VQ": ("ema_vq", dict(codebook_size=64, decay=0.9, project=False)),
-    "FSQ, 8 x 8": ("fsq", dict(levels=[8, 8])),
+    "FSQ, 8 x 8": ("fsq", dict(levels=(8, 8))),
     "SimVQ, matched": ("simvq_matched", dict(codebook_size=64, project=False)),
     "residual EMA-VQ, 8 + 8": ("residual_vq", dict(codebooks=2, codebook_size=8, decay=0.9, project=False))}
 

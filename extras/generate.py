@@ -1,13 +1,12 @@
-"""Make images: train a prior, which is a model of a checkpoint's tokens. Measure the prior's bits and samples.
+"""Make images: train a prior, a model of a checkpoint's tokens. Measure its bits and its samples.
 
     python -m extras.generate                                     tokens of vqrae_fsq.pt
     python -m extras.generate CHECKPOINT=<path> DATASET=shapes    tokens of another checkpoint
 
-ORDER=raster predicts each token from the class and from the tokens before it, row by row. Its bits are exact.
-ORDER=masked predicts masked tokens, any number of them, from the others (MD4, 2406.04329). It fills holes.
-Samples and figures go to outputs/<run>/, prior.pt goes to checkpoints/<run>/. The same command resumes a run.
+ORDER=raster predicts each token from the class and the tokens before it, row by row. Its bits are exact.
+ORDER=masked predicts any masked tokens from the others (MD4, 2406.04329). It fills holes.
+Samples and figures go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes a run.
 """
-import json
 import math
 import sys
 from pathlib import Path
@@ -45,15 +44,12 @@ autocast = torch.autocast(device, torch.bfloat16, enabled=utils.fast_bf16(device
 
 
 class CausalConv(nn.Conv2d):
-    """A 3 x 3 convolution that sees the row above, the token to the left and, with `centre`, the token itself.
+    """A 3 x 3 convolution that sees the row above, the token to the left and, with `centre`, the token itself."""
 
-    Its third row would be zeros, so it has two. Zeros surround the grid: a repeated border would show later tokens.
-    """
-
-    memory = None  # for grids. Else x is one token (B, C, 1, 1), and this dict has its place and the tokens before it
+    memory = None  # None: x is a grid. Else x is one token (B, C, 1, 1), and this dict keeps earlier tokens
 
     def __init__(self, dim_in: int, dim_out: int, centre: bool = True):
-        super().__init__(dim_in, dim_out, (2, 3), padding=1)
+        super().__init__(dim_in, dim_out, (2, 3), padding=1)  # with zeros: a repeated border would show later tokens
         self.register_buffer("taps", torch.tensor([[1.0, 1, 1], [1, centre, 0]]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +63,6 @@ class CausalConv(nn.Conv2d):
 
 
 class CausalAttention(Attention):
-    memory = None  # as above
-
     def forward(self, x: Tensor, **_) -> Tensor:
         if not self.memory:
             return super().forward(x, is_causal=True)
@@ -81,12 +75,12 @@ class CausalAttention(Attention):
 class Prior(nn.Module):
     """The distribution of an image's tokens, with or without its class.
 
-    A token has one digit, its index in a codebook, or several: FSQ's levels, or indices in several codebooks.
+    sizes: how many values each digit of a token has; one digit is an index, several are FSQ's levels or codebooks
+    grid: (h, w); classes: 0 without labels; order: as ORDER
     A head predicts each digit from the network's output and the token's digits before it (NADE, 1605.02226).
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int, order: str = "masked"):
-        """sizes: the number of values of each digit; grid: (h, w); classes: 0 without labels; order: as ORDER."""
         super().__init__()
         self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth, order=order)
         self.raster = {"raster": True, "masked": False}[order]
@@ -115,8 +109,7 @@ class Prior(nn.Module):
     def features(self, digits: Tensor, masked: Tensor, labels: Tensor, memory: dict | None = None) -> Tensor:
         """digits (B, N, K), masked (B, N) bool, labels (B,) -> features (B, N, dim) that predict each token.
 
-        A raster prior sees the tokens before, a masked one those that are not masked.
-        memory: for tokens in raster order, one a call. Features are (B, 1, dim), of the token at memory["place"].
+        memory: in raster order, features (B, 1, dim) of the token at memory["place"], after calls for those before it
         """
         z = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
         if self.raster:  # a row's first token lies far from the token before it, which therefore is added
@@ -132,11 +125,10 @@ class Prior(nn.Module):
         return self.norm(self.blocks(z).flatten(2).mT)
 
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
-        """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> bits (B,).
+        """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> N times a masked token's bits (B,).
 
-        The result is N times the mean bits of a masked token. In raster order and with all masked, it is -log2 p(tokens
-        | label). A masked prior's mean over draw_masks is MD4's bound on it: the mean bits of predicting the tokens one
-        after the other, over all orders (2110.02037).
+        In raster order and with all masked, this is -log2 p(tokens | label). The mean over a masked prior's draw_masks
+        is MD4's bound on it: the mean over all orders of predicting the tokens one by one (2110.02037).
         """
         digits = split_indices(indices.flatten(1), self.sizes).to(self.position.device)
         masked, labels = masked.to(digits.device), labels.to(digits.device)
@@ -165,11 +157,10 @@ class Prior(nn.Module):
              guidance: float = 3.0) -> Tensor:
         """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
 
-        A raster prior goes on after the last known token, a token a step. A masked one fills any tokens, in random
-        order, and later steps fill more (MaskGIT's square schedule, 2202.04200). Lists serve as well.
+        A raster prior goes on after the last known token. A masked one fills any, in random order, and later steps
+        fill more (MaskGIT's square schedule, 2202.04200). InputError for other shapes, ranges or masks.
         labels: classes from 0; None or the number `classes` stands for no class
         guidance: the mean classifier-free scale (2207.12598); it rises with the steps (Muse, 2301.00704)
-        InputError for other shapes, ranges or masks.
         """
         indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
         none = torch.full((len(indices),), self.classes, device=self.position.device)
@@ -180,8 +171,8 @@ class Prior(nn.Module):
               f"{wanted[:1]}, not {shapes} of {indices.dtype}, {mask.dtype}, {labels.dtype}.")
         check_range(indices, 0, math.prod(self.sizes) - 1, "indices")
         check_range(labels, 0, self.classes, "labels")
-        valid = steps >= 1 and steps % 1 == 0 and 1 <= guidance < math.inf
-        check(valid, f"steps, guidance = {steps, guidance}, allowed: 1 or more, steps whole")
+        check(isinstance(steps, int) and steps > 0 and 1 <= guidance < math.inf,
+              f"steps, guidance = {steps, guidance}, allowed: 1 or more, steps whole")
         digits = split_indices(indices.flatten(1).long(), self.sizes).to(self.position.device)
         masked = mask.flatten(1).to(digits.device)
         count, memory = masked.sum(1, keepdim=True), {}  # (B, 1)
@@ -192,7 +183,7 @@ class Prior(nn.Module):
             places, count = torch.arange(steps, device=masked.device), torch.full_like(count, steps)
         else:  # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
             places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        most = count.clamp(max=int(steps))  # steps (B, 1): few tokens take fewer
+        most = count.clamp(max=steps)  # (B, 1): few tokens take fewer steps
         given = torch.stack([labels] if guidance == 1 or torch.equal(labels, none) else [labels, none])  # (1 or 2, B)
         for step in range(1, int(most.max()) + 1):
             chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
@@ -215,13 +206,13 @@ class Prior(nn.Module):
 
 
 def load_prior(path: str | Path) -> Prior:
-    """The prior in a file of this script, in eval mode. InputError for another or a damaged file."""
+    """The prior in a file, in eval mode. InputError for another or a damaged file."""
     return load_model(path, Prior)
 
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
-    """Bits of an image, told its label: a mean over indices (N, h, w), labels (N,) and about 10,000 masks, in fp32."""
+    """Mean bits of images (N, h, w), told their labels (N,), over about 10,000 masks, in fp32."""
     bits, generator = [], torch.Generator().manual_seed(0)
     masks = 1 if prior.raster else min(8, math.ceil(10_000 / len(indices)))
     batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
@@ -231,12 +222,12 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
-    """Train from the first epoch or where the run was stopped. Each epoch is measured, and writes samples and files."""
+    """Train from the first epoch or where the run was stopped. Each epoch is measured and saved."""
     optimizers = adamw_and_muon(prior, ("first.", "blocks."), LEARNING_RATE)
     state, steps = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)  # of an epoch
-    judges = {name: (judge, pooled_features(judge, data.train_images), pooled_features(judge, data.test_images))
+    judges = {name: (judge, *(pooled_features(judge, x) for x in (data.train_images, data.test_images)))
               for name, judge in load_judges(data.test_images.shape[3]).items()}
-    for epoch in range(run.resume(state), EPOCHS + 1):  # resume loads the state, if the run was stopped
+    for epoch in range(run.resume(state), EPOCHS + 1):
         utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
         log = []
         order = torch.randperm(len(data.train_labels)).tensor_split(steps)  # of nearly equal sizes
@@ -261,19 +252,18 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
         model = {name: shorten(weight.cpu()) for name, weight in prior.state_dict().items()}  # matrices in 8 bits
         utils.save_torch(run.checkpoints / "prior.pt", {"config": prior.config, "model": model, "constants": constants})
         run.save(row, state)
-    with utils.replace_file(run.outputs / "results.json") as draft:
-        draft.write_text(json.dumps(run.history[-1], indent=2), "utf-8")
+    run.finish(run.history[-1])
     print(*(f"{name:25} {value:10,.3f}" for name, value in run.history[-1].items()), f"see {run.outputs}/", sep="\n")
 
 
 def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
-    """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), as they are and mirrored. A file keeps them."""
+    """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), also mirrored. A file keeps them."""
     def tokenize(images: Tensor, mirror: tuple[int, ...] = ()) -> Tensor:
         batches = progress(images.split(250), "tokenizing")
         return torch.cat([vqrae.encode_to_indices(to_float(x.to(device)).flip(mirror)).cpu() for x in batches])
 
     if not path.exists():
-        train = torch.stack([tokenize(data.train_images), tokenize(data.train_images, mirror=(3,))])  # along the width
+        train = torch.stack([tokenize(data.train_images), tokenize(data.train_images, mirror=(3,))])
         utils.save_torch(path, {"train": train, "test": tokenize(data.test_images)})
     return utils.load_torch(path, "train", "test")
 
@@ -290,16 +280,12 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, tuple]) -> dict[str, float]:
-    """Fréchet distances of samples and training images from test images, and how often a probe sees a sample's class.
-
-    judges: by name, the network and its mean features of training and of test images
-    """
+    """Fréchet distances of samples and training images from test images. How often a probe sees a sample's class."""
     utils.seed_everything(SEED)
     classes = data.test_labels[torch.randint(len(data.test_labels), (SAMPLES,))]  # as frequent as in test images
     samples, figures = sample(prior, vqrae, classes), {}
     for name, (judge, train_x, test_x) in judges.items():
-        x = pooled_features(judge, samples)
-        figures[f"frechet_{name}"] = frechet_distance(test_x, x)
+        figures[f"frechet_{name}"] = frechet_distance(test_x, x := pooled_features(judge, samples))
         if len(train_x) >= SAMPLES:
             figures[f"frechet_{name}_of_training"] = frechet_distance(test_x, train_x[:SAMPLES])
         if prior.classes > 1:
@@ -313,8 +299,8 @@ def main():
     constants = utils.read_constants(globals(), sys.argv[1:])
     check(ORDER in ("raster", "masked"), f"ORDER = {ORDER!r}, allowed: 'raster' or 'masked'")
     least = dict(DIM=64, DEPTH=1, EPOCHS=1, BATCH_SIZE=1, LEARNING_RATE=0, STEPS=1, GUIDANCE=1, SAMPLES=2)
-    for name, value in least.items():
-        check(value <= constants[name] < math.inf, f"{name} = {constants[name]}, allowed: {value} or more")
+    for name, low in least.items():
+        check(low <= constants[name] < math.inf, f"{name} = {constants[name]}, allowed: {low} or more")
     check(DIM % 64 == 0, f"DIM = {DIM}, allowed: a multiple of 64")
     vqrae = load_checkpoint(CHECKPOINT).to(device)
     quantizer = vqrae.quantizer
@@ -325,7 +311,7 @@ def main():
     check(isinstance(data.train_images, Tensor), f"DATASET = {DATASET!r}, too large: see data.py's DECODE_GB")
     count, tested = len(data.train_images), len(data.test_images)
     check(min(count, tested) > 1, f"{DATASET} has {count} training and {tested} test images, not two of each.")
-    # folders may move, and prior.pt tells which file's tokens it has learned
+    # names without paths, as files may move
     constants |= {"CHECKPOINT": utils.digest_file(CHECKPOINT), "DATASET": Path(data.name).resolve().name}
     key = utils.digest((sorted(constants.items()), data.digest, utils.digest_code()))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")

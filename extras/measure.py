@@ -3,15 +3,9 @@
     python -m extras.measure                               the shipped checkpoints, on CIFAR-10
     python -m extras.measure <path> DATASET=my_images      another checkpoint, on a folder of images
 
-All figures are of all test images, in fp32. What cannot be measured, as a probe without classes, has no column.
-- PSNR and SSIM are means over images. "of MSE" is the PSNR of the mean squared error of all images.
-- A Fréchet distance compares images with reconstructions by a judge's mean features, with rFID's formula.
-  The judge "cifar" was part of the shipped decoders' loss. EfficientNet-Lite0 was not; it needs its package.
+All figures are of all test images, in fp32. RESULTS.md explains them. What cannot be measured has no column.
 - "Lite0 error" is the mean squared difference of features: LPIPS (1801.03924) without learned weights.
-- "bits" counts an image's indices, all of one length. "ratio" is the image's 24 bits a pixel divided by them.
-- "entropy" is log2 of the perplexity: the bits of a token if frequent codes are written with fewer bits.
 - A probe is logistic regression on standardised mean features, with a penalty of 1e-4 times the squared weights.
-  Shown is its test accuracy, for z, a ViT's last layer and z_q.
 - "class in" is a probe on a judge's features. For reconstructions it learns from reconstructions.
 """
 import math
@@ -140,7 +134,7 @@ def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str
 
 
 def batch_size(images: Tensor | ImageFiles) -> int:
-    """How many images are looked at together: 256 of 32 x 32 pixels, fewer if they are larger."""
+    """How many images to look at together: 256 of 32 x 32 pixels, fewer if they are larger."""
     return max(1, 256 * 3 * 32**2 // images[:1].numel())
 
 
