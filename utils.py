@@ -113,7 +113,8 @@ def fast_bf16(device: str) -> bool:
     """Whether bf16 is faster than fp32. Emulated bf16 takes up to ten times as long, Intel's AVX-512 bf16 twice."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # not if ATEN_CPU_CAPABILITY forbids it
+    cpu = torch.cpu.get_capabilities() if device.startswith("cpu") and allowed else {}
     return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", ""))
 
 

@@ -2,6 +2,7 @@
 import copy
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,3 +199,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(part, change, sav
     save_torch("bad.pt", content | {part: content[part] | change})
     with refused("^The checkpoint bad.pt does not fit this code: ."):
         models.load_checkpoint("bad.pt")
+
+
+def test_bf16_is_not_fast_where_torch_may_not_use_its_instructions():
+    script = "import utils; print(utils.fast_bf16('cpu'))"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, env=environment) == "False\n"
