@@ -123,10 +123,7 @@ class ConvPool(nn.Sequential):
 
 
 class ConvEncoder(nn.Module):
-    """The shipped encoder (extras/pretrain.py). Deep and shallow features stand side by side, as in 2606.11096.
-
-    A classifier like airbench's (2404.00498) has 192, on a grid half as fine, a linear patch embedding 64.
-    """
+    """The shipped encoder (extras/pretrain.py): 192 deep features, on a grid half as fine, beside 64 shallow ones."""
 
     patch, dim, radius = 4, 256, 8  # radius: how many tokens a feature sees to each side
 
@@ -172,7 +169,7 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
         super().__init__()
-        vit.reset_classifier(0, global_pool="")  # after loading, or timm would not miss SigLIP's missing weights
+        vit.reset_classifier(0, global_pool="")  # not at creation, where timm would load SigLIP with strict=False
         # the pretrained norm suits the last layer alone
         vit.norm, vit.fc_norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False), nn.Identity()
         self.dim, self.depth, self.heads = vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads
@@ -190,8 +187,8 @@ class ViTEncoder(nn.Module):
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    On the tokens' grid, coarser maps are repeated and finer ones averaged. Of the finest, which tells most about
-    pixels, a token gets up to 4 x 4 averages. Each map is normalised.
+    On the tokens' grid, coarser maps are repeated and finer ones averaged, but the finest, which tells most about
+    pixels, keeps up to 4 x 4 averages in each token, as channels. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -223,7 +220,7 @@ class PyramidEncoder(nn.Module):
 # Blocks and decoders: z_q (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 class TransformerBlock(nn.Sequential):
-    """The transformer block of timm, for a grid z (B, dim, h, w). As an adapter, it has the length 1: one block."""
+    """timm's transformer block, for a grid z (B, dim, h, w). Its len() is 1: VQRAE counts an adapter's blocks."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(Block(dim, heads, qkv_bias=True))
@@ -267,7 +264,7 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks (RoPE-Axial, 2403.13298). Each token draws twice its width: patches add up without seams."""
+    """Transformer blocks (RoPE-Axial, 2403.13298). Patches are two tokens wide, and overlap: their sum has no seams."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -451,8 +448,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: float, tokens: int = 2**16) -> Tensor:
     """function(x), up to rounding, for x (B, ..., H, W), in batches or strips of about `tokens` tokens each.
 
-    A row of tokens is rows_in rows of x and rows_out rows of the result. A strip gets at least `radius` more rows of
-    tokens above and below, which cover the receptive field.
+    A row of tokens is rows_in rows of x, rows_out of the result. A strip gets at least `radius` more above and below.
     """
     h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
     if torch.compiler.is_exporting() or len(x) * h * w <= tokens or len(x) == 1 and h <= 4 * radius:
@@ -508,7 +504,6 @@ def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return weight if (weight.abs() > 65504).any() else weight.half()
     scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-9) / 127
     return scale, (weight / scale).round().to(torch.int8)
-
 
 
 def load_checkpoint(path: str | Path) -> VQRAE:

@@ -39,7 +39,7 @@ from utils import evaluate, fast_bf16, first_process_first, progress
 
 # device
 DEVICE = ""  # "": CUDA's GPU, or else the CPU; "cpu" or "cuda:1" chooses; "mps" and "xpu" are untested
-device = utils.choose_device(DEVICE)  # also from the command line, as some defaults below depend on it
+device = utils.choose_device(DEVICE)  # or DEVICE=... of the command line, as some defaults below depend on it
 gpu = device.startswith("cuda")
 # images
 DATASET = "auto"  # "cifar10", "shapes", a folder with train/ and test/, or "auto": CIFAR-10, or else shapes
@@ -67,7 +67,7 @@ DECODER_WIDTH = 0  # 0: a ViT encoder's own, and 192 behind other encoders; ViT-
 DECODER_DEPTH = 0  # 0: a ViT encoder's own, and 2 behind other encoders; ViT-XL has 28
 DECODER_HEADS = 0  # 0: a ViT encoder's own; other encoders have a decoder without heads; ViT-XL has 16
 # losses
-PERCEPTUAL = "encoder"  # whose features are compared; or "cifar" and the like, or "lpips" (downloads VGG16); "": none
+PERCEPTUAL = "encoder"  # the features compared: the frozen encoder's, another's ("cifar"), or "lpips" (VGG16); "": none
 PERCEPTUAL_WEIGHT = (0.02, 0.02)  # in stages 1 and 2; more lowers PSNR, and brings features closer
 DISTILL_WEIGHT = 0.1  # stage 2: the encoder's features against the frozen encoder's; a lower weight raises PSNR
 GAN_WEIGHT = 0.0  # in stage 1's second half; try 0.5: on CIFAR-10 it costs 0.03 to 0.09 dB, and pictures look alike
@@ -89,7 +89,7 @@ EVAL_IMAGES = 10_000 if gpu else 1_000  # test images measured after an epoch; 0
 constant_of = {  # a quantizer's options, and the constants that they get
     "codebook_size": "CODEBOOK_SIZE", "code_dim": "CODE_DIM", "decay": "EMA_DECAY", "commitment_cost": "COMMITMENT",
     "codebooks": "CODEBOOKS", "levels": "FSQ_LEVELS", "delta": "DDCL_DELTA", "comm_weight": "DDCL_COMM_WEIGHT",
-    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # the last two are for build_model's messages
+    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # these two only name constants in build_model
 bf16 = False  # start_process() sets it if bf16 is fast here; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
@@ -124,8 +124,7 @@ def objective(model: VQRAE, images: Tensor, frozen: nn.Module | None, perceptual
         gan_loss = -torch.func.functional_call(discriminator, weights, output).float().mean()
         real, fake = discriminator(torch.cat([images, output.detach()])).float().chunk(2)
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
-        # At the decoder's last layer, the GAN's gradient gets the norm of the pixels' gradient (VQGAN, 2012.09841,
-        # equation 7: of the pixels' and the features').
+        # at the last layer the GAN's gradient gets the norm of the pixels' (VQGAN, 2012.09841, eq. 7: with features)
         pixel_norm, gan_norm = (torch.autograd.grad(x, model.decoder.head.weight, retain_graph=True)[0].norm()
                                 for x in (pixel_loss, gan_loss))
         balance = (pixel_norm / (gan_norm + 1e-4)).clamp(max=1e4)
@@ -162,7 +161,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
         utils.seed_everything(SEED, stage, epoch, rank)  # an epoch is the same in a resumed run
         start, log = time.perf_counter(), []
         for step in (bar := progress(range(1, steps + 1), f"stage {stage} epoch {epoch}/{epochs}")):
-            done = (epoch - 1) * steps + step - 1  # steps of the stage before this one
+            done = (epoch - 1) * steps + step - 1  # steps that this stage has taken
             gan_on = stage == 1 and GAN_WEIGHT > 0 and done >= epochs * steps / 2
             for _ in range(ACCUMULATE):
                 losses = compute(model, next(batches), frozen, perceptual, discriminator if gan_on else None)
