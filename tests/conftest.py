@@ -65,11 +65,7 @@ def reproducible(tmp_path, monkeypatch):
 @pytest.fixture
 def change(monkeypatch):
     """change(owner, name=value, ...) gives a module's names other values for a test."""
-    def change(owner, **values):
-        for name, value in values.items():
-            monkeypatch.setattr(owner, name, value)
-
-    return change
+    return lambda owner, **values: [monkeypatch.setattr(owner, name, value) for name, value in values.items()]
 
 
 @pytest.fixture(scope="session")
