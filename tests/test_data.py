@@ -71,7 +71,6 @@ def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, wi
 
 
 def test_labels_are_those_of_the_class_folders_in_alphabetical_order(monkeypatch):
-    """Images are in random order, and may lie in val/ and in "~"."""
     monkeypatch.setenv("HOME", os.getcwd())
     for name, colour in (("dog", RED), ("café", BLUE)):
         write_images("pets", [f"{split}/{name}/{i}" for split in ("train", "val") for i in range(20)], colour)
@@ -79,7 +78,7 @@ def test_labels_are_those_of_the_class_folders_in_alphabetical_order(monkeypatch
     assert data.classes == ["café", "dog"] and os.path.samefile(data.name, "pets")
     for images, labels in (data[:2], data[2:4]):
         assert colours(images) == [(BLUE, RED)[label] for label in labels]
-        assert sum(labels) == 20 and labels.diff().ne(0).sum() > 1
+        assert sum(labels) == 20 and labels.diff().ne(0).sum() > 1  # in random order
 
 
 @pytest.mark.parametrize("files, message", [
@@ -179,8 +178,7 @@ def test_large_sets_and_those_for_crops_of_several_sizes_stay_in_their_files(fol
 
 
 def test_crops_are_of_all_sizes_from_their_own_pixels_to_the_whole_image():
-    """An image's red is x and its green is y, so that a crop shows how large it is."""
-    y, x = np.mgrid[:64, :64].astype(np.uint8) * 4
+    y, x = np.mgrid[:64, :64].astype(np.uint8) * 4  # red is x and green is y, so that a crop shows how large it is
     Image.fromarray(np.stack([x, y, 0 * x], 2)).save("a.png")
     files = ImageFiles(["a.png"], 16, [0])
     crops = torch.stack(files.__getitems__([(0, 16, 400 * SEED + i) for i in range(400)])) / 4

@@ -27,7 +27,6 @@ def test_both_stages_and_their_measurement(options, folder, tmp_path):
 STEP = """
 import sys, torch, train, utils
 from muon import take_step
-
 utils.read_constants(vars(train), sys.argv[1:])
 model, images = train.build_model().cuda().train(), torch.rand(8, 3, 32, 32).cuda()
 teacher, _ = train.build_loss_networks(model)

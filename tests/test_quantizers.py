@@ -264,13 +264,10 @@ def test_config_rebuilds_a_quantizer(name):
         assert same.config == quantizer.config and torch.equal(same.eval()(z)[0], quantizer(z)[0])
 
 
-def test_a_class_is_built_under_its_name_and_records_options_as_tuples():
+def test_a_class_is_built_under_its_name_and_code_dim_0_is_the_tokens_width():
     for kind, name in ((FSQ, "fsq"), (type("Own", (FSQ,), {}), "Own")):
         config = build_quantizer(kind, DIM, levels=[8, 5]).config
         assert config == {"quantizer": name, "quantizer_options": {"levels": (8, 5)}}
-
-
-def test_code_dim_0_is_the_tokens_width_and_without_project_there_are_no_maps():
     for name, maps in itertools.product(("simvq", "residual_vq"), (4, 0)):
         quantizer = build_quantizer(name, DIM, codebook_size=10, code_dim=0, project=maps > 0)
         assert quantizer.code_dim == DIM and sum("project" in name for name in quantizer.state_dict()) == maps

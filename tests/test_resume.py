@@ -66,8 +66,7 @@ def outcome(folder):
     last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
     for row in last["history"]:
         del row["seconds"], row["images_per_second"]
-    # a killed process leaves its draft
-    left = ("log", "lock", ".draft")
+    left = ("log", "lock", ".draft")  # a killed process leaves its draft
     files = {path.relative_to(folder) for path in folder.rglob("*") if not path.name.endswith(left)}
     state = {name: part.get("state", part) for name, part in last.items() if isinstance(part, dict)}
     return last["history"], (outputs / "results.json").read_text(), files, state

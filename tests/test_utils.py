@@ -147,14 +147,11 @@ def saved(tmp_path_factory):
     return model.eval(), path
 
 
-def test_a_checkpoint_needs_nothing_else(saved, monkeypatch):
+def test_a_checkpoint_needs_nothing_else_and_a_small_one_a_quarter_of_its_size(saved, monkeypatch):
     monkeypatch.setattr(models, "PRETRAINED_DIR", Path("nowhere"))
     model, images = models.load_checkpoint(saved[1]), torch.rand(2, 3, 32, 32)
     assert not model.training and model.stage == 2 and model.config == saved[0].config
     assert torch.equal(model(images)[0], saved[0](images)[0])
-
-
-def test_a_small_checkpoint_has_a_quarter_of_the_size_and_nearly_the_same_weights(saved):
     models.save_checkpoint("small.pt", saved[0], small=True)
     assert os.path.getsize("small.pt") < 0.3 * saved[1].stat().st_size
     found = models.load_checkpoint("small.pt").state_dict()
