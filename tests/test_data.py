@@ -131,7 +131,6 @@ def test_the_digest_is_of_images_and_labels(crop_sizes):
         shutil.copytree("pets", "copy/pets", copy_function=shutil.copyfile, dirs_exist_ok=True)  # with new times
         action(*(f"copy/pets/{file}.bmp" for file in files))
         return len({load_dataset(folder, 8, crop_sizes).digest for folder in ("copy/pets", "pets")}) == 2
-
     for number, name in enumerate(("train/cat/0", "train/cat/1", "train/dog/0", "test/cat/0", "test/dog/0")):
         Path("pets", name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(f"pets/{name}.bmp")  # all BMP files have the same size
@@ -162,7 +161,6 @@ def test_an_image_of_its_class_takes_a_broken_files_place_and_one_in_a_hundred_m
 
 
 def test_large_sets_and_those_for_crops_of_several_sizes_stay_in_their_files(folder, change):
-    """They come in the order of decoded ones, and whole where they are no larger than a crop."""
     decoded = load_dataset(str(folder), 32)
     change(module, DECODE_GB=(90 * 3 * 32**2 - 1) / 1e9, CORES=2)
     images, labels, *_ = load_dataset(str(folder), 32)
@@ -170,7 +168,8 @@ def test_large_sets_and_those_for_crops_of_several_sizes_stay_in_their_files(fol
     assert torch.equal(labels, decoded.train_labels)
     parts = torch.randperm(90).split(45)
     first, second = load_batches(images, [(parts[0], 40, 0), (parts[1], 16, 0)], False, "cpu")
-    assert torch.equal(first, fit(decoded.train_images[parts[0]], 40) / 255) and second.shape == (45, 3, 16, 16)
+    assert torch.equal(first, fit(decoded.train_images[parts[0]], 40) / 255)  # they are no larger, so not cropped
+    assert second.shape == (45, 3, 16, 16)
     data = load_dataset(str(folder), 32, crop_sizes=(16, 24))
     assert isinstance(data.train_images, ImageFiles) and data.test_images.shape == (38, 3, 24, 24)
     with refused("CROP_SIZES.*shapes"):

@@ -138,7 +138,6 @@ def test_rfid_resizes_as_torch_fidelity_does(monkeypatch):
         for weight in network.parameters():
             if weight.ndim > 1:
                 torch.nn.init.kaiming_normal_(weight)
-
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
     monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", draw_weights)
     images = noise(2)
@@ -266,11 +265,10 @@ def test_a_row_stands_beside_results_where_bits_are_nearest(argument, shown, cha
 
 
 def test_a_run_of_the_table_is_measured_once_by_the_same_code_and_a_failed_one_ends_it(trained, folder, change):
-    """After training on crops, images have the largest size, as in train.py."""
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     file, = Path("outputs").glob("*/results.json")
     results = json.loads(file.read_text())
-    results["constants"]["CROP_SIZES"] = [32, 64]
+    results["constants"]["CROP_SIZES"] = [32, 64]  # images then have the largest size, as in train.py
     file.write_text(json.dumps(results))
     Path("train.py").write_text(f"print('see outputs/{file.parent.name}/ and more')")
     change(compare, DATASET=str(folder), PROBE_IMAGES=10)
