@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SEED, refused
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 from data import load_image
@@ -354,6 +355,14 @@ def test_weights_that_are_damaged_or_cannot_be_downloaded(name, change):
     message = "cannot be read: its checksum" if name == "cifar" else "does not load.*ENCODER=cifar"
     with pytest.raises((OSError, InputError), match=rf"^The [^\n]*{message}[^\n]*$"):
         build_encoder(name, 4)
+
+
+def test_a_convolutions_padded_input_stays_channels_last_on_a_gpu(change):
+    """Otherwise it is copied. Fake tensors have a device, a shape and strides, but no numbers."""
+    change(torch.nn.Conv2d, forward=lambda self, x: x)
+    with FakeTensorMode(), torch.device("cuda"):
+        padded = models.Conv(8, 8, 3)(torch.empty(2, 8, 5, 6).to(memory_format=torch.channels_last))
+    assert padded.shape == (2, 8, 7, 8) and padded.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_discriminator_has_a_logit_for_each_patch():
