@@ -105,7 +105,7 @@ class Conv(nn.Conv2d):
                 if torch.compiler.is_compiling():  # by hand, as F.pad's gradient has wrong strides there (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
-                elif x.is_cuda:  # as (B, H, W, C): of (B, C, H, W) the GPU's kernel would lose channels_last
+                elif x.is_cuda:  # 3-d padding of (B, H, W, C), none of C: with (B, C, H, W) channels_last would be lost
                     x = F.pad(x.movedim(1, -1), (0, 0, n, n, n, n), "replicate").movedim(-1, 1)
                 else:
                     x = F.pad(x, (n,) * 4, "replicate")
@@ -210,7 +210,7 @@ class PyramidEncoder(nn.Module):
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
         x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride), "replicate")  # cropped in the end
-        grid = [side // self.patch for side in x.shape[2:]]
+        grid = [side // self.patch for side in x.shape[2:]]  # pooling to this repeats coarser maps' values
         finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
         maps = [F.pixel_unshuffle(finest, self.parts), *(F.adaptive_avg_pool2d(z, grid) for z in others)]

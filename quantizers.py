@@ -123,7 +123,7 @@ class FSQ(Quantizer):
 
     Eight levels are -3.5, -2.5, ..., 3.5, and five are -2, ..., 2, all scaled to lie from -1 to 1 (2411.19842, section
     3.2). Each combination of levels is a code. None is learned, so none collapses, and the loss is 0. The paper takes
-    (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5) and (8, 8, 8, 6, 5). Vectors of len(levels) numbers need no maps.
+    (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5) and the default. len(levels) numbers need no maps.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
@@ -169,7 +169,7 @@ class DDCL(FSQ):
     def quantize(self, x: Tensor) -> Quantized:
         x = x.tanh()
         dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else 0
-        digits = self.nearest_levels((x + dither).clamp(-1, 1))  # m + 1 / delta
+        digits = self.nearest_levels((x + dither).clamp(-1, 1))  # m + 1 / delta. |x| <= 1, so clamping changes no m
         received = straight_through(x, self.codes(digits) - dither)
         bits = (2 * x.abs() / self.delta + 1).log2().sum(-1).mean()
         return received, self.comm_weight * bits, join_indices(digits, self.levels)
@@ -317,7 +317,7 @@ class EMAVQ(Quantizer):
 
         dead = self.token_counts < 0.1 * self.mean_count
         number = dead.cumsum(0) - 1  # of a dead code, from 0
-        dead &= number < counts.sum() / count_processes()
+        dead &= number < counts.sum() / count_processes()  # a process's vectors, and equal in all, unlike len(x)
         # living codes get vectors, too, which they do not use: compiled code needs shapes that do not depend on values
         vectors = x[torch.randperm(len(x), device=x.device)[number % len(x)]]
         if count_processes() > 1:  # all take process 0's vectors: torch.compile knows no broadcast, but sums
@@ -397,10 +397,9 @@ class Library(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         codes, indices, *losses = self.module(x, **self.arguments)
         loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
-        digits = indices.reshape(*x.shape[:2], -1).long()  # indices are (B, N), or (B, N, codebooks)
-        indices = join_indices(digits, self.codebook_sizes)
+        indices = join_indices(indices.reshape(*x.shape[:2], -1).long(), self.codebook_sizes)  # from (B, N, codebooks)
         if not self.training:
-            decoded = self.lookup(indices)  # exactly what indices_to_codes gives, where codes may differ by rounding
+            decoded = self.lookup(indices)  # just what indices_to_codes gives; the module's codes may round differently
             same = torch.compiler.is_compiling() or (decoded - codes).abs().max() <= 1e-3 * codes.abs().max()
             check(same, f"With its options {self.kind} has indices that do not decode to its output.")
             codes = straight_through(x, decoded)

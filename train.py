@@ -89,7 +89,7 @@ EVAL_IMAGES = 10_000 if gpu else 1_000  # test images measured after an epoch; 0
 constant_of = {  # a quantizer's options, and the constants that they get
     "codebook_size": "CODEBOOK_SIZE", "code_dim": "CODE_DIM", "decay": "EMA_DECAY", "commitment_cost": "COMMITMENT",
     "codebooks": "CODEBOOKS", "levels": "FSQ_LEVELS", "delta": "DDCL_DELTA", "comm_weight": "DDCL_COMM_WEIGHT",
-    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # these two only name constants in build_model
+    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # these two serve build_model's messages alone
 bf16 = False  # start_process() sets it if bf16 is fast here; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
@@ -124,7 +124,7 @@ def objective(model: VQRAE, images: Tensor, frozen: nn.Module | None, perceptual
         gan_loss = -torch.func.functional_call(discriminator, weights, output).float().mean()
         real, fake = discriminator(torch.cat([images, output.detach()])).float().chunk(2)
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # it wants real > 1, fake < -1
-        # at the last layer the GAN's gradient gets the norm of the pixels' (VQGAN, 2012.09841, eq. 7: with features)
+        # at the last layer the GAN's gradient gets the norm of the pixels' (VQGAN, 2012.09841, eq. 7: pixels and LPIPS)
         pixel_norm, gan_norm = (torch.autograd.grad(x, model.decoder.head.weight, retain_graph=True)[0].norm()
                                 for x in (pixel_loss, gan_loss))
         balance = (pixel_norm / (gan_norm + 1e-4)).clamp(max=1e4)
@@ -172,7 +172,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
                         p.grad = p.grad.clone()
             utils.average([p.grad for p in learning])  # over all processes
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            take_step(optimizers, done, epochs * steps)
+            take_step(optimizers, done, epochs * steps)  # the learning rate rises briefly, then falls as a cosine
             gan_optimizer.step()  # it skips parameters without gradients
             for p in learning:
                 p.grad = None
@@ -247,7 +247,7 @@ def quantizer_options() -> dict:
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER in ("lfq", "bsq"):
-        # the entropy compares this fraction of the tokens with all codes: 2**24 pairs at a time, or two tokens
+        # the entropy compares this fraction of the tokens with all codes: 2**24 pairs at most, but two tokens at least
         fraction = max(2**24 / CODEBOOK_SIZE / most, 2 / least)
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, fraction))
     if QUANTIZER == "rotation_vq":  # as in EMAVQ, codes with less than 0.1 of the mean usage are dead
@@ -265,7 +265,6 @@ def build_model() -> VQRAE:
                   grid=GRID, encoder_layers=ENCODER_LAYERS, post_quant_kernel=POST_QUANT_KERNEL,
                   post_quant_norm=POST_QUANT_NORM, decoder_width=DECODER_WIDTH, decoder_depth=DECODER_DEPTH,
                   decoder_heads=DECODER_HEADS, pretrained=not START_CHECKPOINT)
-
     if START_CHECKPOINT:
         start = load_checkpoint(START_CHECKPOINT)
         check(start.stage <= STAGES[0], f'{START_CHECKPOINT = }, allowed: a file of stage 1, or "STAGES=(2,)"')
@@ -378,7 +377,7 @@ def save_epoch(run: utils.Run, row: dict, model: VQRAE, state: dict, images: Ten
 
 
 def finish(run: utils.Run, model: VQRAE, data: Dataset):
-    """Measure the last stage's best epoch on all test images."""
+    """Measure the last stage's best epoch on all test images, the first of which chose it (EVAL_IMAGES)."""
     path = run.checkpoints / f"{model.config['quantizer']}_stage{STAGES[-1]}_best.pt"
     check(utils.load_torch(path, "run")["run"] == run.name, f"The checkpoint {path} is not from this run. Delete it.")
     metrics, counts, output = evaluate(load_checkpoint(path).to(device), data.test_images, micro_batch_size(), keep=64)
