@@ -343,7 +343,7 @@ def main():
 
 
 def start_process():
-    """Set `device` and `bf16`, and connect torchrun's processes, of which the first prints. InputError for a device."""
+    """Set `device` and `bf16`, connect torchrun's processes; the first prints. InputError if the device is missing."""
     global device, bf16
     with errors_as(InputError, f"{DEVICE = }, allowed: a device that torch finds here, one for each process"):
         chosen = torch.device(device)

@@ -56,7 +56,7 @@ def one_line_errors(stopped: str = "stopped"):
 # Constants
 
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
-    """Replace a script's constants by NAME=value arguments. Returns all constants. -h and --help print the file's.
+    """Replace a script's constants by NAME=value arguments. Returns them all. -h and --help print them as in the file.
 
     namespace: the script's globals(). Each name in capitals with a plain value is a constant.
     An argument has the type of the value in the file, but one number may stand for a pair. A list becomes a tuple.
@@ -113,7 +113,7 @@ def fast_bf16(device: str) -> bool:
     """Whether bf16 is faster than fp32. Emulated bf16 takes up to ten times as long, Intel's AVX-512 bf16 twice."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # not if ATEN_CPU_CAPABILITY forbids it
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # False if ATEN_CPU_CAPABILITY forbids it
     cpu = torch.cpu.get_capabilities() if device.startswith("cpu") and allowed else {}
     return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", ""))
 
