@@ -56,7 +56,7 @@ def one_line_errors(stopped: str = "stopped"):
 # Constants
 
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
-    """Replace a script's constants by NAME=value arguments. Returns them all. -h and --help print them as in the file.
+    """Replace a script's constants by NAME=value arguments. Returns all of them. -h and --help print their lines.
 
     namespace: the script's globals(). Each name in capitals with a plain value is a constant.
     An argument has the type of the value in the file, but one number may stand for a pair. A list becomes a tuple.
