@@ -235,7 +235,7 @@ def load_batches(images: Tensor | ImageFiles, batches: Iterable[tuple[Tensor, in
         # the workers of a forkserver, Python 3.14's default on Linux, would outlive a run that is killed
         start = "fork" if sys.platform == "linux" else None
         source = DataLoader(images, batch_sampler=samples, num_workers=workers, multiprocessing_context=start,
-                            pin_memory=device.startswith("cuda"), generator=torch.Generator())  # leaves training's alone
+                            pin_memory=device.startswith("cuda"), generator=torch.Generator())  # spares training's
     for batch in source:
         batch = to_float(batch.to(device, non_blocking=True))
         mirrored = torch.rand_like(batch[:, :1, :1, :1]) < (0.5 if flip else 0)  # (B, 1, 1, 1)
