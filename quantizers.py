@@ -10,7 +10,7 @@
 A vector is the C numbers at one position. project_in maps it to code_dim numbers, the nearest code replaces these, and
 project_out maps the code to z_q. code_dim=0 makes codes as wide as vectors; project=False also omits both maps.
 Copy this file into your project, and add the loss to yours. It needs torch alone (Library: vector-quantize-pytorch).
-If you allow TF32 (torch.set_float32_matmul_precision), a GPU takes a code that is nearly the nearest.
+With TF32 (torch.set_float32_matmul_precision) a GPU may take a code that is only nearly the nearest.
 """
 import contextlib
 import math
@@ -27,13 +27,13 @@ Quantized = tuple[Tensor, Tensor, Tensor]  # codes or z_q, loss, indices
 class Quantizer(nn.Module):
     """What all quantizers share: shapes, maps and checks. A quantizer of your own defines two methods:
 
-        quantize(x): vectors (B, N, code_dim) -> codes, with x's gradient, loss (scalar), indices (B, N)
+        quantize(x): vectors (B, N, code_dim) -> codes with x's gradient, loss (scalar), indices (B, N)
         lookup(indices): (B, N) in [0, codebook_size) -> codes (B, N, code_dim)
-    With several codebooks a vector's index is i_0 + size_0 (i_1 + size_1 (...)), where i_k is its index in codebook k.
+    With several codebooks an index joins their indices, as in split_indices.
     """
 
-    residual = False  # whether the first few codebooks can be decoded alone, as their codes add up
-    config = None  # the name and options given to build_quantizer, without which no checkpoint can be saved
+    residual = False  # whether the codes of several codebooks add up
+    config = None  # the name and options given to build_quantizer, for checkpoints
 
     def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
         super().__init__()
@@ -50,7 +50,7 @@ class Quantizer(nn.Module):
         """z (B, C, H, W) or (B, N, C) -> z_q (z's shape, fp32), loss (scalar), indices (B, H, W) or (B, N), int64.
 
         z_q's gradient reaches z. InputError for another shape and, in eval mode, for NaNs or magnitudes above 1e12.
-        Train mode does not look at values, as it would wait for the GPU: a NaN reaches your loss and the codebook.
+        In train mode the check would wait for the GPU, so a NaN reaches your loss and the codebook.
         """
         vectors, shape = to_vectors(z, self.dim, "z")
         if not self.training:
@@ -77,15 +77,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def codes_to_indices(self, z_q: Tensor) -> Tensor:
-        """z_q (B, C, H, W) or (B, N, C) -> indices of the nearest codes (B, H, W) or (B, N).
-
-        InputError as in forward, and for a quantizer of more than 2**24 codes.
-        """
+        """z_q -> indices of the nearest codes, shapes as in forward. InputError also for more than 2**24 codes."""
         vectors, shape = to_vectors(z_q, self.dim, "z_q")
         check_range(vectors, -1e12, 1e12, "z_q")
         check(self.codebook_size <= 2**24, f"{self.codebook_size:,} codes are too many to find the nearest.")
-        vectors = vectors.to("cpu", torch.float64)  # fp32 would round small distances, and some GPUs lack fp64
-        least, indices = torch.inf, 0  # each vector's smallest distance so far, and where it was found
+        vectors = vectors.to("cpu", torch.float64)  # fp64 tells small distances apart; some GPUs lack it
+        least, indices = torch.inf, 0  # the smallest distance so far, and its code
         for block in torch.arange(self.codebook_size).split(2**13):  # blocks bound the memory
             entries = self.get_codebook_entry(block).to(vectors)
             nearest = nearest_code(vectors, entries)
@@ -95,11 +92,8 @@ class Quantizer(nn.Module):
         return indices.to(z_q.device).view(shape)
 
     def check_indices(self, indices: Tensor, *dims: int) -> Tensor:
-        """Indices, as a tensor, a list or an array, of `dims` dimensions -> int64 on the quantizer's device.
-
-        InputError for other types or dimensions (no dims: any number), and for indices outside [0, codebook_size).
-        """
-        check(self.codebook_size, "Without a quantizer there are no indices to decode: choose another one than 'none'.")
+        """A tensor, list or array -> int64. dims: allowed numbers of dimensions; none: any. InputError for others."""
+        check(self.codebook_size, "The quantizer 'none' has no indices to decode.")
         indices = torch.as_tensor(indices)
         integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
         check(integers and (not dims or indices.ndim in dims), f"indices are {indices.dtype} {tuple(indices.shape)}, "
@@ -109,7 +103,7 @@ class Quantizer(nn.Module):
         return indices
 
     def _apply(self, function, recurse: bool = True):
-        """to(), half() and others call this. It moves weights and keeps their dtype: rounded, they give other codes."""
+        """to(), half() and others call this. Weights keep their dtype: rounded, they give other codes."""
         return super()._apply(lambda x: x.to(function(x).device), recurse)
 
 
@@ -123,7 +117,7 @@ class FSQ(Quantizer):
 
     Eight levels are -3.5, -2.5, ..., 3.5, and five are -2, ..., 2, all scaled to lie from -1 to 1 (2411.19842, section
     3.2). Each combination of levels is a code. None is learned, so none collapses, and the loss is 0. The paper takes
-    (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5) and the default. len(levels) numbers need no maps.
+    (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5) and the default. If dim is len(levels), there are no maps.
     """
 
     def __init__(self, dim: int | None = None, levels: list[int] = (8, 8, 8, 5, 5, 5)):
@@ -169,7 +163,7 @@ class DDCL(FSQ):
     def quantize(self, x: Tensor) -> Quantized:
         x = x.tanh()
         dither = (torch.rand_like(x) - 0.5) * self.delta if self.training else 0
-        digits = self.nearest_levels((x + dither).clamp(-1, 1))  # m + 1 / delta. |x| <= 1, so clamping changes no m
+        digits = self.nearest_levels((x + dither).clamp(-1, 1))  # m + 1 / delta; as |x| <= 1, clamping changes no m
         received = straight_through(x, self.codes(digits) - dither)
         bits = (2 * x.abs() / self.delta + 1).log2().sum(-1).mean()
         return received, self.comm_weight * bits, join_indices(digits, self.levels)
@@ -179,7 +173,7 @@ class SimVQ(Quantizer):
     """SimVQ (Zhu et al., 2411.02038): a frozen random codebook, seen through one linear map that is learned.
 
     The map moves all codes, used or not, but wide codes collapsed even so (RESULTS.md). cosine=True first scales
-    vectors and codes to length 1 (2110.04627), so the nearest code has the nearest direction.
+    vectors and codes to length 1 (2110.04627).
     """
 
     def __init__(self, dim: int, codebook_size: int = 16384, code_dim: int = 16, commitment_cost: float = 0.25,
@@ -222,7 +216,7 @@ class MatchedSimVQ(SimVQ):
         self.code_transform = nn.Linear(n, n).requires_grad_(False)  # A and m
         self.register_buffer("mean", torch.zeros(n))  # m, of which the bias is a copy
         self.register_buffer("covariance", torch.eye(n))  # C
-        self.register_buffer("total_weight", torch.zeros(()))  # the sum of all steps' weights so far, 1 - decay**steps
+        self.register_buffer("total_weight", torch.zeros(()))  # 1 - decay**steps
         self.register_buffer("noise_ratio", torch.ones(()))  # s, divided by the vectors' variance
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -231,7 +225,7 @@ class MatchedSimVQ(SimVQ):
             self.match()
         indices = nearest_code(x, self.code_transform(self.frozen_codebook))
         codes = self.lookup(indices)
-        # The codes follow the vectors' scale. Divided by the variance, the loss does not fall when all vectors shrink.
+        # divided by the variance, the loss does not fall when all vectors shrink
         loss = self.commitment_cost * F.mse_loss(x, codes) / self.variance()
         return straight_through(x, codes), loss, indices
 
@@ -240,30 +234,29 @@ class MatchedSimVQ(SimVQ):
 
     @torch.no_grad()
     def follow(self, x: Tensor):
-        """Update m and C, moving averages that are equal in all processes, with vectors x (N, code_dim)."""
+        """Update m and C, which are equal in all processes, with vectors x (N, code_dim)."""
         self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
-        rate = (1 - self.decay) / self.total_weight  # 1 in the first step, which forgets the initial values
-        x = x - self.mean  # centred, as fp32 would round the squares of vectors far from zero
+        rate = (1 - self.decay) / self.total_weight  # 1 in the first step
+        x = x - self.mean  # far from zero, fp32 would round the squares
         shift = sum_of_processes(x.mean(0)) / count_processes()
         x = x - shift
         covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
-        # law of total covariance: the mean of the old and new covariance, and the covariance of their two means
+        # law of total covariance: the mean of both covariances, and the covariance of both means
         self.covariance.lerp_(covariance + (1 - rate) * shift.outer(shift), rate)
         self.mean += rate * shift
 
     @torch.no_grad()
     def match(self):
-        """Compute A from C and s, and move s towards the one that fits C. A few steps of training find it."""
+        """Compute A from C and s, and move s towards the one that fits C."""
         # A g has the covariance A A' / n (' transposes), as g's n numbers have the variance 1 / n. A = sqrt(n) R' makes
         # it R' R, which is C (C + s I)^-1 C for R = L^-1 C and L L' = C + s I.
         n, s = self.code_dim, self.noise_ratio * self.variance()
-        # unlike cholesky, cholesky_ex does not wait for the GPU to look for an error
+        # cholesky would wait for the GPU to look for an error
         factor, _ = torch.linalg.cholesky_ex(self.covariance + s * torch.eye(n, device=s.device))  # L
         root = torch.linalg.solve_triangular(factor, self.covariance, upper=False)  # R
         self.code_transform.weight.copy_(n**0.5 * root.T)
         self.code_transform.bias.copy_(self.mean)
-        # A step of Newton's method moves log s towards log det(I + C / s) / 2 = log K. The slope, which is minus the
-        # derivative by log s, is half the trace of (C + s I)^-1 C.
+        # Newton's step towards log det(I + C / s) / 2 = log K, which falls with log s by half of trace((C + s I)^-1 C)
         excess = factor.diagonal().log().sum() - n / 2 * s.log() - math.log(self.codebook_size)
         slope = torch.linalg.solve_triangular(factor.T, root, upper=True).trace() / 2
         self.noise_ratio.mul_((excess / slope.clamp(min=1e-9)).clamp(-1, 1).exp())
@@ -290,7 +283,7 @@ class EMAVQ(Quantizer):
         self.decay, self.commitment_cost = decay, commitment_cost
         self.register_buffer("codebook", torch.randn(codebook_size, self.code_dim) * self.code_dim**-0.5)  # e
         self.register_buffer("token_counts", torch.zeros(codebook_size))  # N
-        self.register_buffer("mean_count", torch.zeros(()))  # moving average of n_i, averaged over all codes
+        self.register_buffer("mean_count", torch.zeros(()))
         self.register_buffer("steps", torch.zeros(()))  # t
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -305,7 +298,7 @@ class EMAVQ(Quantizer):
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor):
-        """Follow vectors x (N, code_dim), which have the codes `indices` (N,). All processes do the same step."""
+        """Update codes with vectors x (N, code_dim) of codes `indices` (N,). All processes do the same."""
         counts = sum_of_processes(torch.zeros_like(self.token_counts).index_add_(0, indices, x.new_ones(len(x))))
         sums = sum_of_processes(torch.zeros_like(self.codebook).index_add_(0, indices, x))
         weight = (9 / (self.steps + 10)).clamp(min=1 - self.decay)
@@ -313,14 +306,14 @@ class EMAVQ(Quantizer):
         self.token_counts.lerp_(counts, weight)
         self.mean_count.lerp_(counts.mean(), weight)
         change = weight * (sums - counts[:, None] * self.codebook)
-        self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)  # not 0 / 0 without any vector so far
+        self.codebook += change / self.token_counts[:, None].clamp(min=1e-20)  # not 0 / 0
 
         dead = self.token_counts < 0.1 * self.mean_count
         number = dead.cumsum(0) - 1  # of a dead code, from 0
-        dead &= number < counts.sum() / count_processes()  # a process's vectors, and equal in all, unlike len(x)
-        # living codes get vectors, too, which they do not use: compiled code needs shapes that do not depend on values
+        dead &= number < counts.sum() / count_processes()  # the mean len(x), equal in all processes
+        # for all codes, as compiled code needs shapes that do not depend on values
         vectors = x[torch.randperm(len(x), device=x.device)[number % len(x)]]
-        if count_processes() > 1:  # all take process 0's vectors: torch.compile knows no broadcast, but sums
+        if count_processes() > 1:  # all take process 0's vectors: torch.compile knows sums, but no broadcast
             vectors = sum_of_processes(vectors * (dist.get_rank() == 0))
         self.token_counts.masked_fill_(dead, 0.2 * self.mean_count)
         self.codebook.copy_(torch.where(dead[:, None], vectors, self.codebook))
@@ -339,9 +332,10 @@ class MultiCodebook(Quantizer):
                                     for _ in range(codebooks))
 
     def quantize(self, x: Tensor) -> Quantized:
-        parts, found = x.chunk(len(self.stages), -1), []
-        for i, stage in enumerate(self.stages):
-            found.append(stage.quantize(x - sum(codes.detach() for codes, *_ in found) if self.residual else parts[i]))
+        parts, found = [x] * len(self.stages) if self.residual else x.chunk(len(self.stages), -1), []
+        for part, stage in zip(parts, self.stages):
+            left = part - sum(codes.detach() for codes, *_ in found) if self.residual else part
+            found.append(stage.quantize(left))
         codes, losses, digits = zip(*found)
         codes = sum(codes) if self.residual else torch.cat(codes, -1)
         return straight_through(x, codes), sum(losses), join_indices(torch.stack(digits, -1), self.codebook_sizes)
@@ -363,7 +357,7 @@ class ProductVQ(MultiCodebook):
 
 
 class NoQuantizer(Quantizer):
-    """Vectors pass unchanged, so that no quantizer can reconstruct better. codebook_size is 0."""
+    """Vectors pass unchanged: no quantizer can reconstruct better. codebook_size is 0."""
 
     def __init__(self, dim: int):
         super().__init__(dim, 0, (), project=False)
@@ -374,10 +368,10 @@ class NoQuantizer(Quantizer):
 
 
 class Library(Quantizer):
-    """A quantizer of the package vector-quantize-pytorch: its class `kind`, with that class's options.
+    """vector-quantize-pytorch's class `kind`, with that class's options.
 
-    code_dim 0 leaves out our maps: these classes project vectors themselves, if they have to. LFQ's loss, an entropy,
-    may be negative. `arguments` are for the class's forward. With quantize_dropout, train mode's indices contain -1.
+    code_dim 0 leaves out our maps, as these classes have their own. LFQ's loss, an entropy, may be negative.
+    `arguments` are for the class's forward. With quantize_dropout, indices in train mode may be negative.
     """
 
     def __init__(self, dim: int, kind: str, code_dim: int = 0, arguments: dict | None = None, **options):
@@ -396,10 +390,10 @@ class Library(Quantizer):
 
     def quantize(self, x: Tensor) -> Quantized:
         codes, indices, *losses = self.module(x, **self.arguments)
-        loss = losses[0].sum() if losses else x.new_zeros(())  # several codebooks have a loss each
-        indices = join_indices(indices.reshape(*x.shape[:2], -1).long(), self.codebook_sizes)  # from (B, N, codebooks)
+        loss = losses[0].sum() if losses else x.new_zeros(())  # of several codebooks
+        indices = join_indices(indices.reshape(*x.shape[:2], -1).long(), self.codebook_sizes)
         if not self.training:
-            decoded = self.lookup(indices)  # just what indices_to_codes gives; the module's codes may round differently
+            decoded = self.lookup(indices)  # the module's codes may be rounded differently
             same = torch.compiler.is_compiling() or (decoded - codes).abs().max() <= 1e-3 * codes.abs().max()
             check(same, f"With its options {self.kind} has indices that do not decode to its output.")
             codes = straight_through(x, decoded)
@@ -415,18 +409,18 @@ class Library(Quantizer):
 # Errors, shapes, indices, the nearest code, processes
 
 class InputError(ValueError):
-    """A mistake in the user's input. The message says in one line what to change."""
+    """A mistake in the user's input."""
 
 
 def check(ok: bool, sentence: str):
-    """Unless ok, raise InputError(sentence). The sentence says what happened and what to do."""
+    """Raise InputError(sentence) unless ok. The sentence says what happened, and what to do."""
     if not ok:
         raise InputError(sentence)
 
 
 @contextlib.contextmanager
 def errors_as(kind: type[Exception], message: str):
-    """Raise `kind`, with a message in one line, for any error of the body. The error itself stays as its cause."""
+    """Raise `kind`, with a message in one line, for any error of the body."""
     try:
         yield
     except Exception as error:
@@ -438,18 +432,17 @@ def check_range(x: Tensor, low: float, high: float, name: str):
     """InputError unless x has values, all in [low, high]. torch.compile and export leave this check out."""
     if not torch.compiler.is_compiling():
         check(x.numel(), f"There are no {name}.")
-        least, most = torch.stack(x.aminmax()).tolist()  # a NaN makes both NaN, and the comparison False
+        least, most = torch.stack(x.aminmax()).tolist()  # with a NaN both are NaN
         check(low <= least <= most <= high,
               f"The values of {name} range from {least:,} to {most:,}, but {low:,} to {high:,} is allowed.")
 
 
 def to_vectors(z: Tensor, dim: int, name: str) -> tuple[Tensor, torch.Size]:
-    """z (B, C, H, W) or (B, N, C) -> vectors (B, N, C), fp32, and the shape of their indices. InputError for others."""
+    """z (B, C, H, W) or (B, N, C) -> vectors (B, N, C), fp32, and their indices' shape. InputError for others."""
     given = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
     valid = isinstance(z, Tensor) and z.ndim in (3, 4) and z.numel() and z.is_floating_point()
     vectors = z.movedim(1, 3) if valid and z.ndim == 4 else z
-    check(valid and vectors.shape[-1] == dim, f"{name} is {given}, but this quantizer takes floats (B, {dim}, H, W) or "
-          f"(B, N, {dim}), at least one.")
+    check(valid and vectors.shape[-1] == dim, f"{name} is {given}, allowed: floats (B, {dim}, H, W) or (B, N, {dim})")
     return vectors.float().flatten(1, -2), vectors.shape[:-1]
 
 
@@ -480,15 +473,15 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """
     center = codebook.detach().mean(0)
     vectors, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
-    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2  # codes.square() would be as large as the codebook
+    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2  # codes.square() would fill another codebook
     rows = max(1, (2**30 if x.is_cuda else 2**23) // (x.element_size() * len(codes)))
-    # an exported graph takes any number of vectors, so the number of blocks cannot be fixed in it
+    # an exported graph takes any number of vectors, but a fixed number of blocks
     blocks = [vectors] if torch.compiler.is_exporting() else vectors.split(rows)
     return torch.cat([best_column(torch.addmm(bias, block, codes.T)) for block in blocks]).view(x.shape[:-1])
 
 
 def best_column(scores: Tensor) -> Tensor:
-    """scores.argmax(1) for scores (N, K), by groups of 256 columns: a CPU finds a maximum sooner than its place."""
+    """scores.argmax(1), by groups of 256 columns: a CPU finds a maximum sooner than its place."""
     if scores.shape[1] < 4096 or scores.shape[1] % 256:
         return scores.max(1).indices
     groups = scores.unflatten(1, (-1, 256))
@@ -509,11 +502,11 @@ def sum_of_processes(x: Tensor) -> Tensor:
     return x
 
 
-QUANTIZERS = {  # what build_quantizer can build
+QUANTIZERS = {
     "fsq": FSQ, "ddcl": DDCL, "simvq": SimVQ, "simvq_cosine": partial(SimVQ, cosine=True),
     "simvq_matched": MatchedSimVQ, "ema_vq": EMAVQ, "residual_vq": ResidualVQ, "product_vq": ProductVQ,
     "none": NoQuantizer, "library": Library,
-    # LFQ's loss weights come from a short search (RESULTS.md). BSQ's inverse temperature is its authors'.
+    # LFQ's weights are from a short search, BSQ's temperature is its authors'
     "lfq": partial(Library, kind="LFQ", codebook_size=65536, entropy_loss_weight=1e-3, commitment_loss_weight=0.25),
     "bsq": partial(Library, kind="LFQ", codebook_size=65536, spherical=True, arguments={"inv_temperature": 1.0}),
     "rotation_vq": partial(Library, kind="VectorQuantize", codebook_size=65536, code_dim=16, rotation_trick=True,
@@ -524,13 +517,13 @@ QUANTIZERS = {  # what build_quantizer can build
 def build_quantizer(name: str | type[Quantizer], dim: int, **options) -> Quantizer:
     """Build the quantizer of this name in QUANTIZERS, or of this class, for vectors of dim numbers.
 
-    Its class takes the options, lists among them as tuples. quantizer.config records both, for checkpoints.
+    options: its class's arguments; lists become tuples. quantizer.config records name and options, for checkpoints.
     """
     if not isinstance(name, type):
         check_registered(name)
     kind = QUANTIZERS.get(name, name)
     names = [known for known in QUANTIZERS if QUANTIZERS[known] is kind] or [kind.__name__]
-    options = {option: tuple(x) if isinstance(x, list) else x for option, x in options.items()}  # JSON has no tuples
+    options = {option: tuple(x) if isinstance(x, list) else x for option, x in options.items()}
     quantizer = kind(dim, **options)
     quantizer.config = {"quantizer": names[0], "quantizer_options": options}
     return quantizer
@@ -539,4 +532,4 @@ def build_quantizer(name: str | type[Quantizer], dim: int, **options) -> Quantiz
 def check_registered(name: str):
     """InputError unless a quantizer has this name."""
     check(name in QUANTIZERS, f"quantizer = {name!r:.300}, allowed: {', '.join(QUANTIZERS)}, or a class of yours, "
-          f"registered before you build or load it: QUANTIZERS[{name!r:.300}] = YourClass")
+          f"registered first: QUANTIZERS[{name!r:.300}] = YourClass")

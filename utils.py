@@ -1,4 +1,4 @@
-"""What all modules share: errors, constants, devices and processes, images and metrics, pictures, files and runs."""
+"""Errors, constants, devices and processes, images and metrics, pictures, files and runs."""
 import ast
 import contextlib
 import csv
@@ -26,21 +26,17 @@ from tqdm import tqdm
 
 from quantizers import InputError, check, check_range, count_processes, errors_as, sum_of_processes
 
-device = "cuda" if torch.cuda.is_available() else "cpu"  # train.py's DEVICE may choose another for its run
+device = "cuda" if torch.cuda.is_available() else "cpu"  # train.py's DEVICE may choose another
 
 
 # Errors
 
 @contextlib.contextmanager
 def one_line_errors(stopped: str = "stopped"):
-    """End a script in one line where its user can do something: wrong input, a failing file, a full GPU, Ctrl-C.
-
-    Any other error is a mistake in the code, perhaps in the user's own. Its traceback shows the file and the line.
-    stopped: the message after Ctrl-C
-    """
+    """End a script in one line for wrong input, a failing file, a full GPU, Ctrl-C. Others keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not lose a table
+            stream.reconfigure(errors="replace")  # a terminal may lack a letter
     script = Path(sys.argv[0]).name
     try:
         yield
@@ -48,7 +44,7 @@ def one_line_errors(stopped: str = "stopped"):
         sys.exit(f"{script}: {stopped}")
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).partition(". Tried to")[0]  # torch lists how its memory is used
-        if "Original Traceback" in message:  # a DataLoader's worker sends it, "InputError: ..." at its end
+        if "Original Traceback" in message:  # from a DataLoader's worker, "InputError: ..." at its end
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
         sys.exit(f"{script}: {message}")
 
@@ -58,9 +54,8 @@ def one_line_errors(stopped: str = "stopped"):
 def read_constants(namespace: dict, arguments: list[str]) -> dict:
     """Replace a script's constants by NAME=value arguments. Returns all of them. -h and --help print their lines.
 
-    namespace: the script's globals(). Each name in capitals with a plain value is a constant.
-    An argument has the type of the value in the file, but one number may stand for a pair. A list becomes a tuple.
-    InputError for an unknown name or another type.
+    A constant is a name in the script's globals(), in capitals, with a plain value. An argument keeps its type, but one
+    number may stand for a pair, and a list becomes a tuple. InputError for an unknown name or another type.
     """
     if "-h" in arguments or "--help" in arguments:
         source = Path(namespace["__file__"]).read_text("utf-8")
@@ -75,60 +70,52 @@ def read_constants(namespace: dict, arguments: list[str]) -> dict:
               f"with a NAME such as {', '.join(similar)}")
         old, kind = in_file[name], type(in_file[name])
         if kind is not str:
-            with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a text that is no value is refused below
+            with contextlib.suppress(SyntaxError, ValueError, TypeError):  # refused below
                 value = ast.literal_eval(value)
         value = unify(value)
         if kind is tuple and len(old) == 2 and not isinstance(value, tuple):
             kind = type(old[0])
-        if kind is float and type(value) is int:
-            value = float(value)
-        check(old is None or type(value) is kind,
-              f"{name} = {value!r:.300}, allowed: {kind.__name__}, like {old!r} in the file")
+        value = float(value) if kind is float and type(value) is int else value
+        check(old is None or type(value) is kind, f"{name} = {value!r:.300}, allowed: {kind.__name__}, like {old!r}")
         constants[name] = value
     namespace.update(constants)
     return constants
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value can be written down in a file: a number, a text, or a list or dict of such values."""
+    """Whether a value is a number, a text, or a list or dict of such values."""
     with contextlib.suppress(SyntaxError, ValueError):
         return ast.literal_eval(repr(value)) == value
     return False
 
 
 def unify(value: object) -> object:
-    """A list as a tuple, and "~" at the beginning of a text as the home folder."""
+    """A list as a tuple, and a text's leading "~" as the home folder."""
     return tuple(value) if isinstance(value, list) else os.path.expanduser(value) if isinstance(value, str) else value
 
 
 # Devices and processes
 
-def choose_device(name: str) -> str:
-    """The device of DEVICE=... on the command line, else `name`, else CUDA's GPU or the CPU."""
-    given = [argument.removeprefix("DEVICE=") for argument in sys.argv if argument.startswith("DEVICE=")]
-    return str([name, *given][-1] or device)
-
-
 def fast_bf16(device: str) -> bool:
-    """Whether bf16 is faster than fp32. Emulated bf16 takes up to ten times as long, Intel's AVX-512 bf16 twice."""
+    """Whether bf16 is faster than fp32: on most GPUs, AMD's AVX-512 with bf16, and Intel's AMX."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # False if ATEN_CPU_CAPABILITY forbids it
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # not if ATEN_CPU_CAPABILITY forbids it
     cpu = torch.cpu.get_capabilities() if device.startswith("cpu") and allowed else {}
     return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", ""))
 
 
 def prepare_cpu():
-    """Make arithmetic deterministic and fast, also in models built from now on. Call it before threads start."""
+    """Make arithmetic deterministic and fast, before threads start and models are built."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill each new tensor with NaN
-    torch.set_flush_denormal(True)  # numbers below 1e-38, which are slow, become 0
-    set_fused_attn(False)  # the backward pass of fused attention is slow in bf16
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow
+    set_fused_attn(False)  # its backward pass is slow in bf16
 
 
 @contextlib.contextmanager
 def first_process_first():
-    """Run the body in the first process, then in the others. If it fails in the first, they try it all the same."""
+    """Run the body in the first process, then in the others."""
     rank = dist.get_rank() if count_processes() > 1 else None
     if rank:
         dist.barrier()
@@ -148,9 +135,9 @@ def average(tensors: list[Tensor]):
 
 
 def progress(iterable: Iterable, text: str) -> tqdm:
-    """Show a progress bar, but not in a log file, in the other processes of torchrun, or with TQDM_DISABLE=1."""
+    """Show a progress bar in the first process's terminal, unless TQDM_DISABLE=1."""
     hidden = os.getenv("TQDM_DISABLE") or int(os.getenv("RANK", 0)) > 0
-    return tqdm(iterable, text, leave=False, disable=hidden or None)  # None hides it unless a terminal shows it
+    return tqdm(iterable, text, leave=False, disable=hidden or None)  # None hides it from log files
 
 
 # Images and metrics
@@ -173,22 +160,21 @@ def to_float(images: Tensor) -> Tensor:
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratios (B,) in dB, at most 100, of images (B, 3, H, W), uint8 or in [0, 1]."""
-    check(images.shape == targets.shape, f"PSNR compares equal shapes, not {[*images.shape]} and {[*targets.shape]}.")
+    check(images.shape == targets.shape, f"PSNR compares equal shapes, not {images.shape} and {targets.shape}.")
     return peak_signal_noise_ratio(to_float(images), to_float(targets), data_range=1.0, dim=(1, 2, 3),
                                    reduction="none").clamp(max=100)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarities (B,) in [-1, 1] of images (B, 3, H, W), uint8 or in [0, 1], of 11 x 11 pixels or more."""
-    check(images.shape == targets.shape, f"SSIM compares equal shapes, not {[*images.shape]} and {[*targets.shape]}.")
+    check(images.shape == targets.shape, f"SSIM compares equal shapes, not {images.shape} and {targets.shape}.")
     height, width = images.shape[2:]
     check(min(height, width) > 10, f"SSIM needs images of 11 x 11 pixels or more, not {tuple(images.shape)}.")
-    total, rows = 0, max(1, 2**20 // (len(images) * width))  # so many rows of windows at a time, to bound the memory
+    total, rows = 0, max(1, 2**20 // (len(images) * width))  # rows at a time, to bound the memory
     for top in range(0, height - 10, rows):
         strips = [to_float(x[:, :, top : top + rows + 10]) for x in (images, targets)]
-        _, similarity = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none",
-                                                            return_full_image=True)
-        total = total + similarity[..., 5:-5, 5:-5].sum((1, 2, 3))  # without the border, which torchmetrics pads
+        _, maps = structural_similarity_index_measure(*strips, data_range=1.0, reduction="none", return_full_image=True)
+        total = total + maps[..., 5:-5, 5:-5].sum((1, 2, 3))  # torchmetrics pads the border
     return total / (3 * (height - 10) * (width - 10))
 
 
@@ -197,10 +183,10 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250, indices: T
              keep: int | None = None) -> tuple[dict, Tensor, Tensor]:
     """Reconstruct uint8 images (N, 3, H, W) with a VQRAE, and measure the result before it is rounded.
 
-    indices: the images' tokens (N, h, w), if they are known already
+    indices: the images' tokens (N, h, w), if known
     keep: how many reconstructions are returned; None: all
-    Returns metrics, how often each code was used, and the reconstructions, uint8 (keep, 3, H, W). psnr and ssim are
-    means over images, psnr_of_mse is the PSNR of their mean squared error. InputError for other images.
+    Returns metrics, how often each code was used, and reconstructions, uint8 (keep, 3, H, W). psnr and ssim are means
+    over images, psnr_of_mse is of their mean squared error. InputError for other images.
     """
     check(images.dtype == torch.uint8 and len(images), f"Take uint8 images, not {len(images)} of {images.dtype}.")
     training, device = model.training, next(model.parameters()).device
@@ -229,14 +215,14 @@ def evaluate(model: nn.Module, images: Tensor, batch_size: int = 250, indices: T
 # Pictures
 
 def save_grid(path: Path, images: Tensor, columns: int):
-    """Write uint8 images (N, 3, H, W) as a grid, row by row. Small images are enlarged, or a viewer would blur them."""
+    """Write uint8 images (N, 3, H, W) as a grid, row by row. Small images are enlarged."""
     zoom = max(1, 128 // images.shape[-1])
     with replace_file(path) as draft:
         save_image(nn.Upsample(scale_factor=zoom)(images / 255), draft, format="PNG", nrow=columns, pad_value=1)
 
 
 def save_pairs(path: Path, images: Tensor, reconstructions: Tensor, columns: int):
-    """Write a grid: images in the upper rows, reconstructions in the lower. Both are uint8 (N, 3, H, W)."""
+    """Write uint8 images (N, 3, H, W) as a grid, and their reconstructions below."""
     columns = min(columns, len(images))
     count = len(images) // columns * columns  # an incomplete last row is left out
     save_grid(path, torch.cat([images[:count], reconstructions[:count]]), columns)
@@ -249,12 +235,12 @@ def save_figure(path: Path, figure: Figure):
 
 
 def plot_usage(path: Path, counts: Tensor, metrics: dict, title: str):
-    """Plot how often each code was used, the most used first. evaluate gives counts and metrics."""
+    """Plot how often each code was used, the most used first, from evaluate's counts and metrics."""
     used = counts[counts > 0].sort(descending=True)[0].cpu()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.loglog(range(1, len(used) + 1), used)
-    axes.axvline(round(len(used) / metrics["usage"]), c="grey", ls=":")  # a huge codebook's counts lack unused codes
+    axes.axvline(round(len(used) / metrics["usage"]), c="grey", ls=":")  # counts may lack unused codes
     axes.set(xlabel="code, by rank (dotted: the codebook's size)", ylabel="times used")
     summary = f"{metrics['usage']:.1%} of codes used, perplexity {metrics['perplexity']:,.0f}"
     axes.set_title(f"{title}\n{summary}", size=9, parse_math=False)
@@ -286,18 +272,18 @@ def digest(value: object) -> str:
 
 
 def digest_file(path: str | Path) -> str:
-    """The hash of a file's content, which a copy keeps: twelve hexadecimal digits."""
+    """The hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def digest_code() -> str:
-    """The hash of the repository's code that is running. Comments and the script's constants do not count."""
+    """The hash of the repository's code that is running, without comments and the script's constants."""
     root, code = Path(__file__).resolve().parent, []
     files = {Path(x.__file__).resolve() for x in [*sys.modules.values()] if getattr(x, "__file__", None)}
     for file in sorted(x for x in files if x.parent in (root, root / "extras") and x.is_file()):
-        text = ast.unparse(ast.parse(file.read_text("utf-8")))  # without comments
-        if file == Path(sys.argv[0]).resolve():  # edited constants and those of the command line make the same run
+        text = ast.unparse(ast.parse(file.read_text("utf-8")))
+        if file == Path(sys.argv[0]).resolve():  # the run's name depends on them already
             text = re.sub("(?m)^[A-Z0-9_]+ = .*", "", text)
         code.append(text)
     return digest(code)
@@ -310,7 +296,7 @@ def seed_everything(*numbers: int):
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Give a draft's path. Once written, it is renamed to `path`: nobody reads half a file. OSError if that fails."""
+    """Give a draft's path, and rename it to `path` once written. OSError if that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")  # no other process writes to it
@@ -324,13 +310,13 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_torch(path: str | Path, content: dict):
-    """Write what load_torch reads: tensors, and numbers and texts of Python. OSError as in replace_file."""
+    """Write what load_torch reads. OSError as in replace_file."""
     with replace_file(path) as draft, errors_as(OSError, "torch.save failed"):  # a full disk is a RuntimeError
         torch.save(content, draft)
 
 
 def load_torch(path: str | Path, *keys: str) -> dict:
-    """A dict of tensors and plain values with these keys, from torch.save. InputError for another or damaged file."""
+    """A dict with these keys, from torch.save. InputError for another or damaged file."""
     with errors_as(InputError, f"The checkpoint {path} cannot be read"):
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
             check(not archive.testzip(), "its checksum is wrong")
@@ -344,7 +330,7 @@ class Run:
     """A run's folders outputs/<name>/ and checkpoints/<name>/, locked for one process, and its progress.
 
     stage, epoch: the last that an earlier process finished, 0 without one. history: a row for each finished epoch.
-    InputError if another process holds the lock, or last.pt is damaged or of another run.
+    InputError if another process trains it, or last.pt is damaged or of another run.
     """
 
     def __init__(self, name: str, first_process: bool = True):
@@ -364,7 +350,7 @@ class Run:
         self.stage, self.epoch, self.history = (self.saved[key] for key in ("stage", "epoch", "history"))
 
     def resume(self, state: dict, stage: int = 1) -> int:
-        """The epoch with which this stage begins. Unless it is 1, loads `state`, {name: module or optimizer}."""
+        """The epoch with which this stage goes on. Loads `state`, {name: module or optimizer}, unless it is 1."""
         if self.stage != stage:
             return 1
         with errors_as(InputError, f"{self.last} does not fit this code. Change SEED to start a new run"):

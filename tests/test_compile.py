@@ -64,7 +64,7 @@ def test_a_compiled_step_is_the_same_step(kind, stage, change):
         part, judge = copy.deepcopy((model, critic if stage == 1 else None))
         frozen = part.encoder if stage == 1 else teacher
         torch.manual_seed(SEED)
-        # in a second step several codes may have restarted at one token, and rounding decides which of them is nearest
+        # in a second step codes may have restarted at one token, and rounding decides which is nearest
         losses = step(part, images, frozen, frozen, judge)
         parts = torch.nn.ModuleList([part, judge] if judge else [part])
         results.append([losses, {name: p.grad for name, p in parts.named_parameters()}, dict(part.named_buffers())])

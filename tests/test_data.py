@@ -6,6 +6,7 @@ import socket
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_an_image_is_resized_as_pillow_does_and_cropped_at_its_centre(height, wi
     w, h = width * 20 // min(height, width), height * 20 // min(height, width)
     expected = image.resize((w, h), Image.BICUBIC).crop(((w - 20) // 2, (h - 20) // 2, (w + 20) // 2, (h + 20) // 2))
     assert (fit(to_tensor(image), 20).int() - to_tensor(expected).int()).abs().max() <= rounding
+    assert fit(torch.zeros(3, 1, 30_000).byte(), 256).shape == (3, 256, 256)  # resized whole, it would take 6 GB
 
 
 def test_labels_are_those_of_the_class_folders_in_alphabetical_order(monkeypatch):
@@ -83,7 +85,7 @@ def test_labels_are_those_of_the_class_folders_in_alphabetical_order(monkeypatch
 
 @pytest.mark.parametrize("files, message", [
     ("test/a", "no folder photos/train.*auto"), ("train/a", "no folder photos/val"),
-    ("train/x/a train/y/a val/x/a", "same class folders.* y"), ("train/x/a train/a test/x/a", "beside them")])
+    ("train/x/a train/y/a val/x/a", "has the class folders y"), ("train/x/a train/a test/x/a", "beside its")])
 def test_a_folder_that_is_no_dataset_is_refused(files, message):
     write_images("photos", files.split())
     with refused(message):
@@ -91,7 +93,7 @@ def test_a_folder_that_is_no_dataset_is_refused(files, message):
 
 
 def test_images_are_found_once_and_other_files_are_counted_in_one_line(capsys):
-    """Links may lead to one folder twice, in circles, above, or nowhere. macOS makes hidden copies, ._e.png."""
+    """Links may lead to one folder twice, in circles, above, or nowhere. macOS makes ._e.png."""
     write_images("pets", ["train/ant/a", "train/cat/b", "train/cat/old/d", "train/.store/e", "train/._e", "test/c"])
     for link, target in (("ant/up", "train"), ("ant/top", ""), ("ant/cat", "train/cat"), ("zebra", "train/cat"),
                          ("fox", "train/.store"), ("ant/b.png", "nowhere.png")):
@@ -106,7 +108,7 @@ def test_images_are_found_once_and_other_files_are_counted_in_one_line(capsys):
 
 
 def test_a_folder_is_decoded_once_and_again_when_it_changes(monkeypatch):
-    """Nothing else in data/ is locked, changed or deleted: it is the user's. A full disk is noticed before the work."""
+    """Nothing else in data/ is changed or deleted. A full disk is noticed before the work."""
     write_images("photos", ["train/a", "test/a"])
     with monkeypatch.context() as patch, refused("its disk has 1 left"):
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
@@ -136,7 +138,7 @@ def test_the_digest_is_of_images_and_labels(crop_sizes):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(f"pets/{name}.bmp")  # all BMP files have the same size
     assert not changed(str, "train") and changed(shutil.copyfile, "train/cat/1", "test/cat/0")
     assert changed(shutil.copyfile, "train/cat/1", "train/cat/0") == (not crop_sizes)
-    assert changed(os.replace, "train/cat/1", "train/dog/+")  # which comes before dog/0: the same pixels, other labels
+    assert changed(os.replace, "train/cat/1", "train/dog/+")  # the same pixels, other labels
 
 
 def test_an_image_of_its_class_takes_a_broken_files_place_and_one_in_a_hundred_may_be_broken(monkeypatch):
@@ -177,7 +179,7 @@ def test_large_sets_and_those_for_crops_of_several_sizes_stay_in_their_files(fol
 
 
 def test_crops_are_of_all_sizes_from_their_own_pixels_to_the_whole_image():
-    y, x = np.mgrid[:64, :64].astype(np.uint8) * 4  # red is x and green is y, so that a crop shows how large it is
+    y, x = np.mgrid[:64, :64].astype(np.uint8) * 4  # red is x, green is y
     Image.fromarray(np.stack([x, y, 0 * x], 2)).save("a.png")
     files = ImageFiles(["a.png"], 16, [0])
     crops = torch.stack(files.__getitems__([(0, 16, 400 * SEED + i) for i in range(400)])) / 4
@@ -212,6 +214,9 @@ def test_workers_live_as_long_as_the_iterator(folder, change):
     assert len(taken) <= 12 and len(workers[0]) == 2 and len({*map(frozenset, workers)}) == len({*random}) == 1
     iterator.close()
     assert not multiprocessing.active_children() and not {list, np.ndarray} & {*map(type, vars(files).values())}
+    change(module, DataLoader=(loader := Mock(return_value=[])))
+    assert not [*load_batches(files, [], False, "cuda")] and loader.call_args.kwargs["pin_memory"]
+    assert loader.call_args.kwargs["multiprocessing_context"] == ("fork" if module.sys.platform == "linux" else None)
 
 
 def test_half_of_a_batch_is_mirrored():
@@ -224,7 +229,7 @@ def test_half_of_a_batch_is_mirrored():
 
 @pytest.mark.parametrize("name, size, parts", [("auto", 24, [140, 2] * 2), ("cifar10", 40, [100, 40, 2])])
 def test_cifar_10_is_taken_from_torchvision(name, size, parts, monkeypatch):
-    """Above 32 pixels a side, images are resized once, a part at a time, into a file. data/ may be read-only else."""
+    """Above 32 pixels a side, images are resized once, a part at a time, into a file."""
     pixels, resized = random_pixels(142, 32, 32, 3), []
     train = SimpleNamespace(data=pixels[:140], targets=[2, 0] * 70, classes=["a"])
     test = SimpleNamespace(data=pixels[140:], targets=[1, 1])

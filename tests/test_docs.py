@@ -49,7 +49,7 @@ def test_notebooks_are_stored_as_they_ran_and_the_lesson_is_small():
     for name in ("explore.ipynb", "lesson.ipynb"):
         cells = [x for x in nbformat.read(ROOT / name, as_version=4).cells if x.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-        assert all(output.get("name") != "stderr" for cell in cells for output in cell.outputs)  # it would name paths
+        assert all(output.get("name") != "stderr" for cell in cells for output in cell.outputs)
     lines = [sum(bool(line.strip()) for line in cell.source.split("\n")) for cell in cells]
     assert max(lines) <= 20 and sum(lines) <= 260 and (ROOT / name).stat().st_size <= 700_000
 

@@ -170,8 +170,7 @@ def test_training_sees_each_image_once_an_epoch(order, change):
         torch.testing.assert_close(prior.position.grad, expected)
 
     change(module, BATCH_SIZE=50, EPOCHS=4, take_step=check_gradient, autocast=contextlib.nullcontext(),
-           load_judges=lambda *arguments: {}, judge_samples=lambda *arguments: {"judged": 1},
-           measure_bits=lambda prior, indices, labels: labels.item(),
+           load_judges=lambda *_: {}, judge_samples=lambda *_: {"judged": 1}, measure_bits=lambda *x: x[2].item(),
            sample=lambda prior, vqrae, labels: torch.zeros(len(labels), 3, 16, 16).byte())
     tokens = torch.arange(240).view(2, 120, 1, 1).expand(-1, -1, 2, 2)  # they tell the image; mirrored ones are higher
     data = Dataset(None, torch.arange(120) % 5, torch.zeros(1, 3, 16, 16), torch.tensor([3]), [])

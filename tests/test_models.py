@@ -39,7 +39,7 @@ def build(encoder="cifar", quantizer="fsq", **options):
 
 
 def save_vit(architecture, path, **options):
-    """Save a small ViT of timm's, all its weights random, as its users do: config.json and model.safetensors."""
+    """Save a small random ViT of timm's: config.json and model.safetensors."""
     options |= {"depth": 3, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}
     model = timm.create_model(architecture, **options)
     for parameter in model.parameters():
@@ -154,7 +154,7 @@ def test_large_and_many_images_are_processed_in_parts(shape, encoder, monkeypatc
     torch.testing.assert_close(model.features_from_indices(indices), z, rtol=0, atol=1e-3)
     if count > 1:
         assert max(sizes) <= 100
-    elif model.encoder_radius < math.inf:  # not a ViT's; a strip has 4 radii of rows at least, one above, one below
+    elif model.encoder_radius < math.inf:  # a strip has 4 radii of rows at least
         assert max(sizes) <= 6 * model.encoder_radius * w < h * w
 
 
@@ -170,7 +170,7 @@ def test_no_token_sees_beyond_the_radius(name):
 
 @pytest.mark.parametrize("name", ["cifar", "cnn", "resnet18", "random positions"])
 def test_an_encoder_learns_by_its_stage_and_gives_the_same_features_in_train_mode(name):
-    """timm's BatchNorm would learn other statistics, and some of its ViTs draw random positions in train mode."""
+    """timm's BatchNorm would learn statistics, and some ViTs draw random positions."""
     if name == "random positions":
         name = save_vit("vit_small_patch16_dinov3", "vit", rope_rescale_coords=2.0)
     model, images = VQRAE(name, "fsq", grid=2, pretrained=False).eval(), torch.rand(2, 3, 32, 32)
@@ -252,7 +252,7 @@ def test_half_precision_keeps_nearly_all_indices(dtype, photograph):
     assert (psnr(output, images) - psnr(expected, images)).abs() < 0.2
     assert torch.equal(half.decode_from_indices(half.encode_to_indices(images)), output)
     assert output.dtype == half.features_from_indices(indices).dtype == torch.float32
-    resizing = build("cnn", grid=8).to(dtype)  # the network wants 8 pixels a token, the images have 4
+    resizing = build("cnn", grid=8).to(dtype)
     assert resizing.decode_from_indices(resizing.encode_to_indices(images)).shape == images.shape
 
 
@@ -342,7 +342,7 @@ def test_weights_that_are_incomplete_and_a_model_whose_encoder_is_elsewhere_are_
     with pytest.raises(OSError, match=r"^The encoder local-dir:vit does not load[^\n]*$"):
         build_encoder("local-dir:vit", 4)
     shutil.rmtree("vit")
-    with refused("model.pt .*local-dir:vit does not load. It needs its folder"):
+    with refused("model.pt .*local-dir:vit does not load. It needs a folder"):
         load_checkpoint("model.pt")
 
 

@@ -1,4 +1,4 @@
-"""Runs of train.py that are killed, run twice at a time, or shared by two processes: what they leave in the end."""
+"""Runs of train.py that are killed, run twice at a time, or shared by two processes."""
 import multiprocessing
 import os
 import runpy
@@ -61,7 +61,7 @@ def run(folders, arguments, event=""):
 
 
 def outcome(folder):
-    """Return what a run leaves, without its times: its rows, results.json, names of files, and last.pt's state."""
+    """What a run leaves, without its times: its rows, results.json, names of files, last.pt's state."""
     outputs, = (folder / "outputs").iterdir()
     last = load_torch(folder / "checkpoints" / outputs.name / "last.pt")
     for row in last["history"]:
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_model_or_run_is_refused():
 
 
 def test_two_processes_learn_what_one_learns(folder, tmp_path):
-    """One process takes four micro-batches a step, and two processes take two each: the same sums in another order."""
+    """One process takes four micro-batches a step, two processes two each: the same sums."""
     arguments = [f"DATASET={folder}", *STEPS, "QUANTIZER=fsq", "STAGES=(1,)", "GAN_WEIGHT=0.5", "LEARNING_RATE=0"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run([one], [*arguments, "ACCUMULATE=4"]) == [0] and run([two] * 2, [*arguments, "ACCUMULATE=2"]) == [0, 0]
@@ -126,7 +126,7 @@ def test_two_processes_learn_what_one_learns(folder, tmp_path):
     states = [outcome(path)[-1] for path in (one, two)]
     for optimizer, average in (("adamw", "exp_avg"), ("muon", "momentum"), ("gan_optimizer", "exp_avg")):
         expected, found = [torch.cat([x[average].flatten() for x in state[optimizer].values()]) for state in states]
-        # Two orders of four summands differ by 6 x 2^-24 of their magnitudes. Magnitudes cancel, but hardly 200 times.
+        # two orders of four summands differ by 6 x 2^-24 of their magnitudes, which hardly cancel 200 times
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 

@@ -42,7 +42,7 @@ def checkpoint(outputs, name):
 
 
 def small_model(quantizer="simvq", stage=1):
-    """A model for 16 x 16 pixels, five images, and the frozen encoder. In stage 2 it differs from the model's."""
+    """A model for 16 x 16 pixels, five images, and the frozen encoder, in stage 2 another."""
     model = VQRAE("cifar", quantizer, {}, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
     with torch.no_grad():  # weights that begin as zeros would stop gradients
         for p in model.parameters():
@@ -63,11 +63,10 @@ def test_the_loss_is_the_weighted_sum_of_all_losses(stage, own, change):
     z_q, quantizer_loss, _ = model.encode(images)
     output = model.decode(z_q)
     real, fake = critic(images), critic(output)
-    expected = {
-        "l2_loss": F.mse_loss(output, images), "quantizer_loss": quantizer_loss, "gan_loss": -fake.mean(),
-        "discriminator_loss": ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2,
-        "perceptual_loss": F.mse_loss(network(output)[[0, 2, 4]], network(images)[[0, 2, 4]]),
-        "distill_loss": F.mse_loss(model.encoder(images), frozen(images)) if stage == 2 else torch.tensor(0.0)}
+    expected = {"l2_loss": F.mse_loss(output, images), "quantizer_loss": quantizer_loss, "gan_loss": -fake.mean(),
+                "discriminator_loss": ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2,
+                "perceptual_loss": F.mse_loss(network(output)[[0, 2, 4]], network(images)[[0, 2, 4]]),
+                "distill_loss": F.mse_loss(model.encoder(images), frozen(images)) if stage == 2 else torch.tensor(0.0)}
     l2, gan = [torch.autograd.grad(expected[name], model.decoder.head.weight, retain_graph=True)[0].norm()
                for name in ("l2_loss", "gan_loss")]
     weights = {"l2_loss": 16, "quantizer_loss": 1, "perceptual_loss": 0.7, "distill_loss": 0.9,
@@ -154,7 +153,7 @@ def test_options_that_follow_from_the_batch(name, size, crops, ranks, value, cha
 
 
 def test_training_is_what_the_table_of_stages_says(main, folder, change):
-    """A plain loop does the same: clipped gradients, the stage's constants, and a GAN in the second half of stage 1."""
+    """A plain loop does the same: clipped gradients, the stage's constants, a GAN in stage 1's second half."""
     change(train, fast_bf16=lambda device: False)
     outputs = main("QUANTIZER=fsq", "OPTIMIZER=adamw", "EPOCHS=(2, 1)", "GAN_WEIGHT=0.5",
                    "LEARNING_RATE=(2e-3, 5e-4)", "PERCEPTUAL_WEIGHT=(0.3, 0.2)", "DISTILL_WEIGHT=0.1")
@@ -213,7 +212,7 @@ def test_a_run_leaves_figures_pictures_and_checkpoints(trained):
 
 
 def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, folder, monkeypatch, capsys):
-    """The last two epochs of a stage are kept, too. results.json measures the best one. The run is then finished."""
+    """The last two epochs are kept, too. results.json measures the best, and ends the run."""
     psnrs, options = iter([3.0, 5.0, 4.0, 2.0, 1.0]), "QUANTIZER=product_vq CODEBOOKS=4 CODEBOOK_SIZE=16 ACCUMULATE=2"
     monkeypatch.setattr(utils, "psnr", lambda images, _: torch.full((len(images),), next(psnrs, 0.0)))
     arguments = [*options.split(), "EPOCHS=(3, 2)", "EPOCH_IMAGES=4", "EVAL_IMAGES=2", "PERCEPTUAL="]
@@ -239,13 +238,13 @@ def test_best_is_the_epoch_of_the_highest_psnr_of_its_stage(main, folder, monkey
 
 
 def test_a_run_that_diverges_ends_before_it_saves_and_within_100_steps(main, change, capsys):
-    with pytest.raises(SystemExit, match=r"^train.py: The loss of stage 1, epoch 1, is \d.* weights .*LEARNING_RATE"):
+    with pytest.raises(SystemExit, match=r"^train.py: In .* step 1, the loss is \d.* weights .*LEARNING_RATE"):
         main("LEARNING_RATE=1e300", "EPOCH_IMAGES=4")  # the loss of the only step is finite
     assert not [*Path("checkpoints").glob("*/*.pt")]
     calls = itertools.count(1)  # a NaN comes in the second epoch, and the first one's files stay
     change(train, objective=lambda model, *_: dict.fromkeys(
         ("loss", "discriminator_loss"), model.decoder.head.bias.sum() + (math.nan if next(calls) > 210 else 1)))
-    with pytest.raises(SystemExit, match="^train.py: The loss of stage 1, epoch 2, is nan"):
+    with pytest.raises(SystemExit, match="^train.py: In stage 1, epoch 2, .* nan"):
         main("OPTIMIZER=adamw", "EPOCH_IMAGES=410", "BATCH_SIZE=2", "EPOCHS=3")
     assert next(calls) == 306 and re.search(r"(?m)^ +1 +1 +[\d.]+ +\(step 200 of 205\)$", capsys.readouterr().out)
     assert load_torch(*Path("checkpoints").glob("*/last.pt"))["epoch"] == 1
@@ -310,13 +309,13 @@ def test_a_start_checkpoint_goes_on_at_another_size(encoder, quantizer, grid, sm
         assert quantizer == "simvq_matched" and "code_transform" in name or torch.equal(p, before), name
     if quantizer == "ema_vq":
         assert (model.quantizer.codebook != start.quantizer.codebook).any()  # its moving averages go on
-    # stage 1 takes the file's own encoder, which has weights of 8 bits in a small file
+    # stage 1 takes the file's own encoder
     assert [row["distill_loss"] > 0 for row in table(outputs)] == ([False, True] if small else [False])
 
 
 @pytest.fixture
 def begin(folder, monkeypatch):
-    """begin("NAME=value", NAME=value) starts a train.py with this constant. Returns the run's name, or an error."""
+    """begin("NAME=value", NAME=value) starts a train.py. Returns the run's name, or an error."""
     def start(*arguments, **constants):
         text = (ROOT / "train.py").read_text("utf-8")
         for name, value in {"DATASET": str(folder), **constants}.items():
@@ -337,7 +336,7 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     assert run == begin("QUANTIZER=fsq", "FSQ_LEVELS=(8,6,5)")
     changes = [{"FSQ_LEVELS": [8, 8, 8]}, {"MY_LIST": [1]}, {"MY_LIST": [2]}, {"LIBRARY": {"kind": "no such class"}}]
     names = [begin(**({"QUANTIZER": "fsq", "FSQ_LEVELS": [8, 6, 5]} | change)) for change in changes]
-    assert len({run, *names}) == 5 and all(name.startswith("tiny_cifar_fsq_") for name in names)
+    assert len({run, *names}) == 5 and all(name.startswith("föto_cifar_fsq_") for name in names)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -353,7 +352,7 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
 
 
 @pytest.mark.parametrize("constants, line", [
-    (START, "tiny_cifar_ema_vq_"), (START | FSQ, "tiny_cifar_fsq_"), (START | {"STAGES": [1]}, "START_CHECKPOINT = "),
+    (START, "föto_cifar_ema_vq_"), (START | FSQ, "föto_cifar_fsq_"), (START | {"STAGES": [1]}, "START_CHECKPOINT = "),
     (START | {"QUANTIZER": "fsq"}, "QUANTIZER = 'fsq', allowed: 'ema_vq' with START"),
     (START | {"ENCODER": "cnn"}, "ENCODER = 'cnn', allowed: 'cifar'"), (START | {"CODE_DIM": 8}, "CODE_DIM = 8"),
     (START | {"GRID": 4}, "IMAGE_SIZE / GRID = 8, allowed: 4"), (START | {"DECODER_WIDTH": 64}, "DECODER_WIDTH = 64"),
@@ -375,15 +374,15 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
 
 
 def test_another_start_checkpoint_other_images_or_code_make_another_run_and_copies_do_not(folder, begin, change):
-    shutil.copytree(folder, "tiny", copy_function=shutil.copy)  # with the time of today
+    shutil.copytree(folder, "föto", copy_function=shutil.copy)  # with the time of today
     shutil.copy(START["START_CHECKPOINT"], "start.pt")
     start = START | {"START_CHECKPOINT": "start.pt"}
     runs = [begin(**start)]
     os.utime("start.pt", (1, 1))
-    assert begin(**start, DATASET="tiny") == runs[0]
-    file = next(Path("tiny/train").rglob("*.png"))
+    assert begin(**start, DATASET="föto") == runs[0]
+    file = next(Path("föto/train").rglob("*.png"))
     Image.open(file).rotate(90).save(file)
-    runs.append(begin(**start, DATASET="tiny"))
+    runs.append(begin(**start, DATASET="föto"))
     with ZipFile("start.pt", "a") as archive:
         archive.comment = b"another file"
     runs.append(begin(**start))
@@ -392,8 +391,8 @@ def test_another_start_checkpoint_other_images_or_code_make_another_run_and_copi
 
 
 def test_device_cpu_means_the_same_run_on_a_machine_with_a_gpu(begin, monkeypatch):
-    """Its defaults are a CPU's, in the file and on the command line. A CPU with a number is prepared like any."""
-    assert begin(DEVICE="cpu:0").startswith("tiny_") and torch.are_deterministic_algorithms_enabled()
+    """Its defaults are a CPU's, in the file and on the command line."""
+    assert begin(DEVICE="cpu:0").startswith("föto_") and torch.are_deterministic_algorithms_enabled()
     name = begin(DEVICE="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(utils, "device", "cuda")

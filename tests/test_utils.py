@@ -1,4 +1,4 @@
-"""utils.py without its metrics and its class Run: constants, errors, files, a picture. And checkpoints of models.py."""
+"""utils.py: constants, errors, files, a picture. Checkpoints of models.py."""
 import copy
 import io
 import os
@@ -37,7 +37,7 @@ def test_an_argument_replaces_a_constant_by_a_value_of_its_type(argument, expect
 
 @pytest.mark.parametrize("argument, message", [
     ("SIZ=64", "argument = 'SIZ=64', allowed: NAME=value,.* such as SIZE$"), ("size=64", "such as SIZE$"),
-    ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("SIZE=1.5", "SIZE = 1.5, allowed: int, like 32 in the file"),
+    ("SIZE", "NAME=value"), ("path=2", "NAME=value"), ("SIZE=1.5", "SIZE = 1.5, allowed: int, like 32"),
     ("RATE=1_000/5", "'1_000/5', allowed: float"), ("EPOCHS=1.5", "EPOCHS = 1.5, allowed: int"), ("FLIP=1", "FLIP = 1"),
     ("LEVELS=8.5", "LEVELS = 8.5"), ("OPTIONS=[1]", "OPTIONS = "), ("BIAS=None", "BIAS = None")])
 def test_an_argument_that_is_no_constant_or_no_value_changes_nothing(argument, message):
@@ -198,6 +198,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(part, change, sav
 
 def test_bf16_is_not_fast_where_torch_may_not_use_its_instructions(change):
     change(torch.cpu, get_capabilities=lambda: {"amx_bf16": True})
-    for allowed in ("AVX512", "AVX2"):  # the latter with ATEN_CPU_CAPABILITY=avx2
+    for allowed in ("AVX512", "AVX2"):
         change(torch.backends.cpu, get_cpu_capability=lambda: allowed)
         assert utils.fast_bf16("cpu") == (allowed == "AVX512")
