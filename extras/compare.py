@@ -55,7 +55,7 @@ lines = {  # QUANTIZER and other constants of train.py, and what * stands for, b
 
 def main():
     own = [word for word in sys.argv[1:] if word.partition("=")[0] in {"-h", "--help", *globals()}]
-    others = [word for word in sys.argv[1:] if word not in own]  # train.py checks them
+    others = [word for word in sys.argv[1:] if word not in own]
     read_constants(globals(), own)
     rows = {}
     for line, words in choose_runs():
@@ -105,7 +105,7 @@ def run_and_measure(arguments: list[str]) -> dict[str, float]:
         for line in process.stdout:
             print(line, end="", flush=True)
     check(process.returncode == 0, f"train.py {' '.join(arguments)} failed, see above. The same command resumes.")
-    run = re.search(r"see outputs.([^/\\]+)", line)[1]  # in the last line
+    run = re.search(r"see outputs.([^/\\]+)", line)[1]
     # the run's name does not depend on the code that measures it
     file = Path("outputs", run, f"compared_{PROBE_IMAGES}_{digest_file(measure.__file__)}.json")
     if not file.exists():

@@ -183,11 +183,11 @@ class Prior(nn.Module):
         most = count.clamp(max=steps)  # (B, 1)
         given = torch.stack([labels] if guidance == 1 or torch.equal(labels, none) else [labels, none])  # (1 or 2, B)
         for step in range(1, int(most.max()) + 1):
-            chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))
+            chosen = masked & (places < (count * (step / most) ** 2).clamp(min=step))  # in raster order one
             if self.raster:
                 memory["place"] = divmod(step - 1, self.grid[1])
             inputs = digits.repeat(len(given), 1, 1), masked.repeat(len(given), 1), given.flatten()
-            z = self.features(*inputs, memory).expand(-1, self.token_count, -1)
+            z = self.features(*inputs, memory).expand(-1, self.token_count, -1)  # with memory of one token
             z = z.unflatten(0, given.shape)[:, chosen]  # (1 or 2, M, dim)
             scale = (1 + (guidance - 1) * (2 * step - 1) / most).expand_as(chosen)[chosen][:, None]
             drawn = torch.zeros_like(digits[chosen])
@@ -241,7 +241,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
         bits = torch.cat(log).mean().item()
         check(math.isfinite(bits), f"Epoch {epoch} ended with {bits} bits: try a lower LEARNING_RATE.")
         row = {"epoch": epoch, "training_bits": bits, "bits": measure_bits(prior, tokens["test"], data.test_labels)}
-        if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:  # after each third of the training
+        if epoch * 3 // EPOCHS > (epoch - 1) * 3 // EPOCHS:
             row |= judge_samples(prior, vqrae, data, judges)
         print(f"epoch {epoch}: {bits:.1f} bits an image in training, {row['bits']:.1f} in test", flush=True)
         classes = torch.arange(min(max(prior.classes, 1), 10))

@@ -43,7 +43,7 @@ measured_columns = {  # title: key in measure's figures, format
 
 
 def main():
-    models = load_models(globals())  # it also reads the constants
+    models = load_models(globals())
     size = IMAGE_SIZE or max(model.config["image_size"] for model in models.values())
     check(size >= 16, f"IMAGE_SIZE = {size}, allowed: 16 or more")
     judges, data = load_judges(size, METRICS), load_dataset(DATASET, size)

@@ -64,6 +64,7 @@ def main():
         prepare_cpu()
     data = load_dataset(DATASET)
     check(data.train_labels is not None, f"DATASET={DATASET} has no classes to learn.")
+    check(isinstance(LEARNING_RATE, tuple), f"{LEARNING_RATE = }, allowed: a pair")
     steps = len(data.train_images) // BATCH_SIZE  # in an epoch
     torch.manual_seed(SEED)
     images, labels, encoder = data.train_images.to(device), data.train_labels.to(device), ConvEncoder()
