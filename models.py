@@ -53,7 +53,7 @@ def build_encoder(name: str, token_size: int, layers: int = 0, pretrained: bool 
     check(name in ENCODERS or timm.is_model(name) or name.startswith(("local-dir:", "hf-hub:")),
           f"ENCODER = {name!r:.300}, allowed: cifar, cnn, {', '.join(ENCODERS)}, or timm's name of a network")
     network = load_network(ENCODERS.get(name, name), pretrained)
-    # timm's class Eva has DINOv3's ViTs. Of other ViTs PyramidEncoder takes those whose strides rise
+    # timm's class Eva has DINOv3's ViTs. PyramidEncoder takes or refuses others
     is_vit = isinstance(network, (VisionTransformer, Eva)) and isinstance(network.patch_embed, PatchEmbed)
     kind = ViTEncoder if is_vit and hasattr(network.blocks[0], "attn") else PyramidEncoder
     return kind(network, name, token_size, layers)
@@ -129,7 +129,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, token_size: int = 4):
         super().__init__()
         self.token_size = token_size
-        self.whiten = Conv(3, 24, 3)  # with the principal components of patches of 3 x 3 pixels
+        self.whiten = Conv(3, 24, 3)  # 12 principal components of 3 x 3 pixels, and minus these
         layers = [nn.GELU()]
         for dim_in, width in ((24, 64), (64, 256), (256, 384)):
             layers += [ConvPool(dim_in, width, 3, pool=True), nn.GELU(), ConvPool(width, width, 3), nn.GELU()]
@@ -146,7 +146,7 @@ class ConvEncoder(nn.Module):
 class CNNEncoder(nn.Module):
     """A plain VQ-VAE's encoder: three strided convolutions and one more. Tokens are resized to 8 x 8 pixels."""
 
-    patch, dim, radius = 8, 256, 8
+    patch, dim, radius = 8, 256, 4
 
     def __init__(self, token_size: int):
         super().__init__()
@@ -323,7 +323,7 @@ class VQRAE(nn.Module, PyTorchModelHubMixin):
         self.quantizer = build_quantizer(quantizer, dim, **(quantizer_options or {}))
         self.post_quant_conv = Conv(dim, dim, kernel) if kernel else nn.Identity()
         self.post_quant_norm = LayerNorm2d(dim) if post_quant_norm else nn.Identity()
-        # with the numbers that zeros stand for, to compare two files
+        # with what zeros stand for: train.py compares them with a file's
         self.arguments = dict(encoder=encoder, encoder_layers=getattr(self.encoder, "used_layers", 0), grid=grid,
                               image_size=image_size, post_quant_kernel=kernel, post_quant_norm=post_quant_norm,
                               decoder_width=width, decoder_depth=depth, decoder_heads=heads)
@@ -489,7 +489,7 @@ def save_checkpoint(path: str | Path, model: VQRAE, small: bool = False, **metad
     found = next((m for m in model.modules() if isinstance(m, VQRAE)), None)  # it may be wrapped
     check(found, f"A checkpoint holds a VQRAE, not a {type(model).__name__}.")
     weights = {name.replace("_orig_mod.", ""): w.cpu() for name, w in found.state_dict().items()}
-    if small:  # 8 bits would leave matched SimVQ's covariance indefinite
+    if small:  # MatchedSimVQ needs its covariance's Cholesky factor
         weights = {name: w if name.endswith("covariance") else shorten(w) for name, w in weights.items()}
     content = {"config": found.config, "stage": found.stage, "constants": found.constants, "model": weights}
     save_torch(path, content | metadata)

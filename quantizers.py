@@ -32,7 +32,7 @@ class Quantizer(nn.Module):
     With several codebooks an index joins their indices, as in split_indices.
     """
 
-    residual = False  # whether the codes of several codebooks add up
+    residual = False  # True: codebooks' codes add up, and lookup takes a depth
     config = None  # the name and options given to build_quantizer, for checkpoints
 
     def __init__(self, dim: int, code_dim: int, codebook_sizes: tuple[int, ...], project: bool = True):
@@ -150,7 +150,7 @@ class DDCL(FSQ):
     [-delta/2, delta/2]. The encoder sends a whole number m = round((x + u) / delta), and the decoder computes
     m delta - u. The error, m delta - u - x, is uniform and independent of x, so x's gradient is exact. In eval mode u
     is 0, and codes are FSQ's with 2 / delta + 1 levels. The loss is comm_weight times log2(2 |x| / delta + 1), summed
-    over the numbers and averaged over vectors: by Jensen, at least the bits that m takes on average, E log2(2 |m| + 1).
+    over numbers, averaged over vectors: as |x| / delta = E |m|, by Jensen at least m's mean bits, E log2(2 |m| + 1).
     """
 
     def __init__(self, dim: int | None = None, delta: float = 1 / 15, comm_weight: float = 1e-3):
@@ -237,7 +237,7 @@ class MatchedSimVQ(SimVQ):
         """Update m and C, which are equal in all processes, with vectors x (N, code_dim)."""
         self.total_weight.lerp_(torch.ones_like(self.total_weight), 1 - self.decay)
         rate = (1 - self.decay) / self.total_weight  # 1 in the first step
-        x = x - self.mean  # far from zero, fp32 would round the squares
+        x = x - self.mean  # far from zero, fp32 would round shift
         shift = sum_of_processes(x.mean(0)) / count_processes()
         x = x - shift
         covariance = sum_of_processes(x.T @ x / len(x)) / count_processes()
@@ -269,10 +269,10 @@ class EMAVQ(Quantizer):
     In step t = 0, 1, ... code e_i gets n_i vectors with the sum s_i. Then N_i and e_i become
         N_i = (1 - w) N_i + w n_i        e_i = e_i + w (s_i - n_i e_i) / N_i
     This is the papers' e_i = m_i / N_i with m_i = (1 - w) m_i + w s_i, but nothing has to keep m_i. The weight w is
-    9 / (t + 10), but at least 1 - decay, so that the first steps are soon forgotten. The loss is the commitment loss.
+    9 / (t + 10), but at least 1 - decay, so that the first steps are soon forgotten. The commitment loss is a mean.
 
-    mean_count is the same average of the number of vectors per code. A code with N_i below 0.1 mean_count is dead, as
-    nearly all codes of a large codebook are at first. It restarts at a random vector, with N_i = 0.2 mean_count. A step
+    mean_count is the same average of vectors per code, without restarts. A code with N_i below 0.1 mean_count is dead,
+    as nearly all of a large codebook are at first. It restarts at a random vector, with N_i = 0.2 mean_count. A step
     restarts at most as many codes as a process has vectors, each at another vector.
     """
 
@@ -473,7 +473,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """
     center = codebook.detach().mean(0)
     vectors, codes = x.detach().flatten(0, -2) - center, codebook.detach() - center
-    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2  # codes.square() would fill another codebook
+    bias = torch.linalg.vector_norm(codes, dim=1).square() / -2  # codes.square() would allocate another codebook
     rows = max(1, (2**30 if x.is_cuda else 2**23) // (x.element_size() * len(codes)))
     # an exported graph takes any number of vectors, but a fixed number of blocks
     blocks = [vectors] if torch.compiler.is_exporting() else vectors.split(rows)
@@ -481,7 +481,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def best_column(scores: Tensor) -> Tensor:
-    """scores.argmax(1), by groups of 256 columns: a CPU finds a maximum sooner than its place."""
+    """scores.argmax(1). A CPU is sooner with max, and for many columns with groups of 256."""
     if scores.shape[1] < 4096 or scores.shape[1] % 256:
         return scores.max(1).indices
     groups = scores.unflatten(1, (-1, 256))
@@ -517,7 +517,7 @@ QUANTIZERS = {
 def build_quantizer(name: str | type[Quantizer], dim: int, **options) -> Quantizer:
     """Build the quantizer of this name in QUANTIZERS, or of this class, for vectors of dim numbers.
 
-    options: its class's arguments; lists become tuples. quantizer.config records name and options, for checkpoints.
+    options: its class's arguments. quantizer.config records name and options for checkpoints, with tuples for lists.
     """
     if not isinstance(name, type):
         check_registered(name)

@@ -76,7 +76,7 @@ GAN_WEIGHT = 0.0  # in stage 1's second half; 0.5 costs 0.03 to 0.09 dB, and pic
 STAGES = (1, 2)  # or (1,), or (2,)
 START_CHECKPOINT = ""  # the file that training begins with; these constants have to describe it
 ACCUMULATE = 1  # micro-batches a step, to save memory
-OPTIMIZER = "muon"  # for the blocks' matrices, AdamW for the rest; or "adamw" for all, as in the papers
+OPTIMIZER = "muon"  # for most matrices behind the encoder, AdamW for the rest; or "adamw" for all, as in papers
 SEED = 0
 COMPILE = ""  # on a GPU "default" or, with CUDA graphs, "reduce-overhead"
 # EPOCHS and LEARNING_RATE: for stages 1 and 2, or a number for both
@@ -90,7 +90,7 @@ EVAL_IMAGES = 10_000 if gpu else 1_000  # measured after an epoch; 0: all, as at
 constant_of = {  # a quantizer's option: its constant
     "codebook_size": "CODEBOOK_SIZE", "code_dim": "CODE_DIM", "decay": "EMA_DECAY", "commitment_cost": "COMMITMENT",
     "codebooks": "CODEBOOKS", "levels": "FSQ_LEVELS", "delta": "DDCL_DELTA", "comm_weight": "DDCL_COMM_WEIGHT",
-    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # the last two for messages
+    "commitment_weight": "COMMITMENT", "num_quantizers": "CODEBOOKS"}  # the last two for build_model's messages
 bf16 = False  # start_process() sets it if bf16 is fast; metrics are in fp32
 rank, ranks = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # torchrun sets both
 
@@ -149,7 +149,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
     utils.seed_everything(SEED, stage)
     frozen = model.encoder if model.encoder_frozen else teacher
     perceptual = frozen if PERCEPTUAL == "encoder" else perceptual  # None for "cnn"
-    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # also without a GAN, as each run saves one
+    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # for the smallest crops; each run saves one
     optimizers = build_optimizers(model, stage)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
@@ -248,7 +248,7 @@ def quantizer_options() -> dict:
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER in ("lfq", "bsq"):
-        # this fraction of the tokens is compared with all codes: at most 2**24 pairs, but at least two tokens
+        # this fraction of the tokens is compared with all codes: at most 2**24 pairs, but two tokens: none give NaN
         fraction = max(2**24 / CODEBOOK_SIZE / most, 2 / least)
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, fraction))
     if QUANTIZER == "rotation_vq":  # codes with less than 0.1 of the mean usage are dead
@@ -335,7 +335,7 @@ def main():
     print(f"PSNR, SSIM, codes used, perplexity: of {len(data.test_images[: EVAL_IMAGES or None]):,} test images\n"
           " stage  epoch      loss   PSNR    SSIM  codes used  perplexity  images/s  seconds", flush=True)
     for stage in STAGES:
-        if stage >= run.stage:
+        if stage >= run.stage:  # a finished one loads its weights
             train_stage(stage, model, teacher, perceptual, data, run)
     if rank == 0:
         finish(run, model, data)
@@ -353,7 +353,7 @@ def start_process():
             torch.cuda.set_device(int(os.getenv("LOCAL_RANK", chosen.index or 0)))
         torch.zeros(1, device=device)
     bf16 = fast_bf16(device)
-    if COMPILE:  # a graph for each stage and image size, and one with the GAN
+    if COMPILE:  # for each size a graph for stage 1, its GAN and stage 2; torch's limit is 8
         torch._dynamo.config.trace_autograd_ops = True  # for add_gradients
         torch._dynamo.config.recompile_limit = 8 * len(sizes())
     if device == "cpu":

@@ -255,7 +255,7 @@ def train(prior: Prior, vqrae: VQRAE, tokens: dict[str, Tensor], data: Dataset, 
 
 def load_tokens(vqrae: VQRAE, data: Dataset, path: Path) -> dict[str, Tensor]:
     """Indices of "test" images (N, h, w), and of "train" (2, N, h, w), also mirrored, kept in a file."""
-    def tokenize(images: Tensor, mirror: tuple[int, ...] = ()) -> Tensor:
+    def tokenize(images, mirror=()):
         batches = progress(images.split(250), "tokenizing")
         return torch.cat([vqrae.encode_to_indices(to_float(x.to(device)).flip(mirror)).cpu() for x in batches])
 
