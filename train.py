@@ -404,8 +404,8 @@ def check_constants(constants: dict):
         values = value if pair and isinstance(value, tuple) else (value, value)
         valid = len(values) == 2 and all(type(x) in (int, type(low)) and low <= x < math.inf for x in values)
         check(valid, f"{name} = {value!r:.300}, allowed: a number from {low}{', or two' if pair else ''}")
-    check(all(type(size) is int and size > 0 and size * GRID % IMAGE_SIZE == 0 for size in CROP_SIZES),
-          f"{CROP_SIZES = }, allowed: multiples of a token's IMAGE_SIZE / GRID = {IMAGE_SIZE / GRID:g} pixels")
+    check(all(type(size) is int and size > 7 and size * GRID % IMAGE_SIZE == 0 for size in CROP_SIZES),
+          f"{CROP_SIZES = }, allowed: 8 or more, multiples of IMAGE_SIZE / GRID = {IMAGE_SIZE / GRID:g} pixels")
     check(0 < EMA_DECAY < 1, f"{EMA_DECAY = }, allowed: between 0 and 1")
     check(not START_CHECKPOINT or os.path.isfile(START_CHECKPOINT), f"{START_CHECKPOINT = }, allowed: a file")
     check(START_CHECKPOINT or 1 in STAGES, f"{STAGES = }, allowed: (1,) or (1, 2) without a START_CHECKPOINT")

@@ -344,7 +344,7 @@ def test_a_constant_means_the_same_in_the_file_and_on_the_command_line(begin):
     ("LEARNING_RATE", [1e-3, -1e-4]), ("STAGES", [2, 1]), ("STAGES", [2]), ("QUANTIZER", "vq"),
     ("COMPILE", "on"), ("OPTIMIZER", "sgd"), ("START_CHECKPOINT", "a.pt"), ("BATCH_SIZE", 99999), ("ACCUMULATE", 0),
     ("CODEBOOK_SIZE", 1), ("CODEBOOKS", 0), ("EMA_DECAY", 1.0), ("POST_QUANT_KERNEL", 2), ("ENCODER", "cifra"),
-    ("GRID", 5), ("CROP_SIZES", [32, 50]), ("CROP_SIZES", [2]), ("EPOCHS", [3]), ("SEED", [1, 2]), ("DEVICE", "tpu"),
+    ("GRID", 5), ("CROP_SIZES", [32, 50]), ("CROP_SIZES", [4]), ("EPOCHS", [3]), ("SEED", [1, 2]), ("DEVICE", "tpu"),
     ("ENCODER_LAYERS", 3), ("IMAGE_SIZE", 8)])
 def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
     text = repr(tuple(value) if isinstance(value, list) else value)
