@@ -271,13 +271,14 @@ def build_model() -> VQRAE:
         check(start.stage <= STAGES[0], f'{START_CHECKPOINT = }, allowed: a file of stage 1, or "STAGES=(2,)"')
         check(start.token_size == model.token_size,
               f"IMAGE_SIZE / GRID = {model.token_size}, allowed: {start.token_size} with {START_CHECKPOINT = }")
-        # each option has to equal the file's or, if the file lacks it, its class's default
-        known = {name: x.default for name, x in inspect.signature(QUANTIZERS[QUANTIZER]).parameters.items()}
-        known |= start.config | start.config["quantizer_options"]
+        # options that are not given have their class's defaults
+        default = {name: x.default for name, x in inspect.signature(QUANTIZERS[QUANTIZER]).parameters.items()}
+        known, new = (default | x.config | x.config["quantizer_options"] for x in (start, model))
         # images may have another size; the last two options follow from BATCH_SIZE
         free = {"image_size", "grid", "quantizer_options", "frac_per_sample_entropy", "threshold_ema_dead_code"}
-        for name, value in (model.config | model.config["quantizer_options"]).items():
-            constant = "LIBRARY" if QUANTIZER == "library" and name in LIBRARY else constant_of.get(name, name.upper())
+        for name, value in (model.config | dict.fromkeys(known) | new).items():
+            library = QUANTIZER == "library" and name not in model.config
+            constant = "LIBRARY" if library else constant_of.get(name, name.upper())
             check(name in free or value == known.get(name),
                   f"{constant} = {value!r:.300}, allowed: {known.get(name)!r} with {START_CHECKPOINT = }")
         model.load_state_dict(start.state_dict())

@@ -17,8 +17,6 @@ from nbclient import NotebookClient
 import train
 
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md", "docs/SETTINGS.md")}
-
-
 LESSON = "\nSEED = 0\nQUICK = False"
 
 

@@ -282,7 +282,7 @@ def test_a_cnn_learns_in_both_stages_without_a_teacher(perceptual, main):
         assert all((before[name] != after[name]).any() for name in before if name.startswith("encoder."))
 
 
-def test_a_teacher_has_the_layers_of_the_encoder_and_an_untrained_or_unknown_network_is_refused(change):
+def test_a_teacher_has_the_layers_of_the_encoder_and_is_trained(change):
     load = models.load_network
     change(models, load_network=lambda name, pretrained: load(name, False))  # nothing can be downloaded
     change(train, ENCODER="vit_tiny_patch16_224", ENCODER_LAYERS=2)
@@ -359,7 +359,7 @@ def test_a_wrong_constant_is_named_with_its_value(name, value, begin):
     ({"MINE": b"bytes"}, "The constants do not fit into results.json: "), ({"DATASET": "none"}, "There is no folder"),
     ({"QUANTIZER": "library", "LIBRARY": {"kind": "VQ"}}, "kind = 'VQ'"),
     ({"QUANTIZER": "fsq", "FSQ_LEVELS": "6"}, "levels = '6', allowed: ")])
-def test_constants_that_no_start_checkpoint_file_or_class_takes_are_refused_before_training(constants, line, begin):
+def test_constants_that_no_file_or_class_takes_are_refused(constants, line, begin):
     assert begin(**constants).removeprefix("train.py: ").startswith(line)
 
 
@@ -373,7 +373,7 @@ def test_help_prints_each_constant_with_its_comment(flag, main, capsys):
     assert {*re.findall("^([A-Z_]+) = ", printed, re.MULTILINE)} == constants
 
 
-def test_another_start_checkpoint_other_images_or_code_make_another_run_and_copies_do_not(folder, begin, change):
+def test_other_files_images_or_code_make_another_run_and_copies_do_not(folder, begin, change):
     shutil.copytree(folder, "föto", copy_function=shutil.copy)  # with the time of today
     shutil.copy(START["START_CHECKPOINT"], "start.pt")
     start = START | {"START_CHECKPOINT": "start.pt"}
@@ -388,6 +388,8 @@ def test_another_start_checkpoint_other_images_or_code_make_another_run_and_copi
     runs.append(begin(**start))
     change(utils, digest_code=lambda: "other code")
     assert len({*runs, begin(**start)}) == 4
+    save_checkpoint("start.pt", VQRAE("cifar", "simvq", {"cosine": True}))
+    assert begin(**start, QUANTIZER="simvq", CODEBOOK_SIZE=16384).startswith("train.py: COSINE = False, ")
 
 
 def test_device_cpu_means_the_same_run_on_a_machine_with_a_gpu(begin, monkeypatch):
