@@ -263,7 +263,7 @@ def test_a_row_stands_beside_results_where_bits_are_nearest(argument, shown, cha
         assert bool(re.search(rf"\| {line} +\| {psnrs} +\|", printed)) == shown
 
 
-def test_a_run_of_the_table_is_measured_once_by_the_same_code_and_a_failed_one_ends_it(trained, folder, change):
+def test_a_run_of_the_table_is_measured_once_and_a_failed_one_ends_it(trained, folder, change):
     shutil.copytree(trained, ".", dirs_exist_ok=True)
     file, = Path("outputs").glob("*/results.json")
     results = json.loads(file.read_text())

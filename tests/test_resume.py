@@ -76,7 +76,7 @@ def outcome(folder):
     ("EPOCHS=2 QUANTIZER=rotation_vq GAN_WEIGHT=0.5", {  # the library draws random numbers, too
         "last.pt": None, "stage1_epoch_002.png": (1, 1), "stage2_epoch_001.png": (1, 2), "results.json": (2, 2)}),
     ("EPOCHS=2 STAGES=(1,) CROP_SIZES=(16,24)", {"stage1_epoch_002.png": (1, 1)})], ids=["all", "workers"])
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
+def test_a_run_killed_again_ends_as_if_nothing_had_been(options, kills, folder, tmp_path):
     """Bit for bit. kills: {the file before which a run is killed: the (stage, epoch) that is saved by then}"""
     arguments = [f"DATASET={folder}", *STEPS, "FLIP=True", *options.split()]
     assert run([tmp_path / "whole"], arguments) == [0]
