@@ -149,7 +149,7 @@ def train_stage(stage: int, model: VQRAE, teacher: nn.Module | None, perceptual:
     utils.seed_everything(SEED, stage)
     frozen = model.encoder if model.encoder_frozen else teacher
     perceptual = frozen if PERCEPTUAL == "encoder" else perceptual  # None for "cnn"
-    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # for the smallest crops; each run saves one
+    discriminator = PatchDiscriminator(sizes()[0]).to(device)  # fits the smallest crops; each run saves one
     optimizers = build_optimizers(model, stage)
     gan_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     state = {"model": model, "discriminator": discriminator, "gan_optimizer": gan_optimizer, **optimizers}
@@ -248,7 +248,7 @@ def quantizer_options() -> dict:
     if QUANTIZER == "library":
         return LIBRARY
     if QUANTIZER in ("lfq", "bsq"):
-        # this fraction of the tokens is compared with all codes: at most 2**24 pairs, but two tokens: none give NaN
+        # all codes are compared with this fraction of the tokens: 2**24 pairs at most, but two tokens, as none give NaN
         fraction = max(2**24 / CODEBOOK_SIZE / most, 2 / least)
         return dict(codebook_size=CODEBOOK_SIZE, frac_per_sample_entropy=min(1.0, fraction))
     if QUANTIZER == "rotation_vq":  # codes with less than 0.1 of the mean usage are dead

@@ -43,7 +43,7 @@ def test_the_notebook_runs_and_shows_what_comes_out(folder, tmp_path):
         assert {kind for output in outputs for kind in output.get("data", {})} >= {"image/png", "image/jpeg"}
 
 
-def test_notebooks_are_stored_as_they_ran_and_the_lesson_is_small():
+def test_notebooks_are_stored_as_they_ran_and_are_small():
     for name in ("explore.ipynb", "lesson.ipynb"):
         cells = [x for x in nbformat.read(ROOT / name, as_version=4).cells if x.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
@@ -57,7 +57,7 @@ def test_a_python_block_runs(block, tmp_path, capsys, monkeypatch, main):
     monkeypatch.setitem(train.QUANTIZERS, "sign", None)  # so that README's class is gone after the test
     (tmp_path / "checkpoints/pretrained").parent.mkdir()
     (tmp_path / "checkpoints/pretrained").symlink_to(ROOT / "checkpoints/pretrained")
-    exec(block.replace('open("', f'open("{ROOT}/'), {"__name__": "a"})
+    exec(block.replace('open("', f'open("{ROOT.as_posix()}/'), {"__name__": ""})
     for psnr in re.findall(r"# ([\d.]+) dB", block):
         assert f"{float(capsys.readouterr().out):.1f}" == psnr
     assert "class Sign" not in block or (main("QUANTIZER=sign") / "results.json").exists()
