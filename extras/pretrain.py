@@ -3,7 +3,7 @@
     python -m extras.pretrain    writes OUT/cifar_encoder.pt, 16-bit weights with BatchNorm folded in
 
 Most of it comes from airbench (2404.00498): the network, whitened input, convolutions that start as the identity,
-label smoothing, alternating flips, and Muon with weights of a fixed norm. docs/NOTES.md has the differences.
+label smoothing, alternating flips, and Muon with weights of a fixed norm.
 """
 import sys
 import time
