@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from conftest import SEED
 
 import train
 from models import VQRAE, PatchDiscriminator, build_encoder
@@ -54,6 +53,7 @@ def test_a_compiled_run_is_the_same_run_in_few_graphs(micro_batches, count, main
 # "aot_eager_decomp_partition" traces as Inductor does, and runs eagerly
 @pytest.mark.parametrize("kind, stage", [("residual_vq", 1), ("ddcl", 2)])  # EMA-VQ and FSQ are parts of them
 def test_a_compiled_step_is_the_same_step(kind, stage, change):
+    torch.manual_seed(0)  # with others a max pooling's inputs may tie, and rounding decides
     change(train, GAN_WEIGHT=0.5)
     options = {"codebook_size": 64, "code_dim": 6} if "vq" in kind else {}
     model = VQRAE("cifar", kind, options, 16, 4, decoder_width=32, decoder_depth=1).set_stage(stage).train()
@@ -63,9 +63,9 @@ def test_a_compiled_step_is_the_same_step(kind, stage, change):
     for step in (train.add_gradients, compiled):
         part, judge = copy.deepcopy((model, critic if stage == 1 else None))
         frozen = part.encoder if stage == 1 else teacher
-        torch.manual_seed(SEED)
+        torch.manual_seed(0)
         # in a second step codes may have restarted at one token, and rounding decides which is nearest
         losses = step(part, images, frozen, frozen, judge)
         parts = torch.nn.ModuleList([part, judge] if judge else [part])
         results.append([losses, {name: p.grad for name, p in parts.named_parameters()}, dict(part.named_buffers())])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
